@@ -1,0 +1,81 @@
+"""The command `python -m data_prep`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from data_prep.betons import prepare, verify
+from data_prep.datasets import DATASETS
+from data_prep.files import DataError, NoNetworkError
+
+BAD_INPUT, NO_NETWORK, INTERRUPTED = 2, 3, 130  # exit codes
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Write a data set into FFCV files: train.beton, test.beton and manifest.json. "
+        "A folder that already holds it is only checked.",
+        epilog="Exit codes: 0 the data set is ready; 2 something given or found is wrong (one sentence on "
+        "stderr says what, and what to do); 3 CIFAR-10 had to be downloaded and there is no network.",
+    )
+    parser.add_argument("--dataset", choices=list(DATASETS), help="the data set (default: cifar10)")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="DIR",
+        help="folder that contains cifar-10-batches-py (default: $CIFAR10_DIR, else download CIFAR-10 "
+        "into ~/.cache/dist_train/cifar10)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="write nothing: decode everything and compare with the manifest"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write the folder anew even if it is damaged or done",
+    )
+    args = parser.parse_args()
+    if args.verify and (args.force or args.source):
+        parser.error("--verify writes nothing: leave out --force and --source")
+    dataset: str = args.dataset or "cifar10"
+    out: Path = args.out or Path("data") / dataset
+
+    start = time.monotonic()
+    try:
+        if args.verify:
+            manifest = verify(out)
+            if args.dataset and manifest.dataset != args.dataset:
+                raise DataError(
+                    f"{out} holds the data set {manifest.dataset}, not {args.dataset}: choose another --out"
+                )
+        else:
+            manifest = prepare(dataset, out, args.source, force=args.force)
+    except DataError as error:
+        print(f"data_prep: {error}", file=sys.stderr)
+        return NO_NETWORK if isinstance(error, NoNetworkError) else BAD_INPUT
+    except ImportError as error:
+        print(
+            f"data_prep: {error}: install the project's requirements, for ffcv also its system libraries "
+            "(libopencv-dev and libturbojpeg0-dev)",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("data_prep: interrupted, nothing was published", file=sys.stderr)
+        return INTERRUPTED
+    counts = " and ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
+    size = "x".join(map(str, manifest.image_shape))
+    state = "verified" if args.verify else "ready"
+    seconds = time.monotonic() - start
+    print(f"{out}: {manifest.dataset}, {counts} images of {size}, {state} ({seconds:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,415 @@
+"""A prepared data set: a folder with train.beton, test.beton and the manifest.json that vouches for them."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.datasets import DATASETS, load
+from data_prep.files import DataError, locked, sha256_of, sync
+
+FORMAT = 1  # of manifest.json; raise it when what a folder holds changes its meaning
+MANIFEST = "manifest.json"
+SPLITS = ("train", "test")
+OUR_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
+PAGE = 1 << 21  # bytes; the smallest page FFCV allows, since a file is padded to whole pages
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One beton file: its samples, its name in the folder, its size in bytes and two SHA-256 sums in hex.
+
+    file_sha256 is of the file; content_sha256 of what it decodes to: the uint8 NHWC image bytes, then the
+    labels as little-endian int64.
+    """
+
+    count: int
+    file: str
+    bytes: int
+    file_sha256: str
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, Split]
+    ffcv_version: str
+
+
+def check(folder: Path) -> Manifest:
+    """The manifest of a prepared folder, after a fast check that trainers can afford at every start.
+
+    Checks that the manifest is readable and of our format, that both files are there with the right size
+    and SHA-256, and that the installed ffcv has the major version that wrote them. Imports neither ffcv
+    nor torch. Raises DataError.
+    """
+    manifest = _read_manifest(folder)
+    remedy = _remedy(folder, manifest.dataset)
+    for split in manifest.splits.values():
+        path = folder / split.file
+        try:
+            size = path.stat().st_size
+            if size != split.bytes:
+                raise DataError(f"{path} has {size} bytes where {MANIFEST} says {split.bytes}: {remedy}")
+            if sha256_of(path) != split.file_sha256:
+                raise DataError(f"{path} was altered (its SHA-256 is not the one in {MANIFEST}): {remedy}")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    installed = _ffcv_version()
+    if installed.split(".")[0] != manifest.ffcv_version.split(".")[0]:
+        raise DataError(
+            f"{folder} was written by ffcv {manifest.ffcv_version} but ffcv {installed} is installed: "
+            f"install ffcv {manifest.ffcv_version}, or {remedy}"
+        )
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a prepared folder, after check() and then decoding all samples.
+
+    Compares counts, decoded content, the range of the labels, and mean and std. Raises DataError.
+    """
+    manifest = check(folder)
+    remedy = _remedy(folder, manifest.dataset)
+    for name, split in manifest.splits.items():
+        images, labels = read_split(folder, name)
+        path = folder / split.file
+        if _content_sha256(images, labels) != split.content_sha256:
+            raise DataError(f"{path} decodes to other samples than {MANIFEST} says: {remedy}")
+        if labels.min() < 0 or labels.max() >= len(manifest.classes):
+            raise DataError(f"{path} has labels outside the {len(manifest.classes)} classes: {remedy}")
+        if name == "train":
+            mean, std = _mean_and_std(images)
+            pairs = zip(mean + std, manifest.mean + manifest.std, strict=True)
+            if not all(math.isclose(real, told, rel_tol=1e-9) for real, told in pairs):
+                raise DataError(f"{folder / MANIFEST} has a mean or std that {path} contradicts: {remedy}")
+    return manifest
+
+
+def read_split(folder: Path, split: str) -> tuple[Images, Labels]:
+    """Decode one split ("train" or "test") through FFCV: images uint8 (N, H, W, 3), labels int64 (N,).
+
+    Index i is sample i of the data set. Does not compute checksums (check() does), but refuses a file whose
+    tables do not fit the manifest. Leaves torch's number of threads and numpy's global generator as they
+    were. On a machine with GPUs ffcv touches the current CUDA device, so set it before. Raises DataError.
+    """
+    manifest = _read_manifest(folder)
+    if split not in manifest.splits:
+        raise DataError(f"split {split!r} is not in {folder}: choose one of {', '.join(SPLITS)}")
+    path = folder / manifest.splits[split].file
+    try:
+        return _decode(path, manifest.splits[split].count, manifest.image_shape)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, manifest.dataset)}") from error
+
+
+def prepare(dataset: str, out: Path, source: Path | None = None, *, force: bool = False) -> Manifest:
+    """Make sure that the folder `out` holds the data set (a name in DATASETS), and return its manifest.
+
+    A folder that is already complete is only checked, and a damaged or foreign one is refused unless force
+    is true, which writes it anew. Any number of processes may call this at once: one writes, the others
+    wait. The folder appears whole or not at all. source is the folder with the official files (see
+    datasets.py). Raises DataError; its subclass files.NoNetworkError if a download failed.
+    """
+    if dataset not in DATASETS:
+        raise DataError(f"data set {dataset!r} is unknown: choose one of {', '.join(DATASETS)}")
+    if not force and (found := _existing(out, dataset)):
+        return found  # without the lock, so that a finished folder may lie on a read-only disk
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out {out} is a file: choose a folder")
+    _ffcv_version()
+    real = out.resolve()  # through links, since the folder is published by renaming its neighbour
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with locked(real.parent / f".{real.name}.lock"):
+            # Only the holder of the lock ever has these two, so what is there now is a dead writer's.
+            fresh, old = real.parent / f".{real.name}.new", real.parent / f".{real.name}.old"
+            for leftover in (fresh, old):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            if not force and (found := _existing(out, dataset)):
+                return found
+            if foreign := _foreign(real):
+                raise DataError(f"--out {out} also holds {foreign[0]}: choose a folder of its own")
+            print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
+            try:
+                manifest = _write(dataset, fresh, source)
+                if real.exists():
+                    real.rename(old)
+                fresh.rename(real)
+                sync(real.parent)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+            return manifest
+    except OSError as error:
+        raise DataError(
+            f"--out {out} cannot be written ({error.strerror or error}): "
+            "choose a folder that can be, on a disk with enough space"
+        ) from error
+
+
+def _existing(out: Path, dataset: str) -> Manifest | None:
+    """The checked manifest of `out`, None if there is nothing yet; raises DataError for anything else."""
+    try:
+        if not any(out.iterdir()):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # what is in the way shows when the folder is written
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be read ({error.strerror}): choose another folder") from error
+    manifest = check(out)
+    if manifest.dataset != dataset:
+        raise DataError(
+            f"{out} holds the data set {manifest.dataset}, not {dataset}: "
+            f"choose another --out, or {_remedy(out, dataset)}"
+        )
+    return manifest
+
+
+def _foreign(folder: Path) -> list[str]:
+    """Names in a folder that are not ours: data_prep neither deletes them nor advises it."""
+    return sorted(p.name for p in folder.iterdir() if p.name not in OUR_FILES) if folder.is_dir() else []
+
+
+def _remedy(folder: Path, dataset: str | None = None) -> str:
+    if dataset not in DATASETS:  # the manifest does not say: go by the default names of folders
+        dataset = folder.name if folder.name in DATASETS else "cifar10"
+    if foreign := _foreign(folder):
+        return f"use a folder of its own for the data set, since this one also holds {foreign[0]}"
+    where = shlex.quote(str(folder))
+    command = f"run python -m data_prep --dataset {dataset} --out {where}"
+    return f"delete the folder {where} and {command}" if folder.is_dir() else command
+
+
+def _ffcv_version() -> str:
+    try:
+        return importlib.metadata.version("ffcv")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError("ffcv is not installed: install it with pip install ffcv") from error
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{path} is missing, so there is no data set there: {_remedy(folder)}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder)}") from error
+    if not isinstance(raw, dict) or type(raw.get("format")) is not int:
+        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder)}")
+    if raw["format"] != FORMAT:
+        raise DataError(
+            f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder)}"
+        )
+    try:
+        height, width, channels = raw["image_shape"]
+        manifest = Manifest(
+            dataset=raw["dataset"],
+            classes=tuple(raw["classes"]),
+            image_shape=(height, width, channels),
+            mean=tuple(raw["mean"]),
+            std=tuple(raw["std"]),
+            splits={name: Split(**raw["splits"][name]) for name in SPLITS},
+            ffcv_version=raw["ffcv_version"],
+        )
+        if not _sensible(manifest):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} lacks or garbles entries of a manifest: {_remedy(folder)}") from error
+    return manifest
+
+
+def _sensible(manifest: Manifest) -> bool:
+    """Whether every value has the type and range that the rest of the code takes for granted."""
+    texts = [manifest.dataset, manifest.ffcv_version, *manifest.classes]
+    sizes: list[int] = [*manifest.image_shape]
+    for split in manifest.splits.values():
+        texts += [split.file, split.file_sha256, split.content_sha256]
+        sizes += [split.count, split.bytes]
+    numbers = (*manifest.mean, *manifest.std)
+    return (
+        all(type(text) is str for text in texts)
+        and all(type(size) is int and size > 0 for size in sizes)
+        and all(type(number) is float and 0 <= number <= 1 for number in numbers)
+        and len(manifest.mean) == len(manifest.std) == manifest.image_shape[2] == 3
+        and len(manifest.classes) > 0
+        and all(split.file == f"{name}.beton" for name, split in manifest.splits.items())
+    )
+
+
+def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
+    """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
+    pixels = load(dataset, source)
+    folder.mkdir()
+    splits = {}
+    for name in SPLITS:
+        images, labels = pixels.splits[name]
+        path = folder / f"{name}.beton"
+        _write_beton(path, images, labels)
+        content = _content_sha256(images, labels)
+        sync(path)
+        try:
+            good = _content_sha256(*_decode(path, len(images), images.shape[1:])) == content
+        except ValueError:
+            good = False
+        if not good:
+            raise OSError(f"{path.name} reads back differently from what was written")
+        splits[name] = Split(len(images), path.name, path.stat().st_size, sha256_of(path), content)
+    mean, std = _mean_and_std(pixels.splits["train"][0])
+    height, width, channels = pixels.splits["train"][0].shape[1:]
+    shape = (height, width, channels)
+    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, _ffcv_version())
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+    return manifest
+
+
+def _write_beton(path: Path, images: Images, labels: Labels) -> None:
+    """Write images and labels with FFCV's DatasetWriter, in order and in this process.
+
+    DatasetWriter.from_indexed_dataset does the same steps in forked workers, but waits for ever if one of
+    them fails (a full disk), and leaves them behind if this process is killed. One process writes
+    CIFAR-10 just as fast, and the same bytes every time.
+    """
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.memory_allocator import MemoryAllocator
+    from ffcv.writer import DatasetWriter, handle_sample
+    from tqdm import tqdm
+
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    writer = DatasetWriter(str(path), fields, page_size=PAGE, num_workers=1)
+    writer.num_samples = len(images)
+    writer.prepare()
+    try:
+        table = np.zeros(len(images), writer.metadata_type)
+        allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE)
+        try:
+            with allocator:
+                for i in tqdm(range(len(images)), desc=f"write {path.name}", unit="image", disable=None):
+                    sample = (images[i], int(labels[i]))
+                    handle_sample(sample, i, writer.metadata_type.names, table, allocator, fields)
+        finally:
+            allocator.fp.close()  # the allocator leaves it open if its last write fails
+        writer.metadata_sm.buf[: table.nbytes] = table.tobytes()
+        writer.finalize(allocator.allocations)
+    finally:
+        writer.metadata_sm.close()
+        writer.metadata_sm.unlink()
+
+
+def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Labels]:
+    """Decode a beton of `count` raw images of `shape` (H, W, 3). Raises ValueError if it is another file."""
+    import torch
+
+    # Importing ffcv and building a Loader both set torch's number of threads, for the whole process.
+    threads = torch.get_num_threads()
+    try:
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from tqdm import tqdm
+
+        _check_tables(path, count, shape)
+        loader = Loader(
+            str(path),
+            batch_size=1000,
+            num_workers=1,  # copying needs no more, and it is within every affinity mask
+            os_cache=True,
+            order=OrderOption.SEQUENTIAL,
+            seed=0,  # unused by this order, but None would draw from numpy's global generator
+            drop_last=False,
+            pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+        )
+        images = np.empty((count, *shape), np.uint8)
+        labels = np.empty(count, np.int64)
+        start = 0
+        for some_images, some_labels in tqdm(loader, desc=f"decode {path.name}", unit="batch", disable=None):
+            stop = start + len(some_images)
+            images[start:stop], labels[start:stop] = some_images, some_labels[:, 0]
+            start = stop
+    finally:
+        torch.set_num_threads(threads)
+    return images, labels
+
+
+def _check_tables(path: Path, count: int, shape: Sequence[int]) -> None:
+    """Raise ValueError unless FFCV's decoder, which checks nothing, would stay inside its buffers."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.reader import Reader
+
+    try:
+        reader = Reader(str(path))
+        kinds = {name: type(field) for name, field in reader.handlers.items()}
+        good = kinds == {"image": RGBImageField, "label": IntField} and len(reader.metadata) == count
+        if good:
+            table = reader.metadata["f0"]
+            good = bool(
+                np.all(table["mode"] == IMAGE_MODES["raw"])
+                and np.all((table["height"] == shape[0]) & (table["width"] == shape[1]))
+                and np.all(reader.alloc_table["size"] == math.prod(shape))
+                and np.array_equal(np.sort(reader.alloc_table["ptr"]), np.sort(table["data_ptr"]))
+                and int(table["data_ptr"].max()) + math.prod(shape) <= path.stat().st_size
+            )
+    except (
+        AssertionError,
+        LookupError,
+        MemoryError,
+        OverflowError,
+        ValueError,
+    ) as error:  # what Reader makes of a damaged file
+        raise ValueError("it is not a whole beton file") from error
+    if not good:
+        raise ValueError(
+            f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each"
+        )
+
+
+def _content_sha256(images: Images, labels: Labels) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _mean_and_std(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation of each channel, in 0..1, from exact sums of whole numbers."""
+    counts = np.zeros((3, 256), np.int64)  # how often each value occurs in each channel
+    for start in range(0, len(images), 1000):
+        for channel in range(3):
+            counts[channel] += np.bincount(images[start : start + 1000, :, :, channel].ravel(), minlength=256)
+    pixels, values = int(counts[0].sum()), np.arange(256)
+    totals = [int(row @ values) for row in counts]
+    squares = [int(row @ values**2) for row in counts]
+    mean = tuple(total / pixels / 255 for total in totals)
+    std = tuple(
+        math.sqrt(pixels * square - total**2) / pixels / 255
+        for total, square in zip(totals, squares, strict=True)
+    )
+    return mean, std

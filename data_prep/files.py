@@ -1,0 +1,54 @@
+"""What both halves of data_prep need from the file system: its errors, a lock, checksums, fsync."""
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """The data set, or a setting that leads to it, is unusable.
+
+    The message is one sentence that names the file or setting, what is wrong with it and the remedy.
+    """
+
+
+class NoNetworkError(DataError):
+    """A download was needed and failed on the way (the command ends with exit code 3)."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
+
+    The kernel releases the lock when its holder dies, however it dies, so a lock file that is left
+    behind means nothing. Raises OSError if the file cannot be created or its file system has no locks.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

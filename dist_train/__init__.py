@@ -1,0 +1,3 @@
+"""Distributed training of block networks, with the same weights, bit for bit, on any number of workers."""
+
+__version__ = "0.1.0"

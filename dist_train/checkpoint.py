@@ -1,0 +1,100 @@
+"""Checkpoints: each one file that appears whole or not at all, with its SHA-256 beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class CheckpointConfig:
+    """A checkpoint is written after every `epochs` epochs, and after every `steps` steps when that is not 0;
+    the newest `keep` stay."""
+
+    epochs: Positive = 1
+    steps: Annotated[int, Field(ge=0)] = 0
+    keep: Positive = 2
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, also when the machine stops. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state after `step` steps and remove all but the newest `keep` checkpoints. The checksum is
+    written last: without it the file does not count. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    path = folder / f"step-{step:08d}.pt"
+    write_atomically(path, content)
+    write_atomically(_checksum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+        _checksum(old).unlink(missing_ok=True)
+        old.unlink()
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole. One that is torn or altered is set aside as `*.damaged`, and named
+    on stderr."""
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        if (wrong := _wrong(path)) is None:
+            return path
+        print(f"checkpoint {path} {wrong}; it is set aside and the one before it is used", file=sys.stderr)
+        path.replace(path.with_name(path.name + ".damaged"))
+        _checksum(path).unlink(missing_ok=True)
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU. No code in the file is run."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _wrong(path: Path) -> str | None:
+    try:
+        expected = _checksum(path).read_text().split()[0]
+    except (OSError, IndexError):
+        return "has no checksum (its writing was interrupted)"
+    found = hashlib.sha256()
+    for part in _parts(path):
+        found.update(part)
+    return None if found.hexdigest() == expected else "does not match its checksum"
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            yield part

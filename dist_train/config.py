@@ -1,0 +1,231 @@
+"""The configuration: typed sections, each owned and checked by the module it configures.
+
+Values are taken in this order, the later the stronger: defaults, preset, file, command line. The resolved
+configuration of a run is written to its run folder as `config.toml` and is enough to repeat the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from dist_train.checkpoint import CheckpointConfig
+from dist_train.data import DataConfig
+from dist_train.errors import UserError
+from dist_train.model import ModelConfig
+from dist_train.optim import OptimConfig
+from dist_train.record import RecordConfig
+from dist_train.train import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+# What a run may change when it goes on in its folder: none of it reaches the weights.
+FREE = ("record", "checkpoint", "data.dir", "data.loader", "data.workers", "train.device", "train.timeout")
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Config:
+    """Everything a run's weights depend on, and how the run is recorded."""
+
+    model: ModelConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
+    """Resolve a configuration. settings: `key=value` with dotted keys; a key's last part alone will do where
+    it is unambiguous. Raises UserError for anything unknown, ill-typed or out of range."""
+    tree: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(f"--preset {preset}: there is no such preset{_nearest(preset, presets())}")
+        tree = _read(PRESETS / f"{preset}.toml")
+    if file is not None:
+        tree = _merge(tree, _read(file))
+    for setting in settings:
+        key, found, text = setting.partition("=")
+        if not found:
+            raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
+        _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
+    try:
+        # as JSON: only there does strict validation take tables for dataclasses
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain dicts and lists."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load` reads back to the same configuration."""
+    return tomli_w.dumps(_without_none(to_dict(config)))
+
+
+def digest(config: Config) -> str:
+    """Eight hexadecimal digits that name what the final weights depend on."""
+    text = json.dumps(_binding(to_dict(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def difference(mine: Config, other: Config) -> list[str]:
+    """Dotted keys, among those the final weights depend on, in which two configurations differ."""
+    a, b = (_flat(_binding(to_dict(config))) for config in (mine, other))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
+
+
+def _binding(tree: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for section, values in tree.items():
+        if section not in FREE:
+            kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE}
+    return kept
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        pairs = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
+    elif isinstance(value, list):
+        pairs = [(f"{prefix}.{index}", item) for index, item in enumerate(value)]
+    else:
+        return {prefix: value}
+    return {key: leaf for name, item in pairs for key, leaf in _flat(item, name).items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error}); mend that line") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(typing.cast(dict[str, Any], old), value) if both else value
+    return merged
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return {"True": True, "False": False}.get(text, text)
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    *path, last = key.split(".")
+    node: Any = tree
+    for part in path:
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    else:
+        raise UserError(f"{setting}: there is nothing at {key}; list items count from 0")
+
+
+def _tables(kind: Any) -> list[Any]:
+    """The dataclasses that a value of this type may hold: its own, its items' or its alternatives'."""
+    if dataclasses.is_dataclass(kind):
+        return [kind]
+    return [found for argument in typing.get_args(kind) for found in _tables(argument)]
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _leaves(cls: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings that lie under no list."""
+    found = []
+    for name, kind in _fields(cls).items():
+        table = kind if dataclasses.is_dataclass(kind) else None
+        found += _leaves(table, f"{prefix}{name}.") if table else [prefix + name]
+    return found
+
+
+def _full_key(key: str) -> str:
+    if "." in key or key in _fields(Config):
+        return key
+    found = [name for name in _leaves(Config) if name.rpartition(".")[2] == key]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{key}: this could be {' or '.join(found)}; write out which")
+    leaves = _leaves(Config)
+    close = difflib.get_close_matches(key, {name.rpartition(".")[2] for name in leaves}, 1, 0.5)
+    near = [name for name in leaves if close and name.rpartition(".")[2] == close[0]]
+    raise UserError(f"{key}: there is no such setting{_nearest(key, leaves, near)}")
+
+
+def _nearest(name: str, valid: list[str], near: list[str] | None = None) -> str:
+    near = near or difflib.get_close_matches(name, valid, 1, 0.4)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(valid)}"
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first complaint of pydantic as one sentence."""
+    first = error.errors()[0]
+    # pydantic's own tags for the alternatives of a union are no part of the key
+    kind: Any = Config
+    path: list[str] = []
+    for part in first["loc"]:
+        tables = _tables(kind)
+        if isinstance(part, int):
+            path.append(str(part))
+        elif any(part in _fields(table) for table in tables):
+            path.append(part)
+            kind = next(_fields(table)[part] for table in tables if part in _fields(table))
+        elif first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            valid = sorted(name for table in tables for name in _fields(table))
+            where = ".".join([*path, str(part)])
+            return f"{where}: there is no such setting{_nearest(str(part), valid)}"
+    key = ".".join(path)
+    if first["type"] in ("missing", "missing_argument"):
+        remedy = "give a --preset or a --config that has it" if key == "model" else "give it a value"
+        return f"{key}: this setting is missing; {remedy}"
+    value = first["input"]
+    shown = json.dumps(value) if isinstance(value, (str, bool, int, float)) else type(value).__name__
+    return f"{key} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+

@@ -1,0 +1,398 @@
+"""The block network: blocks B1..BK of mixed convolutions, then an output block O.
+
+An intermediate block has L convolutions C1..CL that all read the same input x and give images of one shape;
+it returns `a1*C1(x) + ... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC
+is one fully connected layer with L units. O takes the channel averages of its input through zero or more
+fully connected layers to the logits. The architecture is data: the `[model]` section of the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_train.errors import UserError
+from dist_train.mixing import weighted_sum
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Activation = Literal["relu", "gelu", "silu", "identity"]
+Where = Literal["branch", "post", "none"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Convolution:
+    """One convolution C_l of a block. `padding = "same"` keeps the image size when the stride is 1."""
+
+    kernel: Positive = 3
+    dilation: Positive = 1
+    groups: Positive = 1
+    stride: Positive = 1
+    padding: Annotated[int, Field(ge=0)] | Literal["same"] = "same"
+    bias: bool = False
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Block:
+    """An intermediate block. Norm, then activation, sit in every branch (`branch`) or once after the sum
+    (`post`); pooling comes right after the sum (`sum`) or after norm and activation (`end`)."""
+
+    channels: Positive
+    convolutions: Annotated[list[Convolution], Field(min_length=1)]
+    norm: Where = "post"
+    activate: Where = "post"
+    activation: Activation = "gelu"
+    coefficients: Literal["raw", "softmax", "sigmoid"] = "raw"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    pool: Positive = 1
+    pool_kind: Literal["max", "avg"] = "max"
+    pool_at: Literal["sum", "end"] = "end"
+    dropout: Probability = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Stem:
+    """What precedes B1: `none`; `conv`, a learned convolution with `channels` outputs; or `whiten`, fixed
+    kernels that decorrelate the training set's patches (2 * 3 * kernel^2 channels) with a learned bias."""
+
+    kind: Literal["none", "conv", "whiten"] = "none"
+    kernel: Positive = 2
+    stride: Positive = 1
+    padding: Annotated[int, Field(ge=0)] = 0
+    channels: Positive = 24
+    activation: Activation = "gelu"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Output:
+    """The output block O: the widths of its hidden layers, then one linear layer to the logits.
+
+    init_std: standard deviation of the last layer's initial weights; 0 takes torch's default."""
+
+    hidden: list[Positive] = Field(default_factory=list)
+    activation: Activation = "relu"
+    dropout: Probability = 0.0
+    bias: bool = True
+    init_std: Annotated[float, Field(ge=0)] = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BatchNormConfig:
+    """momentum: weight of the newest batch in the running statistics. scale: learn a factor per channel."""
+
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    scale: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The architecture. init: `dirac` starts kernels as the identity where they can be, `default` is torch's."""
+
+    blocks: Annotated[list[Block], Field(min_length=1)]
+    stem: Stem = Field(default_factory=Stem)
+    output: Output = Field(default_factory=Output)
+    batch_norm: BatchNormConfig = Field(default_factory=BatchNormConfig)
+    init: Literal["dirac", "default"] = "default"
+
+
+def _convolved(size: int, kernel: int, dilation: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _padding(conv: Convolution, where: str) -> int:
+    if conv.padding != "same":
+        return conv.padding
+    reach = conv.dilation * (conv.kernel - 1)
+    if reach % 2:
+        raise UserError(
+            f'{where}: padding = "same" needs an odd kernel or an even dilation, but kernel = {conv.kernel} '
+            f"with dilation = {conv.dilation}; give the padding as a number"
+        )
+    return reach // 2
+
+
+def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Check an architecture on paper.
+
+    image_shape: (C, H, W) of the input. Returns the (C, H, W) of the images that enter B1, and that leave
+    B1..BK. Raises UserError, naming block and convolution, for an architecture that cannot be built.
+    """
+    channels, height, width = image_shape
+    stem = config.stem
+    if stem.kind != "none":
+        channels = 2 * channels * stem.kernel**2 if stem.kind == "whiten" else stem.channels
+        height = _convolved(height, stem.kernel, 1, stem.stride, stem.padding)
+        width = _convolved(width, stem.kernel, 1, stem.stride, stem.padding)
+        if min(height, width) < 1:
+            raise UserError(
+                f"model.stem: kernel = {stem.kernel} leaves nothing of an image of "
+                f"{image_shape[1]}x{image_shape[2]} pixels; make it smaller"
+            )
+    found = [(channels, height, width)]
+    for number, block in enumerate(config.blocks, 1):
+        sizes = []
+        for position, conv in enumerate(block.convolutions, 1):
+            where = f"model.blocks: block {number}, convolution {position}"
+            for name, count in (("input", channels), ("output", block.channels)):
+                if count % conv.groups:
+                    raise UserError(
+                        f"{where}: groups = {conv.groups} does not divide its {count} {name} channels; "
+                        f"choose a divisor of {math.gcd(channels, block.channels)}"
+                    )
+            pad = _padding(conv, where)
+            size = tuple(
+                _convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width)
+            )
+            if min(size) < 1:
+                raise UserError(
+                    f"{where}: kernel = {conv.kernel} with dilation = {conv.dilation} and padding = {pad} leaves "
+                    f"nothing of an image of {height}x{width} pixels; make it smaller or pad more"
+                )
+            if sizes and size != sizes[0]:
+                raise UserError(
+                    f"{where} gives images of {size[0]}x{size[1]} pixels where convolution 1 gives "
+                    f"{sizes[0][0]}x{sizes[0][1]}; change its kernel, dilation, stride or padding"
+                )
+            sizes.append(size)
+        height, width = (n // block.pool for n in sizes[0])
+        if min(height, width) < 1:
+            raise UserError(
+                f"model.blocks: block {number}: pool = {block.pool} leaves nothing of an image of "
+                f"{sizes[0][0]}x{sizes[0][1]} pixels; make it smaller"
+            )
+        channels = block.channels
+        found.append((channels, height, width))
+    return found
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running statistics are one row per microbatch slot.
+
+    A forward pass in training touches only the row of its slot, so the rows do not depend on which rank ran
+    which microbatch; evaluation uses their average in slot order. Rows: (slots, channels) float32.
+    """
+
+    rows_mean: Tensor
+    rows_var: Tensor
+
+    def __init__(self, channels: int, slots: int, config: BatchNormConfig) -> None:
+        super().__init__()
+        self.momentum, self.eps = config.momentum, config.eps
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=config.scale)
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("rows_mean", torch.zeros(slots, channels))
+        self.register_buffer("rows_var", torch.ones(slots, channels))
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        """x: (N, C, H, W). slot: int64 tensor of shape (1,) in training, None in evaluation."""
+        if slot is None:
+            mean, var = self.rows_mean.mean(0), self.rows_var.mean(0)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+        mean, var = self.rows_mean[slot][0], self.rows_var[slot][0]
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.rows_mean.index_copy_(0, slot, mean[None])
+            self.rows_var.index_copy_(0, slot, var[None])
+        return x
+
+
+class Mixing(nn.Module):
+    """The coefficients `a = FC(m)` of a block: (N, C, H, W) images to (N, L) float32."""
+
+    def __init__(self, channels: int, block: Block) -> None:
+        super().__init__()
+        self.kind, self.temperature = block.coefficients, block.temperature
+        branches = len(block.convolutions)
+        self.fc = nn.Linear(channels, branches)
+        # start independent of the image, at coefficients that keep the variance of L independent branches
+        nn.init.zeros_(self.fc.weight)
+        nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = self.fc.weight.dtype
+            a: Tensor = self.fc(x.mean((2, 3), dtype=dtype))
+            if self.kind == "softmax":
+                return torch.softmax(a / self.temperature, 1)
+            return torch.sigmoid(a) if self.kind == "sigmoid" else a
+
+
+class MixedBlock(nn.Module):
+    """One intermediate block: (N, c, H, W) to (N, channels, H', W')."""
+
+    def __init__(self, channels: int, config: Block, slots: int, batch_norm: BatchNormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mixing = Mixing(channels, config)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(
+                channels,
+                config.channels,
+                conv.kernel,
+                conv.stride,
+                _padding(conv, ""),
+                conv.dilation,
+                conv.groups,
+                conv.bias,
+            )
+            for conv in config.convolutions
+        )
+        norms = {"branch": len(self.convolutions), "post": 1, "none": 0}[config.norm]
+        self.norms = nn.ModuleList(BatchNorm(config.channels, slots, batch_norm) for _ in range(norms))
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        config = self.config
+        coefficients = self.mixing(x)
+        branches = []
+        for position, convolution in enumerate(self.convolutions):
+            branch = convolution(x)
+            if config.norm == "branch":
+                branch = self.norms[position](branch, slot)
+            if config.activate == "branch":
+                branch = self.activation(branch)
+            branches.append(branch)
+        x = weighted_sum(coefficients, branches)
+        if config.pool_at == "sum":
+            x = self.pool(x)
+        if config.norm == "post":
+            x = self.norms[0](x, slot)
+        if config.activate == "post":
+            x = self.activation(x)
+        if config.pool_at == "end":
+            x = self.pool(x)
+        return F.dropout(x, config.dropout, self.training) if config.dropout else x
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.config.pool == 1:
+            return x
+        pool = F.max_pool2d if self.config.pool_kind == "max" else F.avg_pool2d
+        return pool(x, self.config.pool)
+
+
+class OutputBlock(nn.Module):
+    """Channel averages through the hidden layers to the logits: (N, c, H, W) to (N, classes)."""
+
+    def __init__(self, channels: int, classes: int, config: Output) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.activation = _ACTIVATIONS[config.activation]
+        widths = [channels, *config.hidden]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.logits = nn.Linear(widths[-1], classes, bias=config.bias)
+        if config.init_std:
+            nn.init.normal_(self.logits.weight, std=config.init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        for layer in self.hidden:
+            x = F.dropout(self.activation(layer(x)), self.dropout, self.training)
+        logits: Tensor = self.logits(x)
+        return logits
+
+
+class BlockNetwork(nn.Module):
+    """The whole network, in channels_last.
+
+    image_shape: (C, H, W). classes: number of logits. slots: microbatches in a global batch, the rows of
+    every BatchNorm. Initial weights are a function of torch's global generator on the CPU.
+    """
+
+    def __init__(
+        self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int
+    ) -> None:
+        super().__init__()
+        entry, *left = shapes(config, image_shape)
+        stem = config.stem
+        self.stem_activation = _ACTIVATIONS[stem.activation]
+        self.stem = (
+            nn.Conv2d(image_shape[0], entry[0], stem.kernel, stem.stride, stem.padding)
+            if stem.kind != "none"
+            else None
+        )
+        if self.stem is not None and stem.kind == "whiten":
+            self.stem.weight.requires_grad_(False)
+        channels = [shape[0] for shape in (entry, *left)]
+        self.blocks = nn.ModuleList(
+            MixedBlock(c, block, slots, config.batch_norm)
+            for c, block in zip(channels, config.blocks, strict=False)
+        )
+        self.output = OutputBlock(channels[-1], classes, config.output)
+        if config.init == "dirac":
+            for module in self.blocks.modules():
+                if isinstance(module, nn.Conv2d):
+                    _dirac(module)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, slot: Tensor | None = None) -> Tensor:
+        """images: normalised (N, C, H, W) floats. slot: the microbatch's slot, an int64 tensor of shape (1,),
+        in training; None in evaluation. Returns the logits (N, classes)."""
+        x = images
+        if self.stem is not None:
+            x = self.stem_activation(self.stem(x))
+        for block in self.blocks:
+            x = block(x, slot)
+        logits: Tensor = self.output(x)
+        return logits
+
+
+def _dirac(convolution: nn.Conv2d) -> None:
+    """Make as many output channels as there are input channels copies of them; the rest stay random."""
+    weight = convolution.weight.data
+    if convolution.groups == 1:
+        nn.init.dirac_(weight[: weight.shape[1]])
+    elif weight.shape[0] == convolution.in_channels:
+        nn.init.dirac_(weight, convolution.groups)
+
+
+@torch.no_grad()
+def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
+    """Set a `whiten` stem's kernels to the eigenvectors of the patches' covariance, scaled to unit variance,
+    each once with either sign (tysam-code/hlb-CIFAR10; Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1).
+
+    images: normalised (N, C, H, W) floats. Computed in float64.
+    """
+    kernel = stem.kernel_size[0]
+    patches = F.unfold(images.double(), kernel).transpose(1, 2).flatten(0, 1)
+    covariance = patches.T @ patches / len(patches)
+    values, vectors = torch.linalg.eigh(covariance)
+    filters = (vectors / (values + eps).sqrt()).T.reshape(-1, *stem.weight.shape[1:])
+    stem.weight.copy_(torch.cat((filters, -filters)))
+
+
+def parameter_kind(name: str, parameter: Tensor) -> str:
+    """Which of the optimizer's groups a parameter of a BlockNetwork belongs to, by its name and shape:
+    `stem`, `mixing`, `output`, `kernels` (of the blocks' convolutions) or `norms` (scales and biases)."""
+    if name.startswith("stem."):
+        return "stem"
+    if name.startswith("output."):
+        return "output"
+    if ".mixing." in name:
+        return "mixing"
+    return "kernels" if parameter.ndim == 4 else "norms"
+
+
+def flops_per_image(model: BlockNetwork, image_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one image's forward pass: two for each multiply-add of the convolutions
+    and matrix products; a training step takes about three times as many."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *image_shape, device=device))
+    return int(counter.get_total_flops())

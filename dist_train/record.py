@@ -1,0 +1,413 @@
+"""The run folder's record on rank 0: `metrics.jsonl` is written first, everything else reads from it.
+
+`metrics.jsonl` holds one JSON object a line, in the order of training:
+
+- `{"kind": "step", "step", "epoch", "loss", "lr", "images_per_second", "correct", "images"}` for each
+  optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the global batch,
+  `correct` of `images` were classified right in training mode.
+- `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}`, with
+  `val_loss` and `val_accuracy` where there is a validation set. Accuracies are fractions from 0 to 1.
+
+A number that is not finite is written as `null`. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from dist_train.errors import UserError
+
+Row = dict[str, Any]
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class RecordConfig:
+    """Where the curves go besides the run folder, and what the terminal shows."""
+
+    wandb: Annotated[
+        Literal["auto", "online", "offline", "disabled"],
+        Field(
+            description="W&B mode. auto: WANDB_MODE if set, else online when logged in, else offline. "
+            "disabled: wandb is not even imported."
+        ),
+    ] = "auto"
+    project: Annotated[str, Field(description="W&B project.")] = "dist_train"
+    group: Annotated[str, Field(description="W&B group; runs of one comparison share it.")] = ""
+    name: Annotated[str, Field(description="Name in W&B and in plot titles; empty: the run folder's.")] = ""
+    tags: Annotated[list[str], Field(description="W&B tags.")] = field(default_factory=list)
+    quiet: Annotated[bool, Field(description="No progress bar and no table on the terminal.")] = False
+
+
+class Recorder:
+    """Writes the record of one run and shows it: W&B, a progress bar, a table row per evaluation.
+
+    Only rank 0 makes one. W&B runs in a thread of its own and is never waited for, except for a bounded
+    time in `close`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RecordConfig,
+        *,
+        dataset: str,
+        run_config: Row,
+        total_steps: int,
+        resume_step: int,
+    ) -> None:
+        """Open the record, and cut it back to `resume_step` where a checkpoint is being resumed.
+
+        Args:
+            run_dir: the run folder; made if it is not there.
+            dataset: the data set's name, for plot titles and `summary.json`.
+            run_config: the whole configuration, as W&B shall show it.
+            total_steps: optimizer steps of the whole run.
+            resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be
+                replayed and are removed, as is a torn last line.
+
+        Raises:
+            UserError: the lines up to `resume_step` are not all there.
+            OSError: the run folder cannot be written.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.evals: list[Row] = []  # every eval line so far, those before a resume included
+        self._dir, self._dataset, self._quiet = run_dir, dataset, config.quiet
+        self._name = config.name or run_dir.resolve().name
+        self._last_step, self._sums = 0, _Sums()
+        self._path = run_dir / METRICS
+        self._restore(resume_step)
+        self._file = self._path.open("ab", buffering=0)
+        self._size = self._path.stat().st_size
+        _fsync_dir(run_dir)
+        self._start, self._header_due = time.monotonic(), True
+        self._bar: Any = None
+        if not config.quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps, initial=resume_step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+        self._wandb: Any = None
+        if config.wandb != "disabled":
+            from dist_train.wandb_run import WandbRun
+
+            self._wandb = WandbRun.start(
+                run_dir,
+                mode=config.wandb,
+                project=config.project,
+                group=config.group,
+                name=self._name,
+                tags=config.tags,
+                config=run_config,
+                tell=self._tell,
+            )
+
+    def step(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        loss: float,
+        lr: float,
+        images_per_second: float,
+        correct: int,
+        images: int,
+    ) -> None:
+        """Record one finished optimizer step; steps come in order, singly or a group after another.
+
+        Args:
+            step: number of optimizer steps finished.
+            epoch: passes over the training set finished, a fraction.
+            loss: mean over the `images` of the global batch.
+            lr: learning rate of the convolution kernels.
+            correct: images of the batch classified right in training mode.
+
+        Raises:
+            ValueError: `step` does not follow the step before.
+            OSError: the line could not be written; the file then ends with the line before.
+        """
+        if step != self._last_step + 1:
+            raise ValueError(f"step {step} was recorded after step {self._last_step}")
+        row = {
+            "kind": "step",
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "images_per_second": images_per_second,
+            "correct": correct,
+            "images": images,
+        }
+        self._append(row)
+        self._last_step = step
+        self._sums.add(row)
+        if self._bar is not None:
+            accuracy = f"{100 * self._sums.accuracy:.1f} %"
+            text = f"loss {loss:.3f}, train acc {accuracy}, {images_per_second:.0f} images/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+        if self._wandb is not None:
+            keys = ("epoch", "loss", "lr", "images_per_second")
+            self._wandb.log({"step": step, **{f"train/{k}": row[k] for k in keys}})
+
+    def eval(
+        self,
+        *,
+        step: int,
+        epoch: int,
+        test_loss: float,
+        test_accuracy: float,
+        val_loss: float | None = None,
+        val_accuracy: float | None = None,
+    ) -> Row:
+        """Record an evaluation after `step` and return its line.
+
+        Train loss and accuracy are those of the steps since the evaluation before, as they were while
+        training. A second evaluation after the same step (a run resumed right behind an evaluation)
+        is not recorded; the line that is there is returned.
+
+        Raises:
+            ValueError: `step` is not the last step recorded.
+            OSError: the line could not be written; the file then ends with the line before.
+        """
+        if step != self._last_step:
+            raise ValueError(f"an evaluation after step {step} came when step {self._last_step} was the last")
+        if self.evals and self.evals[-1]["step"] == step:
+            return self.evals[-1]
+        metrics = {
+            "train_loss": self._sums.loss,
+            "train_accuracy": self._sums.accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            **({} if val_loss is None else {"val_loss": val_loss}),
+            **({} if val_accuracy is None else {"val_accuracy": val_accuracy}),
+        }
+        row: Row = _finite({"kind": "eval", "step": step, "epoch": epoch, **metrics})
+        self._append(row)
+        self.evals.append(row)
+        if not self._quiet:
+            self._table_row(epoch, metrics)
+        self._sums = _Sums()
+        if self._wandb is not None:
+            self._wandb.log({"step": step, "epoch": epoch, **{f"eval/{k}": v for k, v in metrics.items()}})
+        return row
+
+    def flush(self) -> None:
+        """Bring every line to the disk; call it before a checkpoint is written.
+
+        Raises:
+            OSError: the disk did not take them.
+        """
+        os.fsync(self._file.fileno())
+
+    def finish(self, summary: Row) -> None:
+        """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
+
+        Plots that fail cost a line on stderr, not the run: they can be drawn again from the record.
+
+        Raises:
+            OSError: `summary.json` could not be written.
+        """
+        self.flush()
+        summary = _finite({"dataset": self._dataset, **summary})
+        write_atomic(self._dir / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        try:
+            from dist_train.plots import draw
+
+            pictures = draw(self._dir, dataset=self._dataset, name=self._name)
+        except Exception as error:
+            self._tell(f"plots not drawn ({error}); try again: python -m dist_train.plots {self._dir}")
+            pictures = []
+        if self._wandb is not None:
+            self._wandb.summarize(summary, pictures)
+
+    def close(self, exit_code: int) -> None:
+        """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+            self._wandb = None
+        self._file.close()
+
+    def _restore(self, resume_step: int) -> None:
+        """Cut the file back to `resume_step` and take up the sums and evaluations of what is kept."""
+        remedy = "put back the file that belongs to the checkpoint, or start in a new run folder"
+        data = self._path.read_bytes() if self._path.exists() else b""
+        keep = 0
+        for row, end in _rows(data):
+            if row["step"] > resume_step:
+                break
+            if row["kind"] == "eval":
+                self.evals.append(row)
+                self._sums = _Sums()
+            elif row["step"] != self._last_step + 1:
+                raise UserError(
+                    f"{self._path} goes from step {self._last_step} to step {row['step']}; {remedy}"
+                )
+            else:
+                self._last_step = row["step"]
+                self._sums.add(row)
+            keep = end
+        if self._last_step != resume_step:
+            raise UserError(
+                f"{self._path} has whole lines up to step {self._last_step}, but the checkpoint to go on "
+                f"from is at step {resume_step}; {remedy}"
+            )
+        if keep != len(data):
+            write_atomic(self._path, data[:keep])
+
+    def _append(self, row: Row) -> None:
+        line = memoryview((json.dumps(_finite(row), allow_nan=False) + "\n").encode())
+        end = self._size + len(line)
+        try:
+            while line:  # a write to a disk that fills up may be a partial one
+                line = line[self._file.write(line) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._size)  # no torn line in the middle, should others follow
+            raise
+        self._size = end
+
+    def _table_row(self, epoch: int, metrics: Row) -> None:
+        lines = []
+        if self._header_due:
+            lines.append("epoch  train loss  train acc  test loss  test acc  images/s  elapsed s")
+            self._header_due = False
+        lines.append(
+            f"{epoch:5d}  {metrics['train_loss']:10.4f}  {100 * metrics['train_accuracy']:7.2f} %"
+            f"  {metrics['test_loss']:9.4f}  {100 * metrics['test_accuracy']:6.2f} %"
+            f"  {self._sums.rate:8.0f}  {time.monotonic() - self._start:9.1f}"
+        )
+        self._print("\n".join(lines), sys.stdout)
+
+    def _tell(self, sentence: str) -> None:
+        self._print(sentence, sys.stderr)
+
+    def _print(self, text: str, stream: Any) -> None:
+        if (bar := self._bar) is not None:
+            bar.write(text, file=stream)  # takes the bar away for the time of the line
+        else:
+            print(text, file=stream, flush=True)
+
+
+class _Sums:
+    """Sums over the step lines since the last evaluation."""
+
+    def __init__(self) -> None:
+        self._images = self._correct = 0
+        self._loss = self._seconds = 0.0
+
+    def add(self, row: Row) -> None:
+        images, loss, rate = row["images"], row["loss"], row["images_per_second"]
+        self._images += images
+        self._correct += row["correct"]
+        # What was not finite is null in a line read back, and must come to the same sum.
+        self._loss += images * (loss if loss is not None and math.isfinite(loss) else math.nan)
+        self._seconds += images / rate if rate else math.nan
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._images if self._images else math.nan
+
+    @property
+    def accuracy(self) -> float:
+        return self._correct / self._images if self._images else math.nan
+
+    @property
+    def rate(self) -> float:
+        return self._images / self._seconds if self._seconds else math.nan
+
+
+def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
+    """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line.
+
+    Raises:
+        ValueError: a line before the last is not one of a record.
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()
+    steps: list[Row] = []
+    evals: list[Row] = []
+    good = 0
+    for row, end in _rows(data):
+        (steps if row["kind"] == "step" else evals).append(row)
+        good = end
+    if b"\n" in data[good:-1]:
+        raise ValueError(f"line {len(steps) + len(evals) + 1} of {path} is not a line of a training record")
+    return steps, evals
+
+
+def best_eval(evals: list[Row]) -> Row | None:
+    """The eval line of the highest test accuracy, the earliest of several; None without any.
+
+    For looking only: it is chosen on the test set. The result of a run is its last line.
+    """
+    scored = [row for row in evals if row["test_accuracy"] is not None]
+    return max(scored, key=lambda row: row["test_accuracy"], default=None)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the file `path` by `data`, so that even a power cut leaves the old one or the new one whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_dir(path.parent)
+
+
+def _fsync_dir(path: Path) -> None:
+    """Bring a folder's entries to the disk, so that a new or renamed file in it outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
+    """Each line's object and the offset behind the line, up to the first that is torn or no record line."""
+    start = 0
+    while (end := data.find(b"\n", start) + 1) > 0:
+        try:
+            row = json.loads(data[start:end])
+        except ValueError:
+            return
+        if (
+            not isinstance(row, dict)
+            or row.get("kind") not in ("step", "eval")
+            or type(row.get("step")) is not int
+        ):
+            return
+        yield row, end
+        start = end
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every float that JSON does not have."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # float(): a numpy scalar becomes a plain one
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
