@@ -7,7 +7,8 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -263,6 +264,18 @@ def _sensible(manifest: Manifest) -> bool:
     )
 
 
+@contextmanager
+def _keeping_torch_threads() -> Iterator[None]:
+    """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
     """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
     pixels = load(dataset, source)
@@ -292,6 +305,7 @@ def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
     return manifest
 
 
+@_keeping_torch_threads()
 def _write_beton(path: Path, images: Images, labels: Labels) -> None:
     """Write images and labels with FFCV's DatasetWriter, in order and in this process.
 
@@ -325,37 +339,31 @@ def _write_beton(path: Path, images: Images, labels: Labels) -> None:
         writer.metadata_sm.unlink()
 
 
+@_keeping_torch_threads()
 def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Labels]:
     """Decode a beton of `count` raw images of `shape` (H, W, 3). Raises ValueError if it is another file."""
-    import torch
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from tqdm import tqdm
 
-    # Importing ffcv and building a Loader both set torch's number of threads, for the whole process.
-    threads = torch.get_num_threads()
-    try:
-        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from tqdm import tqdm
-
-        _check_tables(path, count, shape)
-        loader = Loader(
-            str(path),
-            batch_size=1000,
-            num_workers=1,  # copying needs no more, and it is within every affinity mask
-            os_cache=True,
-            order=OrderOption.SEQUENTIAL,
-            seed=0,  # unused by this order, but None would draw from numpy's global generator
-            drop_last=False,
-            pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
-        )
-        images = np.empty((count, *shape), np.uint8)
-        labels = np.empty(count, np.int64)
-        start = 0
-        for some_images, some_labels in tqdm(loader, desc=f"decode {path.name}", unit="batch", disable=None):
-            stop = start + len(some_images)
-            images[start:stop], labels[start:stop] = some_images, some_labels[:, 0]
-            start = stop
-    finally:
-        torch.set_num_threads(threads)
+    _check_tables(path, count, shape)
+    loader = Loader(
+        str(path),
+        batch_size=1000,
+        num_workers=1,  # copying needs no more, and it is within every affinity mask
+        os_cache=True,
+        order=OrderOption.SEQUENTIAL,
+        seed=0,  # unused by this order, but None would draw from numpy's global generator
+        drop_last=False,
+        pipelines={"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]},
+    )
+    images = np.empty((count, *shape), np.uint8)
+    labels = np.empty(count, np.int64)
+    start = 0
+    for some_images, some_labels in tqdm(loader, desc=f"decode {path.name}", unit="batch", disable=None):
+        stop = start + len(some_images)
+        images[start:stop], labels[start:stop] = some_images, some_labels[:, 0]
+        start = stop
     return images, labels
 
 

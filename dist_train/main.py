@@ -70,12 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
+def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
+    """The name and the configuration that the command line asks for. Raises UserError."""
+    preset = args.preset or (None if args.config else "block94")
+    return preset or args.config.stem, config.load(preset, args.config, args.settings)
+
+
 def _run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    preset = args.preset or (None if args.config else "block94")
-    settings = config.load(preset, args.config, args.settings)
+    name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
-    name = preset or args.config.stem
     run_dir = args.run_dir or Path("runs") / f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
     t = settings.train
     with ranks(t.device, t.threads, t.deterministic, t.timeout) as here:

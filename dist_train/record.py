@@ -55,8 +55,8 @@ class RecordConfig:
 class Recorder:
     """Writes the record of one run and shows it: W&B, a progress bar, a table row per evaluation.
 
-    Only rank 0 makes one. W&B runs in a thread of its own and is never waited for, except for a bounded
-    time in `close`.
+    Only rank 0 makes one. W&B has a process of its own that reads the file; it is never waited for, except
+    for a bounded time in `close`.
     """
 
     def __init__(
@@ -113,7 +113,8 @@ class Recorder:
                 name=self._name,
                 tags=config.tags,
                 config=run_config,
-                tell=self._tell,
+                metrics=self._path,
+                offset=self._size,
             )
 
     def step(
@@ -160,9 +161,6 @@ class Recorder:
             text = f"loss {loss:.3f}, train acc {accuracy}, {images_per_second:.0f} images/s"
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
-        if self._wandb is not None:
-            keys = ("epoch", "loss", "lr", "images_per_second")
-            self._wandb.log({"step": step, **{f"train/{k}": row[k] for k in keys}})
 
     def eval(
         self,
@@ -202,8 +200,6 @@ class Recorder:
         if not self._quiet:
             self._table_row(epoch, metrics)
         self._sums = _Sums()
-        if self._wandb is not None:
-            self._wandb.log({"step": step, "epoch": epoch, **{f"eval/{k}": v for k, v in metrics.items()}})
         return row
 
     def flush(self) -> None:

@@ -1,19 +1,22 @@
-"""The run in Weights & Biases, as a reader of the record that training never waits for.
+"""The run in Weights & Biases: a process beside rank 0 that reads the record and passes it on.
 
-Everything that touches wandb, its import included, happens in one daemon thread that is fed through a
-queue: wandb's own calls can block for good, `log` among them once its helper process hangs.
+A process of its own, because wandb's calls can block for good (`log` too, once wandb's helper hangs), and
+because a row costs a third of a millisecond of Python, which rank 0 needs to launch its kernels. Rank 0 only
+tells it where the record is, the summary, and the end. If rank 0 dies, it brings the run to its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import netrc
 import os
-import queue
+import select
 import signal
-import threading
+import subprocess
+import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,29 +24,17 @@ from urllib.parse import urlsplit
 INIT_TIMEOUT = 5.0  # seconds for the server to answer before the run goes offline
 FINISH_TIMEOUT = 15.0  # seconds for what is still to upload at the end
 CLOSE_TIMEOUT = INIT_TIMEOUT + FINISH_TIMEOUT + 10.0  # seconds `close` waits at the very most
-QUEUE_LIMIT = 50_000  # rows; only a hanging helper process lets so many pile up
-# ERROR_REPORTING: else even an offline run calls home, and waits for it.
-ENVIRONMENT = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+POLL = 0.5  # seconds between two looks at the record
+
+Message = dict[str, Any]
 
 
 class WandbRun:
-    """One W&B run of the run folder; no method raises, none but `close` waits."""
+    """Rank 0's end of the run's process. No method raises, and none but `close` waits."""
 
     @classmethod
-    def start(cls, run_dir: Path, *, mode: str, **options: Any) -> WandbRun | None:
-        """Begin the run, or return None when the environment says WANDB_MODE=disabled and mode is auto.
-
-        Args:
-            run_dir: files go to `run_dir/wandb`, with the run's id: a restart or a move continues it.
-            mode: auto (WANDB_MODE if set, else online when logged in, else offline), online or offline.
-            options: project, group, name, tags, config, and tell (called with each line for the user).
-        """
-        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
-            return None
-        return cls(run_dir, mode=mode, **options)
-
-    def __init__(
-        self,
+    def start(
+        cls,
         run_dir: Path,
         *,
         mode: str,
@@ -52,142 +43,173 @@ class WandbRun:
         name: str,
         tags: Sequence[str],
         config: dict[str, Any],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._dir, self._mode, self._tell, self._config = run_dir.absolute(), mode, tell, config
-        self._options = {
+        metrics: Path,
+        offset: int,
+    ) -> WandbRun | None:
+        """Begin the run; None when `mode` is auto and the environment says WANDB_MODE=disabled.
+
+        Args:
+            run_dir: files go to `run_dir/wandb`, with the run's id: a restart or a move continues it.
+            mode: auto (WANDB_MODE if set, else online when logged in, else offline), online or offline.
+            config: the configuration to show, of values that JSON has.
+            metrics: the record; its lines from byte `offset` on are passed on as they come.
+        """
+        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+            return None
+        where = run_dir.absolute() / "wandb"
+        environment = {
+            "WANDB_ERROR_REPORTING": "false",  # else even an offline run calls home, and waits for it
+            "WANDB_SILENT": "true",
+            "WANDB_DATA_DIR": str(where),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process can import
+        }
+        settings = {
             "project": project,
             "run_name": name,
             **({"run_group": group} if group else {}),  # unset, the environment's count
-            **({"run_tags": tuple(tags)} if tags else {}),
-        }
-        self._silent = False
-        self._where = self._dir / "wandb"
-        self._exit_code = 0
-        self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(QUEUE_LIMIT)
-        for key, value in ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
-        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Hand over one row; its axis is its own `step` or `epoch`, so a replayed row does no harm."""
-        self._put(lambda run: run.log(row))
-
-    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path]) -> None:
-        """Hand over the final values and the plots, one image per file under the file's name."""
-
-        def job(run: Any) -> None:
-            import wandb
-
-            if pictures:
-                run.log({f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures})
-            run.summary.update(summary)
-
-        self._put(job)
-
-    def close(self, exit_code: int) -> None:
-        """End the run, and wait for it for `CLOSE_TIMEOUT` seconds at most."""
-        self._exit_code = exit_code
-        self._put(None)
-        self._thread.join(CLOSE_TIMEOUT)
-        if self._thread.is_alive():
-            self._give_up("it did not come to an end")
-            _kill_helper()  # else the interpreter's exit waits for it, for good
-            self._thread.join(1.0)
-
-    def _put(self, job: Callable[[Any], None] | None) -> None:
-        if self._silent:
-            return
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            self._give_up("it does not take rows any more")
-
-    def _give_up(self, reason: str) -> None:
-        if not self._silent:
-            self._silent = True
-            self._tell(f"W&B: stopped, {reason}; the run folder's record goes on. Its part: {self._where}")
-
-    def _serve(self) -> None:
-        try:
-            run = self._init()
-            while (job := self._jobs.get()) is not None:
-                job(run)
-            run.finish(exit_code=self._exit_code)
-        except TimeoutError:
-            self._silent = True
-            self._tell(
-                f"W&B: not all was uploaded in time; later: wandb sync --include-online {self._where}/run-*"
-            )
-        except Exception as error:
-            self._give_up(f"{type(error).__name__}: {_first_line(error)}")
-        finally:
-            _teardown()
-
-    def _init(self) -> Any:
-        import wandb
-
-        wanted = {
-            **self._options,
-            "run_id": self._run_id(),
-            "resume": "allow",
-            "root_dir": str(self._dir),
+            **({"run_tags": list(tags)} if tags else {}),
+            "resume": "allow",  # never with step=: W&B drops the rows of a step that is replayed
+            "root_dir": str(run_dir.absolute()),
             "console": "off",
             "silent": True,
+            "program": sys.argv[0],
             "init_timeout": INIT_TIMEOUT,
             "finish_timeout": FINISH_TIMEOUT,
             "finish_timeout_raises": True,
+            "x_stats_pid": os.getpid(),
             "x_transaction_log_flush_interval": 1.0,  # a killed run loses a second, not fifteen
         }
-        known = {key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
-
-        def begin(mode: str) -> Any:
-            # resume= never with step=: W&B drops the rows of a replayed step.
-            settings = wandb.Settings(**known, mode=mode)
-            return wandb.init(config=self._config, settings=settings)
-
-        run = None
-        if self._online(wandb.setup().settings):
-            try:
-                run = begin("online")
-                self._tell(f"W&B: {run.url}")
-            except Exception as error:
-                self._tell(f"W&B: no online run ({_first_line(error)}), going on offline")
-                _teardown()  # else the id counts as in use
-        if run is None:
-            run = begin("offline")
-            self._tell(
-                f"W&B: offline run in {self._where}; upload it with: wandb sync {self._where}/offline-run-*"
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for rank 0, which then ends this one
             )
-        run.define_metric("step", hidden=True)
-        run.define_metric("epoch", hidden=True)
-        run.define_metric("train/*", step_metric="step")
-        run.define_metric("eval/*", step_metric="epoch")
+        except OSError as error:
+            _tell(f"W&B: not started ({error})")
+            return None
+        run = cls(process, where)
+        run._send(
+            where=str(where),
+            mode=mode,
+            settings=settings,
+            config=config,
+            metrics=str(metrics.absolute()),
+            offset=offset,
+        )
         return run
 
-    def _online(self, settings: Any) -> bool:
-        if self._mode == "offline" or (self._mode == "auto" and settings.mode != "online"):
-            return False
-        if _logged_in(settings):
-            return True
-        if "online" in (
-            self._mode,
-            os.environ.get("WANDB_MODE"),
-        ):  # wandb would ask for a key, and wait for it
-            self._tell(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
-        return False
+    def __init__(self, process: subprocess.Popen[bytes], where: Path) -> None:
+        self._process, self._where = process, where
 
-    def _run_id(self) -> str:
-        path = self._where / "run_id"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(uuid.uuid4().hex[:12])
-        return path.read_text().strip()
+    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path]) -> None:
+        """Hand over the final values and the plots, each an image under its file's name."""
+        self._send(summary=summary, pictures=[str(picture.absolute()) for picture in pictures])
+
+    def close(self, exit_code: int) -> None:
+        """End the run, and wait for that for `CLOSE_TIMEOUT` seconds at most."""
+        self._send(exit_code=exit_code)
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            self._process.wait(CLOSE_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # wandb's own helper sees that, and ends too
+            self._process.wait()
+            _tell(f"W&B: stopped, it did not come to an end; what it has: {self._where}")
+
+    def _send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # it has ended, and has said why
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
+            self._process.stdin.flush()
+
+
+def main() -> None:
+    """The process: begin the run, pass the record on until rank 0 says so or is gone, end the run."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process; rank 0 decides what follows
+    messages = _messages()
+    start = next(message for message in messages if message is not None)
+    exit_code = 1  # unless rank 0 says another, it has died
+    try:
+        run = _begin(start)
+        with Path(start["metrics"]).open("rb") as record:
+            record.seek(start["offset"])
+            for message in messages:
+                _pass_on(record, run)
+                if message and "summary" in message:
+                    _summarize(run, message)
+                if message and "exit_code" in message:
+                    exit_code = message["exit_code"]
+                    break
+            _pass_on(record, run)
+        run.finish(exit_code=exit_code)
+    except TimeoutError:
+        again = f"wandb sync --include-online {start['where']}/run-*"
+        _tell(f"W&B: not all was uploaded in time; later: {again}")
+    except Exception as error:
+        _tell(f"W&B: stopped, {type(error).__name__}: {_line(error)}; training and its record go on")
+
+
+def _messages() -> Iterator[Message | None]:
+    """What rank 0 sends, None where it is silent for `POLL` seconds; ends when rank 0 is gone."""
+    text, parent = b"", os.getppid()
+    while os.getppid() == parent:  # a forked data loader may keep the pipe open
+        if not select.select([sys.stdin], [], [], POLL)[0]:
+            yield None
+            continue
+        received = os.read(sys.stdin.fileno(), 65536)
+        if not received:
+            return
+        *lines, text = (text + received).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def _begin(start: Message) -> Any:
+    import wandb
+
+    where = Path(start["where"])
+    known = {key: value for key, value in start["settings"].items() if key in wandb.Settings.model_fields}
+    known["run_id"] = _run_id(where / "run_id")
+
+    def begin(mode: str) -> Any:
+        return wandb.init(config=start["config"], settings=wandb.Settings(**known, mode=mode))
+
+    run = None
+    if _online(start["mode"], wandb.setup().settings):
+        try:
+            run = begin("online")
+            _tell(f"W&B: {run.url}")
+        except Exception as error:
+            _tell(f"W&B: no online run ({_line(error)}), going on offline")
+            wandb.teardown()  # else the id counts as in use
+    if run is None:
+        run = begin("offline")
+        _tell(f"W&B: offline run in {where}; upload it with: wandb sync {where}/offline-run-*")
+    run.define_metric("step", hidden=True)
+    run.define_metric("epoch", hidden=True)
+    run.define_metric("train/*", step_metric="step")
+    run.define_metric("eval/*", step_metric="epoch")
+    return run
+
+
+def _online(mode: str, settings: Any) -> bool:
+    if mode == "offline" or (mode == "auto" and settings.mode != "online"):
+        return False
+    if _logged_in(settings):
+        return True
+    if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb itself would ask for a key, and wait for it
+        _tell(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
+    return False
 
 
 def _logged_in(settings: Any) -> bool:
-    """Whether wandb would find a key without asking for one; host and key file also from its settings."""
+    """Whether wandb would find a key without asking for one."""
     if settings.api_key or settings.identity_token_file:
         return True
     try:
@@ -197,25 +219,44 @@ def _logged_in(settings: Any) -> bool:
     return entries.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
-def _teardown() -> None:
-    """Stop wandb's helper process, which the interpreter's exit would otherwise wait for."""
-    try:
-        import wandb
-
-        wandb.teardown()
-    except Exception:  # it is gone already
-        return
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text().strip()
 
 
-def _kill_helper() -> None:
-    """Kill this process's wandb-core child (on Linux; elsewhere there is no /proc to find it in)."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # a process that has just ended
-            pid, _, rest = stat.read_text().partition(" (")
-            name, _, fields = rest.rpartition(") ")
-            if name == "wandb-core" and int(fields.split()[1]) == os.getpid():
-                os.kill(int(pid), signal.SIGKILL)
+def _pass_on(record: Any, run: Any) -> None:
+    """Log the record's new lines. Their axes are their own `step` and `epoch`: a replay does no harm."""
+    begin = record.tell()
+    new = record.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    record.seek(begin + len(whole))
+    for row in map(json.loads, whole.splitlines()):
+        train = row["kind"] == "step"
+        prefix, axes = ("train", ("step",)) if train else ("eval", ("step", "epoch"))
+        hidden = {"kind", "correct", "images", *axes}
+        values = {f"{prefix}/{key}": row[key] for key in row if key not in hidden and row[key] is not None}
+        run.log({**{axis: row[axis] for axis in axes}, **values})
 
 
-def _first_line(error: BaseException) -> str:
+def _summarize(run: Any, message: Message) -> None:
+    import wandb
+
+    pictures = [Path(picture) for picture in message["pictures"]]
+    if pictures:
+        run.log({f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures})
+    run.summary.update(message["summary"])
+
+
+def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tell(sentence: str) -> None:
+    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar comes back by itself
+    print(f"{wipe}{sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

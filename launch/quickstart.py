@@ -1,0 +1,54 @@
+"""Prepare the data set that a configuration names, then train over everything this machine has.
+
+    python -m launch.quickstart [arguments of python -m dist_train.main]
+
+Without a network and without $CIFAR10_DIR it trains the preset `digits` instead, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import data_prep
+from dist_train import config
+from dist_train.distributed import allowed_world_sizes
+from dist_train.errors import UserError
+from dist_train.main import parser, resolve
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        _, settings = resolve(args)
+        try:
+            data_prep.prepare(settings.data.dataset, settings.data.folder)
+        except data_prep.NoNetworkError as error:
+            if args.preset or args.config:
+                raise
+            print(
+                f"quickstart: {error}\n"
+                f"quickstart: NOT CIFAR-10: training on scikit-learn's handwritten digits instead (--preset digits)",
+                file=sys.stderr,
+            )
+            arguments = ["--preset", "digits", *arguments]
+            settings = config.load("digits", None, args.settings)
+            data_prep.prepare(settings.data.dataset, settings.data.folder)
+    except (UserError, data_prep.DataError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    train = settings.train
+    gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
+    units = gpus or max(1, len(os.sched_getaffinity(0)) // train.threads)
+    ranks = max(size for size in allowed_world_sizes(train.microbatches) if size <= units)
+    os.environ.setdefault("OMP_NUM_THREADS", str(train.threads))
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", "dist_train.main", *arguments]
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What the tests share: real beton files, and the trainer started as its users start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+# a network of all the parts, small enough to train in seconds on a fraction of a CPU
+TINY = ["train.epochs=2", "batch_size=256", "record.wandb=disabled"]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Betons of the handwritten digits."""
+    out = tmp_path_factory.mktemp("betons") / "digits"
+    command = [sys.executable, "-m", "data_prep", "--dataset", "digits", "--out", str(out)]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Betons of the real CIFAR-10."""
+    if not os.environ.get("CIFAR10_DIR"):
+        pytest.skip("CIFAR10_DIR is unset: no real CIFAR-10 here")
+    out = tmp_path_factory.mktemp("betons") / "cifar10"
+    subprocess.run([sys.executable, "-m", "data_prep", "--out", str(out)], check=True, cwd=REPOSITORY)
+    return out
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's or W&B's variables."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TORCHELASTIC_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(name, None)
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false", "COLUMNS": "100"}
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    """The trainer's command line: plain Python for one rank, torchrun for more."""
+    start = [sys.executable, "-m"]
+    if ranks > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return [*start, "dist_train.main", *map(str, arguments)]
+
+
+def trainer(*arguments: object, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the trainer to its end."""
+    return subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def train(digits: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Train the preset `digits` in short and return its summary."""
+
+    def run(name: str, *arguments: object, ranks: int = 1) -> dict[str, Any]:
+        folder = tmp_path / name
+        done = trainer(
+            "--preset", "digits", f"data.dir={digits}", *TINY, *arguments, "--run-dir", folder, ranks=ranks
+        )
+        assert done.returncode == 0, done.stderr
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+        return summary
+
+    return run

@@ -1,0 +1,141 @@
+"""Which samples, in which order, with which pixels; on any number of ranks and from either loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_prep
+from dist_train.data import Data, DataConfig, augment, manifest
+from dist_train.distributed import Ranks
+from dist_train.errors import UserError
+from dist_train.randomness import derive, sample_bits, uniform_integers
+
+
+def loaded(folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 256, **fields: Any) -> Data:
+    config = DataConfig(dataset="digits", dir=str(folder), **fields)
+    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    return Data(config, manifest(config), ranks, batch_size=batch_size, microbatches=4, seed=3)
+
+
+def step_of(data: Data, number: int) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    return [(m.slot, m.images.clone(), m.labels.clone(), m.indices) for m in next(data.steps(number))]
+
+
+@pytest.mark.parametrize("flip", ["random", "alternate"])
+def test_stream_and_resident_and_ranks_give_the_same_microbatches(digits: Path, flip: str) -> None:
+    resident = loaded(digits, flip=flip, translate=2, cutout=8)
+    steps = resident.steps(3)
+    expected = [[(m.slot, m.images, m.labels, m.indices) for m in next(steps)] for _ in range(4)]
+    streams = [loaded(digits, rank, 2, loader="stream", flip=flip, translate=2, cutout=8) for rank in (0, 1)]
+    iterators = [stream.steps(3) for stream in streams]
+    for whole in expected:  # crosses the end of the first epoch after two steps
+        parts = [(m.slot, m.images.clone(), m.labels.clone(), m.indices) for i in iterators for m in next(i)]
+        for mine, theirs in zip(whole, parts, strict=True):
+            assert mine[0] == theirs[0]
+            for a, b in zip(mine[1:], theirs[1:], strict=True):
+                assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert expected[0][0][1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_epoch_shows_each_sample_at_most_once_and_epochs_differ(digits: Path) -> None:
+    data = loaded(digits)
+    steps = data.steps(0)
+    epochs = []
+    for _ in range(2):
+        seen = torch.cat([m.indices for _ in range(data.steps_per_epoch) for m in next(steps)])
+        assert len(seen.unique()) == len(seen) == data.steps_per_epoch * 256
+        epochs.append(seen)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("loader", ["resident", "stream"])
+def test_evaluation_counts_every_image_once(digits: Path, world_size: int, loader: str) -> None:
+    labels = []
+    for rank in range(world_size):
+        config = DataConfig(dataset="digits", dir=str(digits), loader=loader, eval_batch=100)  # type: ignore[arg-type]
+        ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+        # the training side would refuse 3 and 7 ranks; evaluation does not care
+        data = Data.__new__(Data)
+        Data.__init__(data, config, manifest(config), ranks, 840, 840, 0)
+        labels += [batch_labels.clone() for _, batch_labels in data.evaluation("test")]
+    found = torch.cat(labels).sort().values
+    expected = torch.from_numpy(data_prep.read_split(digits, "test")[1]).sort().values
+    assert torch.equal(found, expected)
+
+
+def test_holdout_is_disjoint_and_the_same_for_every_seed(digits: Path) -> None:
+    data = loaded(digits, holdout=300)
+    config, ranks = data.config, data.ranks
+    other = Data(config, data.manifest, ranks, batch_size=256, microbatches=4, seed=99)
+    assert torch.equal(data.indices["holdout"], other.indices["holdout"])
+    assert len(data.indices["holdout"]) == 300
+    both = torch.cat((data.indices["train"], data.indices["holdout"]))
+    assert torch.equal(both.sort().values, torch.arange(1437))
+    trained = torch.cat([m.indices for m in next(data.steps(0))])
+    assert not set(trained.tolist()) & set(data.indices["holdout"].tolist())
+    assert sum(len(labels) for _, labels in data.evaluation("holdout")) == 300
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["none", "random", "alternate"]),
+    st.integers(0, 4),
+    st.integers(0, 5),
+    st.integers(0, 2**40),
+    st.integers(2, 9),
+)
+def test_augmentation_is_a_mirrored_crop_of_the_reflected_image(
+    flip: Literal["none", "random", "alternate"], translate: int, epoch: int, seed: int, side: int
+) -> None:
+    translate = min(translate, side - 1)
+    images = torch.randint(0, 256, (5, side, side + 1, 3), dtype=torch.uint8)
+    indices = torch.arange(5) * 1000
+    config = DataConfig(flip=flip, translate=translate)
+    found = augment(config, images, indices, seed, epoch).numpy()
+    pad = [(translate, translate)] * 2 + [(0, 0)]
+    for image, result in zip(images.numpy(), found, strict=True):
+        # mirror first, then crop: every crop of the padded image or its mirror image is possible
+        candidates = []
+        for source in (image, image[:, ::-1]) if flip != "none" else (image,):
+            padded = np.pad(source, pad, mode="reflect")
+            shifts = range(2 * translate + 1)
+            candidates += [padded[r : r + side, c : c + side + 1] for r in shifts for c in shifts]
+        assert any(np.array_equal(result, candidate) for candidate in candidates)
+
+
+def test_alternate_flip_mirrors_every_image_every_other_epoch() -> None:
+    images = torch.arange(8 * 2 * 2 * 1, dtype=torch.uint8).view(8, 2, 2, 1)
+    config = DataConfig(flip="alternate", translate=0)
+    first, second, third = (augment(config, images, torch.arange(8), 0, epoch) for epoch in range(3))
+    assert torch.equal(first, third)
+    assert torch.equal(first, second.flip(2))
+    mirrored = (first != images).flatten(1).any(1)
+    assert 0 < mirrored.sum() < 8
+
+
+def test_random_numbers_of_a_sample_are_uniform_and_do_not_depend_on_its_batch() -> None:
+    indices = torch.arange(60_000)
+    bits = sample_bits(indices, derive(1, "test"))
+    assert torch.equal(bits[[5, 70]], sample_bits(torch.tensor([5, 70]), derive(1, "test")))
+    for part in (bits, bits >> 32):
+        counts = torch.bincount(uniform_integers(part, 5), minlength=5)
+        assert counts.sum() == 60_000
+        assert (counts - 12_000).abs().max() < 500
+    assert abs((bits & 1).sum().item() - 30_000) < 600
+    known = sample_bits(torch.tensor([1]), 0).item() % 2**64
+    assert known == 0xE220A8397B1DCDAF  # the first output of SplitMix64 from seed 0
+
+
+def test_a_batch_that_does_not_split_or_is_too_large_is_refused(digits: Path) -> None:
+    with pytest.raises(UserError, match=r"batch_size = 250 does not split .* use 248"):
+        loaded(digits, batch_size=250)
+    with pytest.raises(UserError, match=r"holdout = 1400 .* 1437 training images"):
+        loaded(digits, holdout=1400)

@@ -1,0 +1,301 @@
+"""The block network against its formula, written as plain loops in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_train.errors import UserError
+from dist_train.mixing import weighted_sum
+from dist_train.model import (
+    BatchNorm,
+    BatchNormConfig,
+    Block,
+    BlockNetwork,
+    Convolution,
+    MixedBlock,
+    ModelConfig,
+    Output,
+    Stem,
+    flops_per_image,
+    parameter_kind,
+    shapes,
+    whiten,
+)
+
+Array = NDArray[np.float64]
+
+
+def convolved(x: Array, weight: Array, bias: Array | None, conv: Convolution, padding: int) -> Array:
+    """A convolution as its definition says, one output number at a time."""
+    images, channels, height, width = x.shape
+    outputs, per_group, kernel, _ = weight.shape
+    padded = np.zeros((images, channels, height + 2 * padding, width + 2 * padding))
+    padded[:, :, padding : padding + height, padding : padding + width] = x
+    reach = conv.dilation * (conv.kernel - 1) + 1
+    rows = (height + 2 * padding - reach) // conv.stride + 1
+    columns = (width + 2 * padding - reach) // conv.stride + 1
+    result = np.zeros((images, outputs, rows, columns))
+    for n, o, r, c in itertools.product(range(images), range(outputs), range(rows), range(columns)):
+        first = o // (outputs // conv.groups) * per_group
+        total = 0.0 if bias is None else bias[o]
+        for i, u, v in itertools.product(range(per_group), range(kernel), range(kernel)):
+            row, column = r * conv.stride + u * conv.dilation, c * conv.stride + v * conv.dilation
+            total += weight[o, i, u, v] * padded[n, first + i, row, column]
+        result[n, o, r, c] = total
+    return result
+
+
+def activated(x: Array, name: str) -> Array:
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "gelu":
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    return x / (1 + np.exp(-x)) if name == "silu" else x
+
+
+def normalised(x: Array, eps: float) -> Array:
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    return (x - mean) / np.sqrt(var + eps)
+
+
+def coefficients(x: Array, block: MixedBlock) -> Array:
+    fc = block.mixing.fc
+    a = x.mean((2, 3)) @ fc.weight.detach().numpy().T + fc.bias.detach().numpy()
+    if block.config.coefficients == "softmax":
+        e = np.exp(a / block.config.temperature)
+        return e / e.sum(1, keepdims=True)
+    return 1 / (1 + np.exp(-a)) if block.config.coefficients == "sigmoid" else a
+
+
+def formula(x: Array, block: MixedBlock) -> Array:
+    """x' = a1*C1(x) + ... + aL*CL(x), with norm, activation and pooling where the configuration puts them."""
+    config = block.config
+    a = coefficients(x, block)
+    total: Any = 0.0
+    for position, (conv, module) in enumerate(zip(config.convolutions, block.convolutions, strict=True)):
+        assert isinstance(module, torch.nn.Conv2d)
+        bias = None if module.bias is None else module.bias.detach().numpy()
+        z = convolved(x, module.weight.detach().numpy(), bias, conv, int(module.padding[0]))
+        if config.norm == "branch":
+            z = normalised(z, 1e-5)
+        if config.activate == "branch":
+            z = activated(z, config.activation)
+        total = total + a[:, position, None, None, None] * z
+    if config.pool_at == "sum":
+        total = pooled(total, config)
+    if config.norm == "post":
+        total = normalised(total, 1e-5)
+    if config.activate == "post":
+        total = activated(total, config.activation)
+    return pooled(total, config) if config.pool_at == "end" else total
+
+
+def pooled(x: Array, config: Block) -> Array:
+    size = config.pool
+    rows, columns = x.shape[2] // size, x.shape[3] // size
+    result = np.zeros((*x.shape[:2], rows, columns))
+    for r, c in itertools.product(range(rows), range(columns)):
+        window = x[:, :, r * size : (r + 1) * size, c * size : (c + 1) * size]
+        result[:, :, r, c] = window.max((2, 3)) if config.pool_kind == "max" else window.mean((2, 3))
+    return result
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
+    """(input channels, image size, block) for any block whose convolutions agree on a shape."""
+    channels, outputs = draw(st.sampled_from([(2, 4), (4, 2), (3, 3), (4, 8)]))
+    size = draw(st.integers(6, 8))
+    stride = draw(st.sampled_from([1, 1, 2]))
+    convolutions = []
+    for _ in range(draw(st.integers(1, 3))):
+        kernel, dilation = draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (5, 1)]))
+        divisors = [g for g in range(1, channels + 1) if channels % g == 0 and outputs % g == 0]
+        groups, bias = draw(st.sampled_from(divisors)), draw(st.booleans())
+        convolutions.append(
+            Convolution(kernel=kernel, dilation=dilation, stride=stride, groups=groups, bias=bias)
+        )
+    where = st.sampled_from(["branch", "post", "none"])
+    block = Block(
+        channels=outputs,
+        convolutions=convolutions,
+        norm=draw(where),  # type: ignore[arg-type]
+        activate=draw(where),  # type: ignore[arg-type]
+        activation=draw(st.sampled_from(["relu", "gelu", "silu", "identity"])),  # type: ignore[arg-type]
+        coefficients=draw(st.sampled_from(["raw", "softmax", "sigmoid"])),  # type: ignore[arg-type]
+        temperature=draw(st.sampled_from([0.5, 1.0, 3.0])),
+        pool=draw(st.sampled_from([1, 2])),
+        pool_kind=draw(st.sampled_from(["max", "avg"])),  # type: ignore[arg-type]
+        pool_at=draw(st.sampled_from(["sum", "end"])),  # type: ignore[arg-type]
+    )
+    return channels, size, block
+
+
+def built(channels: int, block: Block, seed: int = 0) -> MixedBlock:
+    torch.manual_seed(seed)
+    module = MixedBlock(channels, block, 2, BatchNormConfig()).double()
+    torch.nn.init.normal_(module.mixing.fc.weight)  # it starts at zero, where the average would not matter
+    torch.nn.init.normal_(module.mixing.fc.bias)
+    return module
+
+
+@settings(max_examples=40, deadline=None)
+@given(blocks())
+def test_block_is_the_formula(case: tuple[int, int, Block]) -> None:
+    channels, size, config = case
+    block = built(channels, config)
+    x = torch.randn(3, channels, size, size, dtype=torch.float64)
+    expected = formula(x.numpy(), block)
+    found = block(x, torch.tensor([1])).detach().numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(blocks(), st.integers(0, 2**31))
+def test_block_gradients_are_the_formulas(case: tuple[int, int, Block], seed: int) -> None:
+    channels, size, config = case
+    block = built(channels, config, seed)
+    x = torch.randn(2, channels, size, size, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(block(x, torch.tensor([0]))).detach()
+    (block(x, torch.tensor([0])) * direction).sum().backward()
+    generator = np.random.default_rng(seed)
+
+    def along() -> float:
+        return float((formula(x.detach().numpy(), block) * direction.numpy()).sum())
+
+    for tensor in (x, *block.parameters()):
+        if tensor.grad is None:  # the scale and bias of no norm
+            continue
+        if tensor.ndim == 1 and any(tensor is p for norm in block.norms for p in norm.parameters()):
+            continue  # the formula above has no learned scale; test_batch_norm_* covers it
+        where = tuple(int(generator.integers(n)) for n in tensor.shape)
+        step, value = 1e-6, float(tensor.data[where])
+        tensor.data[where] = value + step
+        above = along()
+        tensor.data[where] = value - step
+        below = along()
+        tensor.data[where] = value
+        slope = (above - below) / (2 * step)
+        assert float(tensor.grad[where]) == pytest.approx(slope, rel=2e-4, abs=2e-4)
+
+
+@pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64])
+def test_weighted_sum_under_autocast_dtypes(coefficient_dtype: torch.dtype) -> None:
+    a = torch.randn(4, 2, dtype=coefficient_dtype, requires_grad=True)
+    branches = [torch.randn(4, 3, 5, 5, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    total = weighted_sum(a, branches)
+    assert total.dtype == torch.bfloat16
+    total.float().square().sum().backward()
+    exact = [b.detach().double() for b in branches]
+    expected = sum(a.detach().double()[:, i, None, None, None] * b for i, b in enumerate(exact))
+    assert isinstance(expected, Tensor)
+    torch.testing.assert_close(total.double(), expected, rtol=0.03, atol=0.03)
+    dots = torch.stack([(2 * expected * b).sum((1, 2, 3)) for b in exact], 1)
+    assert a.grad is not None
+    assert a.grad.dtype == coefficient_dtype
+    torch.testing.assert_close(a.grad.double(), dots, rtol=0.03, atol=0.5)
+
+
+def test_weighted_sum_passes_gradcheck() -> None:
+    a = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    branches = [torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda a, *b: weighted_sum(a, list(b)), (a, *branches))
+
+
+def simple(**fields: Any) -> Block:
+    return Block(**{"channels": 4, "convolutions": [Convolution(), Convolution(kernel=1)], **fields})
+
+
+def test_network_output_block_is_averages_through_the_hidden_layers() -> None:
+    config = ModelConfig(
+        blocks=[simple(norm="none", pool=2)], output=Output(hidden=[7, 5], activation="relu")
+    )
+    network = BlockNetwork(config, (3, 8, 8), classes=6, slots=1).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    first = network.blocks[0]
+    assert isinstance(first, MixedBlock)
+    h = torch.from_numpy(formula(x.numpy(), first)).mean((2, 3))
+    for layer in network.output.hidden:
+        h = F.relu(layer(h))
+    torch.testing.assert_close(network(x), network.output.logits(h))
+    assert network(x).shape == (2, 6)
+
+
+def test_batch_norm_rows_are_torchs_running_statistics_of_each_slot() -> None:
+    config = BatchNormConfig(momentum=0.3)
+    mine = BatchNorm(4, 2, config)
+    peers = [torch.nn.BatchNorm2d(4, momentum=0.3) for _ in range(2)]
+    for step in range(3):
+        for slot, peer in enumerate(peers):
+            x = torch.randn(5, 4, 3, 3) * (1 + slot) + step
+            torch.testing.assert_close(mine(x, torch.tensor([slot])), peer(x))
+    for rows, name in ((mine.rows_mean, "running_mean"), (mine.rows_var, "running_var")):
+        torch.testing.assert_close(rows, torch.stack([getattr(peer, name) for peer in peers]))
+    x = torch.randn(5, 4, 3, 3)
+    mean, var = mine.rows_mean.mean(0), mine.rows_var.mean(0)
+    torch.testing.assert_close(mine(x, None), F.batch_norm(x, mean, var, mine.weight, mine.bias))
+
+
+def test_dirac_kernels_pass_their_input_on() -> None:
+    config = ModelConfig(
+        blocks=[simple(norm="none", activate="none", convolutions=[Convolution(), Convolution(kernel=1)])],
+        init="dirac",
+    )
+    network = BlockNetwork(config, (3, 6, 6), 2, 1)
+    x = torch.randn(2, 3, 6, 6)
+    # L copies at coefficients of 1 / sqrt(L)
+    torch.testing.assert_close(network.blocks[0](x, None)[:, :3], x * math.sqrt(2))
+
+
+def test_whitened_patches_are_uncorrelated() -> None:
+    stem = torch.nn.Conv2d(3, 24, 2)
+    images = torch.randn(64, 3, 8, 8).cumsum(2).cumsum(3)
+    whiten(stem, images, eps=0.0)
+    out = F.conv2d(images.double(), stem.weight.double())[:, :12].transpose(0, 1).flatten(1)
+    covariance = (out @ out.T / out.shape[1]).detach()
+    torch.testing.assert_close(covariance, torch.eye(12, dtype=torch.float64), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(stem.weight[12:], -stem.weight[:12])
+
+
+def test_shapes_flops_and_parameter_kinds() -> None:
+    config = ModelConfig(
+        blocks=[simple(pool=2), simple(channels=6, convolutions=[Convolution(padding=0), Convolution(dilation=2, padding=1)])],
+        stem=Stem(kind="conv", channels=4, kernel=3, padding=1),
+        output=Output(hidden=[5]),
+    )
+    assert shapes(config, (3, 16, 16)) == [(4, 16, 16), (4, 8, 8), (6, 6, 6)]
+    network = BlockNetwork(config, (3, 16, 16), 10, 1)
+    multiply_adds = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 2 * 4 + 6 * 5 + 5 * 10
+    assert flops_per_image(network.eval(), (3, 16, 16)) == 2 * multiply_adds
+    kinds = {name: parameter_kind(name, p) for name, p in network.named_parameters()}
+    assert kinds["stem.bias"] == "stem"
+    assert kinds["blocks.0.mixing.fc.weight"] == "mixing"
+    assert kinds["blocks.1.convolutions.0.weight"] == "kernels"
+    assert kinds["blocks.1.norms.0.bias"] == "norms"
+    assert kinds["output.hidden.0.weight"] == "output"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([simple(), simple(convolutions=[Convolution(), Convolution(padding=0)])], "block 2, convolution 2"),
+        ([simple(convolutions=[Convolution(), Convolution(groups=2)])], "block 1, convolution 2: groups = 2"),
+        ([simple(convolutions=[Convolution(kernel=2)])], "block 1, convolution 1: padding"),
+        ([simple(convolutions=[Convolution(kernel=11, padding=0)])], "block 1, convolution 1: kernel = 11"),
+        ([simple(pool=16)], "block 1: pool = 16"),
+    ],
+)
+def test_impossible_architectures_are_refused_by_name(blocks: list[Block], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        shapes(ModelConfig(blocks=blocks), (3, 8, 8))

@@ -1,0 +1,92 @@
+"""The optimizers, their groups and their schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dist_train.model import Block, BlockNetwork, Convolution, ModelConfig, Stem
+from dist_train.optim import Group, Muon, OptimConfig, Optimizers, factor, orthogonalise
+
+
+def network() -> BlockNetwork:
+    block = Block(channels=4, convolutions=[Convolution(), Convolution(kernel=1)])
+    return BlockNetwork(ModelConfig(blocks=[block], stem=Stem(kind="conv", channels=4)), (3, 8, 8), 5, 1)
+
+
+def test_schedule() -> None:
+    linear = OptimConfig(schedule="linear", warmup=0.2)
+    assert [factor(linear, p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    cosine = OptimConfig(schedule="cosine")
+    assert [factor(cosine, p) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])
+    constant = OptimConfig(schedule="constant")
+    assert [factor(constant, p) for p in (0.0, 0.9)] == [1, 1]
+
+
+def test_groups_take_what_they_do_not_say_from_the_default() -> None:
+    config = OptimConfig(
+        default=Group(algorithm="sgd", lr=0.5, momentum=0.8),
+        kernels=Group(algorithm="muon", lr=0.1),
+        stem=Group(epochs=2.0),
+        schedule="linear",
+    )
+    optimizers = Optimizers(network(), config, total_steps=40, steps_per_epoch=10)
+    groups = {group["kind"]: (type(o), group) for o in optimizers.all for group in o.param_groups}
+    assert set(groups) == {"kernels", "norms", "mixing", "output", "stem"}
+    assert groups["kernels"][0] is Muon
+    assert groups["norms"][0] is torch.optim.SGD
+    assert groups["kernels"][1]["momentum"] == groups["output"][1]["momentum"] == 0.8
+    assert optimizers.set_rates(10) == pytest.approx(0.1 * 0.75)
+    assert groups["output"][1]["lr"] == pytest.approx(0.5 * 0.75)
+    assert groups["stem"][1]["lr"] == pytest.approx(0.5 * 0.5)  # half of its two epochs are over
+    optimizers.set_rates(30)
+    assert groups["stem"][1]["lr"] == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 50), (50, 4), (3, 6, 20)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    found = orthogonalise(torch.randn(shape), iterations=6).double()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.4
+    assert values.max() < 1.4
+
+
+def test_muon_keeps_the_norm_and_moves_along_the_orthogonalised_momentum() -> None:
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.randn(6, 2, 3, 3))
+    optimizer = Muon([kernel], lr=0.1, momentum=0.5)
+    start, momentum = kernel.detach().clone(), torch.zeros_like(kernel)
+    for _ in range(2):
+        kernel.grad = torch.randn_like(kernel)
+        momentum = 0.5 * momentum + kernel.grad
+        update = orthogonalise((kernel.grad + 0.5 * momentum).flatten(1)).float().view_as(kernel)
+        start = start * (6**0.5 / start.norm()) - 0.1 * update
+        optimizer.step()
+        torch.testing.assert_close(kernel.detach(), start)
+
+
+def test_state_goes_on_exactly_where_it_was_saved() -> None:
+    config = OptimConfig(default=Group(algorithm="adamw", lr=0.01), kernels=Group(algorithm="muon", lr=0.1))
+    torch.manual_seed(0)
+    first, second = network(), network()
+    second.load_state_dict(first.state_dict())
+    optimizers = [Optimizers(model, config, 10, 5) for model in (first, second)]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def step(which: int, number: int) -> None:
+        model = (first, second)[which]
+        generator = torch.Generator().manual_seed(number)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizers[which].set_rates(number)
+        optimizers[which].step(scaler)
+
+    for number in range(3):
+        step(0, number)
+    second.load_state_dict(first.state_dict())
+    optimizers[1].load(optimizers[0].state())
+    for number in range(3, 5):
+        step(0, number)
+        step(1, number)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

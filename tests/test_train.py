@@ -1,0 +1,214 @@
+"""Whole runs of the trainer: the same bits on any number of ranks and over interruptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, TINY, command, environment, trainer
+
+from dist_train.distributed import allowed_world_sizes
+
+Train = Callable[..., dict[str, Any]]
+TIMES = ("images_per_second",)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The record of a run, apart from times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(
+    train: Train, tmp_path: Path, precision: str
+) -> None:
+    alone = train("1", f"precision={precision}")
+    for name, ranks, loader in (("2", 2, "stream"), ("4", 4, "resident")):
+        other = train(name, f"precision={precision}", f"loader={loader}", ranks=ranks)
+        assert other["world_size"] == ranks
+        assert other["weights_sha256"] == alone["weights_sha256"]
+        assert lines(tmp_path / name) == lines(tmp_path / "1")
+    if precision == "bf16":
+        streamed = train("streamed", "precision=bf16", "loader=stream", ranks=4)
+        assert streamed["weights_sha256"] == alone["weights_sha256"]
+        seeded = train("seeded", "precision=bf16", "seed=1")
+        assert seeded["weights_sha256"] != alone["weights_sha256"]
+
+
+def test_killed_and_resumed_on_other_numbers_of_ranks(digits: Path, train: Train, tmp_path: Path) -> None:
+    undisturbed = train("undisturbed", "epochs=4")
+    folder = tmp_path / "killed"
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=4", "checkpoint.steps=3"]
+    for ranks, step in ((2, 5), (1, 13)):
+        process = subprocess.Popen(
+            command(*arguments, "--run-dir", folder, ranks=ranks),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while not ((folder / "metrics.jsonl").exists() and len(lines_so_far(folder)) >= step):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"kind": "step", "st')  # as a kill in the middle of a write leaves it
+    done = trainer(*arguments, "--run-dir", folder, ranks=4)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights_sha256"] == undisturbed["weights_sha256"]
+    assert lines(folder) == lines(tmp_path / "undisturbed")
+    again = trainer(*arguments, "--run-dir", folder)
+    assert again.returncode == 0
+    assert "is finished already" in again.stdout
+
+
+def lines_so_far(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"step"' in line]
+
+
+def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -> None:
+    summary = train("run", "holdout=200", "eval_batch=77")
+    folder = tmp_path / "run"
+    for name in ("config.toml", "metrics.jsonl", "summary.json", "plots/loss.png", "plots/accuracy.png"):
+        assert (folder / name).stat().st_size > 0
+    steps = [row for row in lines(folder) if row["kind"] == "step"]
+    evals = [row for row in lines(folder) if row["kind"] == "eval"]
+    assert [row["step"] for row in steps] == list(range(1, 9))  # (1437 - 200) // 256 steps in each of 2 epochs
+    assert [row["epoch"] for row in evals] == [1, 2]
+    assert {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "val_loss", "val_accuracy"} <= set(evals[0])
+    for row in evals:  # whole images out of 360 and 200
+        assert row["test_accuracy"] * 360 == pytest.approx(round(row["test_accuracy"] * 360), abs=1e-9)
+        assert row["val_accuracy"] * 200 == pytest.approx(round(row["val_accuracy"] * 200), abs=1e-9)
+    assert summary["dataset"] == "digits"
+    assert summary["test_accuracy"] == evals[-1]["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in evals)
+    for key in ("seconds", "train_seconds", "images_per_second", "parameters", "flops_per_image"):
+        assert summary[key] > 0
+    assert summary["versions"]["torch"]
+    repeated = trainer("--config", folder / "config.toml", "--run-dir", tmp_path / "repeated")
+    assert repeated.returncode == 0, repeated.stderr
+    again = json.loads((tmp_path / "repeated" / "summary.json").read_text())
+    assert again["weights_sha256"] == summary["weights_sha256"]
+
+
+def test_fp16_with_a_scaler_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> None:
+    alone = train("1", "precision=fp16")
+    assert train("2", "precision=fp16", ranks=2)["weights_sha256"] == alone["weights_sha256"]
+    steps = [row for row in lines(tmp_path / "1") if row["kind"] == "step"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_compiled_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> None:
+    alone = train("1", "compile=true", "epochs=1")
+    assert train("2", "compile=true", "epochs=1", ranks=2)["weights_sha256"] == alone["weights_sha256"]
+    eager = train("eager", "epochs=1")
+    assert alone["train_loss"] == pytest.approx(eager["train_loss"], rel=0.02)
+
+
+def test_training_learns(train: Train) -> None:
+    summary = train("run", "epochs=6", ranks=2)
+    assert summary["test_accuracy"] > 0.8  # chance is 0.1
+
+
+def refused(*arguments: object, ranks: int = 1, code: int = 2) -> str:
+    """What the trainer says to bad input: one line, on rank 0 only."""
+    done = trainer(*arguments, ranks=ranks)
+    said = [line for line in done.stderr.splitlines() if line.startswith("dist_train: ")]
+    assert len(said) == 1, done.stderr
+    if ranks == 1:
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+    else:
+        assert done.returncode != 0
+    return said[0]
+
+
+def test_bad_input_is_answered_in_one_sentence(digits: Path, tmp_path: Path) -> None:
+    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "--run-dir", tmp_path / "run"]
+    assert "there is no such setting" in refused(*base, "epohcs=3")
+    assert "block 1, convolution 2" in refused(*base, "model.blocks.0.convolutions=[{}, {padding=0}]")
+    assert "does not split into train.microbatches = 8" in refused(*base, "batch_size=250")
+    assert "there is no such folder" in refused(*base, f"data.dir={tmp_path}/absent")
+    assert "holds digits, but data.dataset = cifar10" in refused(*base, "data.dataset=cifar10")
+    assert "torch sees no GPU" in refused(*base, "device=cuda") or shutil.which("nvidia-smi")
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "cannot be written" in refused(*base, "--run-dir", file / "run")
+    assert not (tmp_path / "run").exists()  # all of it was refused before any work
+
+
+def test_a_world_size_that_does_not_fit_is_refused_with_those_that_do(digits: Path, tmp_path: Path) -> None:
+    said = refused("--preset", "digits", f"data.dir={digits}", "--run-dir", tmp_path / "run", ranks=3)
+    assert "train.microbatches = 8 does not split over 3 ranks; start 1 or 2 or 4 or 8 of them" in said
+    assert allowed_world_sizes(8) == [1, 2, 4, 8]
+    assert allowed_world_sizes(12) == [1, 2, 4]
+
+
+def test_a_partly_set_environment_is_named(digits: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("--preset", "digits", f"data.dir={digits}", "--run-dir", tmp_path / "run"),
+        cwd=REPOSITORY,
+        env={**environment(), "RANK": "0", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "RANK, WORLD_SIZE but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "classes"])
+def test_damaged_betons_are_refused(digits: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "betons"
+    shutil.copytree(digits, folder)
+    beton = folder / "train.beton"
+    content = bytearray(beton.read_bytes())
+    if damage == "truncated":
+        beton.write_bytes(content[:-1000])
+    elif damage == "altered":
+        content[len(content) // 2] ^= 1
+        beton.write_bytes(content)
+    elif damage == "missing":
+        beton.unlink()
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["classes"] = manifest["classes"][:9]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refused("--preset", "digits", f"data.dir={folder}", *TINY, "--run-dir", tmp_path / "run")
+    assert "train.beton" in said or "manifest.json" in said or "9 classes" in said
+
+
+def test_a_run_folder_of_another_configuration_is_refused(digits: Path, train: Train, tmp_path: Path) -> None:
+    summary = train("run")
+    said = refused("--preset", "digits", f"data.dir={digits}", *TINY, "seed=7", "--run-dir", tmp_path / "run")
+    assert "belongs to a run with another train.seed" in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_named(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "checkpoint.steps=1", "--run-dir", folder]
+    hot = ["optim.default.algorithm=sgd", "optim.default.lr=1e30", "optim.warmup=0.0"]
+    said = refused(*base, *hot, code=1)
+    assert "the loss is " in said
+    step = int(said.split(" at step ")[1].split(";")[0])
+    kept = sorted(folder.glob("checkpoints/step-*.pt"))
+    assert kept
+    assert kept[-1].name == f"step-{step - 1:08d}.pt"
+    assert [row["step"] for row in lines(folder)] == list(range(1, step))
