@@ -4,7 +4,27 @@ Importing this package is cheap: torch, ffcv, torchvision and scikit-learn are i
 that need them. `python -m data_prep --help` shows the command.
 """
 
-from data_prep.betons import Manifest, Split, check, prepare, read_split, verify
-from data_prep.files import DataError
+from data_prep.betons import (
+    Manifest,
+    Split,
+    check,
+    check_tables,
+    keeping_torch_threads,
+    prepare,
+    read_split,
+    verify,
+)
+from data_prep.files import DataError, NoNetworkError
 
-__all__ = ["DataError", "Manifest", "Split", "check", "prepare", "read_split", "verify"]
+__all__ = [
+    "DataError",
+    "Manifest",
+    "NoNetworkError",
+    "Split",
+    "check",
+    "check_tables",
+    "keeping_torch_threads",
+    "prepare",
+    "read_split",
+    "verify",
+]

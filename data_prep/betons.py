@@ -59,6 +59,18 @@ class Manifest:
     ffcv_version: str
 
 
+@contextmanager
+def keeping_torch_threads() -> Iterator[None]:
+    """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(folder: Path) -> Manifest:
     """The manifest of a prepared folder, after a fast check that trainers can afford at every start.
 
@@ -90,7 +102,7 @@ def check(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """The manifest of a prepared folder, after check() and then decoding all samples.
 
-    Compares counts, decoded content, the range of the labels, and mean and std. Raises DataError.
+    Compares counts, decoded content, and mean and std. Raises DataError.
     """
     manifest = check(folder)
     remedy = _remedy(folder, manifest.dataset)
@@ -99,8 +111,6 @@ def verify(folder: Path) -> Manifest:
         path = folder / split.file
         if _content_sha256(images, labels) != split.content_sha256:
             raise DataError(f"{path} decodes to other samples than {MANIFEST} says: {remedy}")
-        if labels.min() < 0 or labels.max() >= len(manifest.classes):
-            raise DataError(f"{path} has labels outside the {len(manifest.classes)} classes: {remedy}")
         if name == "train":
             mean, std = _mean_and_std(images)
             pairs = zip(mean + std, manifest.mean + manifest.std, strict=True)
@@ -116,14 +126,29 @@ def read_split(folder: Path, split: str) -> tuple[Images, Labels]:
     tables do not fit the manifest. Leaves torch's number of threads and numpy's global generator as they
     were. On a machine with GPUs ffcv touches the current CUDA device, so set it before. Raises DataError.
     """
+    path, manifest = check_tables(folder, split)
+    try:
+        return _decode(path, manifest.splits[split].count, manifest.image_shape)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, manifest.dataset)}") from error
+
+
+@keeping_torch_threads()
+def check_tables(folder: Path, split: str) -> tuple[Path, Manifest]:
+    """The path of one split's file and the manifest, after a look at the tables in the file.
+
+    FFCV's decoder checks nothing; it is safe to use when the fields, the number of samples, their sizes and
+    the range of their labels are what the manifest says. Raises DataError.
+    """
     manifest = _read_manifest(folder)
     if split not in manifest.splits:
         raise DataError(f"split {split!r} is not in {folder}: choose one of {', '.join(SPLITS)}")
     path = folder / manifest.splits[split].file
     try:
-        return _decode(path, manifest.splits[split].count, manifest.image_shape)
+        _check_tables(path, manifest.splits[split].count, manifest.image_shape, len(manifest.classes))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, manifest.dataset)}") from error
+    return path, manifest
 
 
 def prepare(dataset: str, out: Path, source: Path | None = None, *, force: bool = False) -> Manifest:
@@ -225,9 +250,7 @@ def _read_manifest(folder: Path) -> Manifest:
     if not isinstance(raw, dict) or type(raw.get("format")) is not int:
         raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder)}")
     if raw["format"] != FORMAT:
-        raise DataError(
-            f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder)}"
-        )
+        raise DataError(f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder)}")
     try:
         height, width, channels = raw["image_shape"]
         manifest = Manifest(
@@ -264,18 +287,6 @@ def _sensible(manifest: Manifest) -> bool:
     )
 
 
-@contextmanager
-def _keeping_torch_threads() -> Iterator[None]:
-    """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
     """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
     pixels = load(dataset, source)
@@ -288,6 +299,7 @@ def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
         content = _content_sha256(images, labels)
         sync(path)
         try:
+            _check_tables(path, len(images), images.shape[1:], len(pixels.classes))
             good = _content_sha256(*_decode(path, len(images), images.shape[1:])) == content
         except ValueError:
             good = False
@@ -305,7 +317,7 @@ def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
     return manifest
 
 
-@_keeping_torch_threads()
+@keeping_torch_threads()
 def _write_beton(path: Path, images: Images, labels: Labels) -> None:
     """Write images and labels with FFCV's DatasetWriter, in order and in this process.
 
@@ -339,14 +351,13 @@ def _write_beton(path: Path, images: Images, labels: Labels) -> None:
         writer.metadata_sm.unlink()
 
 
-@_keeping_torch_threads()
+@keeping_torch_threads()
 def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Labels]:
-    """Decode a beton of `count` raw images of `shape` (H, W, 3). Raises ValueError if it is another file."""
+    """Decode a beton, whose tables were checked, of `count` raw images of `shape` (H, W, 3)."""
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from tqdm import tqdm
 
-    _check_tables(path, count, shape)
     loader = Loader(
         str(path),
         batch_size=1000,
@@ -367,7 +378,7 @@ def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Label
     return images, labels
 
 
-def _check_tables(path: Path, count: int, shape: Sequence[int]) -> None:
+def _check_tables(path: Path, count: int, shape: Sequence[int], classes: int) -> None:
     """Raise ValueError unless FFCV's decoder, which checks nothing, would stay inside its buffers."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
@@ -395,9 +406,10 @@ def _check_tables(path: Path, count: int, shape: Sequence[int]) -> None:
     ) as error:  # what Reader makes of a damaged file
         raise ValueError("it is not a whole beton file") from error
     if not good:
-        raise ValueError(
-            f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each"
-        )
+        raise ValueError(f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each")
+    labels = reader.metadata["f1"]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"it has labels up to {labels.max()} where the manifest has {classes} classes")
 
 
 def _content_sha256(images: Images, labels: Labels) -> str:
@@ -417,7 +429,6 @@ def _mean_and_std(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
     squares = [int(row @ values**2) for row in counts]
     mean = tuple(total / pixels / 255 for total in totals)
     std = tuple(
-        math.sqrt(pixels * square - total**2) / pixels / 255
-        for total, square in zip(totals, squares, strict=True)
+        math.sqrt(pixels * square - total**2) / pixels / 255 for total, square in zip(totals, squares, strict=True)
     )
     return mean, std

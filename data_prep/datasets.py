@@ -110,9 +110,7 @@ def _download_cifar10() -> Path:
 
 def _digits(source: Path | None) -> Pixels:
     if source is not None:
-        raise DataError(
-            f"--source {source} is not for --dataset digits, which scikit-learn brings: leave it out"
-        )
+        raise DataError(f"--source {source} is not for --dataset digits, which scikit-learn brings: leave it out")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

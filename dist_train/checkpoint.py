@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,35 +12,20 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from data_prep.files import sha256_of
+from dist_train.files import write_atomic
+
 Positive = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class CheckpointConfig:
-    """A checkpoint is written after every `epochs` epochs, and after every `steps` steps when that is not 0;
+    """A checkpoint is written after every `every_epochs` epochs, and after every `every_steps` steps when that is not 0;
     the newest `keep` stay."""
 
-    epochs: Positive = 1
-    steps: Annotated[int, Field(ge=0)] = 0
+    every_epochs: Positive = 1
+    every_steps: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, also when the machine stops. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -53,8 +36,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = folder / f"step-{step:08d}.pt"
-    write_atomically(path, content)
-    write_atomically(_checksum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    write_atomic(path, content)
+    write_atomic(_checksum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
         _checksum(old).unlink(missing_ok=True)
         old.unlink()
@@ -88,13 +71,4 @@ def _wrong(path: Path) -> str | None:
         expected = _checksum(path).read_text().split()[0]
     except (OSError, IndexError):
         return "has no checksum (its writing was interrupted)"
-    found = hashlib.sha256()
-    for part in _parts(path):
-        found.update(part)
-    return None if found.hexdigest() == expected else "does not match its checksum"
-
-
-def _parts(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            yield part
+    return None if sha256_of(path) == expected else "does not match its checksum"

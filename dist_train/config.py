@@ -34,7 +34,7 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 # What a run may change when it goes on in its folder: none of it reaches the weights.
-FREE = ("record", "checkpoint", "data.dir", "data.loader", "data.workers", "train.device", "train.timeout")
+FREE = ("record", "checkpoint", "data.dir", "data.loader", "train.device", "train.timeout")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -78,7 +78,7 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain dicts and lists."""
-    return dataclasses.asdict(config)  # type: ignore[call-overload,no-any-return]
+    return dataclasses.asdict(config)
 
 
 def to_toml(config: Config) -> str:
@@ -227,5 +227,3 @@ def _sentence(error: ValidationError) -> str:
     value = first["input"]
     shown = json.dumps(value) if isinstance(value, (str, bool, int, float)) else type(value).__name__
     return f"{key} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-

@@ -38,7 +38,6 @@ class DataConfig:
     dataset: str = "cifar10"
     dir: str = ""
     loader: Literal["resident", "stream"] = "resident"
-    workers: Annotated[int, Field(gt=0)] = 1
     holdout: NonNegative = 0
     flip: Literal["none", "random", "alternate"] = "alternate"
     translate: NonNegative = 2
@@ -114,10 +113,7 @@ class Data:
         }
         self.steps_per_epoch = len(self.indices["train"]) // batch_size
         source = _Resident if config.loader == "resident" else _Stream
-        self.sources = {
-            split: source(config, split, manifest.splits[split].count, ranks.device)
-            for split in ("train", "test")
-        }
+        self.sources = {split: source(config, split, ranks.device) for split in ("train", "test")}
         mean, std = (torch.tensor(values, device=ranks.device) for values in (manifest.mean, manifest.std))
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
@@ -209,7 +205,7 @@ def _cut_out(images: Tensor, bits: Tensor, side: int) -> Tensor:
 class _Resident:
     """A whole split on the device."""
 
-    def __init__(self, config: DataConfig, split: str, count: int, device: torch.device) -> None:
+    def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
         images, labels = data_prep.read_split(config.folder, split)
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
@@ -223,15 +219,14 @@ class _Resident:
 class _Stream:
     """A split read through ffcv's Loader, which only decodes."""
 
-    def __init__(self, config: DataConfig, split: str, count: int, device: torch.device) -> None:
-        self.file = config.folder / f"{split}.beton"
-        self.count, self.device = count, device
-        self.workers = min(config.workers, len(os.sched_getaffinity(0)))
+    def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
+        self.file, manifest = data_prep.check_tables(config.folder, split)
+        self.count, self.device = manifest.splits[split].count, device
         self.loaders: dict[int, Any] = {}
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images, labels, indices) in the order of `indices`, `size` at a time. What it yields is valid
-        until the next one is asked for."""
+        """(images, labels, indices) in the order of `indices`, `size` at a time. The images lie in a buffer
+        of ffcv that is filled anew: they are valid until the next ones are asked for."""
         if size not in self.loaders:
             self.loaders[size] = self._loader(size)
         loader = self.loaders[size]
@@ -239,21 +234,24 @@ class _Stream:
         # ffcv's sequential order is the given indices; set anew for every epoch it spares a compilation
         loader.indices = loader.traversal_order.indices = loader.first_traversal_order = order
         for chosen, (images, labels) in zip(indices.split(size), loader, strict=True):
-            yield images.to(self.device), labels[:, 0].to(self.device), chosen.to(self.device)
+            yield images.to(self.device), labels[:, 0].to(self.device, copy=True), chosen.to(self.device)
 
+    @data_prep.keeping_torch_threads()
     def _loader(self, size: int) -> Any:
         from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import ToTensor
 
+        # ffcv sets torch's threads to its own, also while it runs, so it must have the same number
+        workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
         return Loader(
             str(self.file),
             batch_size=size,
-            num_workers=self.workers,
+            num_workers=workers,
+            seed=0,  # unused by this order, but none would draw from numpy's generator
             os_cache=True,
             order=OrderOption.SEQUENTIAL,
             drop_last=False,
             indices=np.arange(self.count, dtype=np.uint64),
             pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
         )
-

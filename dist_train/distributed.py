@@ -6,7 +6,8 @@ while it accumulates, across ranks in a DDP communication hook. So the sum does 
 ranks (the idea of EasyScale, SC 2023, and VirtualFlow, 2022, made exact).
 """
 
-# no postponed annotations in this module: DDP looks at those of its communication hook
+from __future__ import annotations
+
 import ctypes
 import inspect
 import os
@@ -107,12 +108,14 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int) -> Itera
         _keep_memory()
     torch.set_num_threads(threads)
     _set_arithmetic(deterministic)
-    own = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if "RANK" not in os.environ else {}
+    alone = "RANK" not in os.environ
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
+        init_method="tcp://127.0.0.1:0" if alone else "env://",
+        rank=0 if alone else -1,
+        world_size=1 if alone else -1,
         timeout=timedelta(seconds=timeout),
         device_id=here if kind == "cuda" else None,
-        **own,
     )
     try:
         yield Ranks(rank, world_size, local_rank, here)
@@ -126,7 +129,11 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library
         return
-    for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 512 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for parameter, value in (
+        (-4, 0),
+        (-1, 2**31 - 1),
+        (-2, 512 << 20),
+    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         libc.mallopt(parameter, value)
 
 
@@ -199,7 +206,7 @@ class FixedOrderSum:
             gradient_as_bucket_view=True,
             **no_sync_of_buffers,
         )
-        self.ddp.register_comm_hook(None, self._reduce)
+        self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.partial: list[list[Tensor]] = []  # sums of whole branches of the tree, larger ones first
@@ -226,7 +233,7 @@ class FixedOrderSum:
                 done //= 2
             self.partial.append(grads)
 
-    def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         flat, parameters = bucket.buffer(), bucket.parameters()
         mine = [self.position[id(parameter)] for parameter in parameters]
         # bucket.gradients() takes every gradient for contiguous, but the bucket keeps the parameters' layout

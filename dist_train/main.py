@@ -29,8 +29,9 @@ from dist_train import __version__, checkpoint, config
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, check_world_size, on_main, ranks
 from dist_train.errors import DivergedError, UserError
+from dist_train.files import write_atomic
 from dist_train.model import BlockNetwork, flops_per_image, shapes
-from dist_train.record import Recorder, best_eval, read_metrics, write_atomic
+from dist_train.record import Recorder, best_eval, read_metrics
 from dist_train.train import train, weights_digest
 
 

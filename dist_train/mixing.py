@@ -26,8 +26,7 @@ class _WeightedSum(torch.autograd.Function):
         coefficients, *branches = ctx.saved_tensors
         scales = coefficients.to(grad.dtype)[:, :, None, None, None].unbind(1)
         grad_branches = [
-            grad * scale if needed else None
-            for scale, needed in zip(scales, ctx.needs_input_grad[1:], strict=True)
+            grad * scale if needed else None for scale, needed in zip(scales, ctx.needs_input_grad[1:], strict=True)
         ]
         if not ctx.needs_input_grad[0]:
             return (None, *grad_branches)

@@ -8,6 +8,7 @@ fully connected layers to the logits. The architecture is data: the `[model]` se
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -147,7 +148,7 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
             )
     found = [(channels, height, width)]
     for number, block in enumerate(config.blocks, 1):
-        sizes = []
+        sizes: list[tuple[int, ...]] = []
         for position, conv in enumerate(block.convolutions, 1):
             where = f"model.blocks: block {number}, convolution {position}"
             for name, count in (("input", channels), ("output", block.channels)):
@@ -157,9 +158,7 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
                         f"choose a divisor of {math.gcd(channels, block.channels)}"
                     )
             pad = _padding(conv, where)
-            size = tuple(
-                _convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width)
-            )
+            size = tuple(_convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width))
             if min(size) < 1:
                 raise UserError(
                     f"{where}: kernel = {conv.kernel} with dilation = {conv.dilation} and padding = {pad} leaves "
@@ -295,7 +294,7 @@ class OutputBlock(nn.Module):
         self.dropout = config.dropout
         self.activation = _ACTIVATIONS[config.activation]
         widths = [channels, *config.hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.logits = nn.Linear(widths[-1], classes, bias=config.bias)
         if config.init_std:
             nn.init.normal_(self.logits.weight, std=config.init_std)
@@ -315,24 +314,19 @@ class BlockNetwork(nn.Module):
     every BatchNorm. Initial weights are a function of torch's global generator on the CPU.
     """
 
-    def __init__(
-        self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int) -> None:
         super().__init__()
         entry, *left = shapes(config, image_shape)
         stem = config.stem
         self.stem_activation = _ACTIVATIONS[stem.activation]
         self.stem = (
-            nn.Conv2d(image_shape[0], entry[0], stem.kernel, stem.stride, stem.padding)
-            if stem.kind != "none"
-            else None
+            nn.Conv2d(image_shape[0], entry[0], stem.kernel, stem.stride, stem.padding) if stem.kind != "none" else None
         )
         if self.stem is not None and stem.kind == "whiten":
             self.stem.weight.requires_grad_(False)
         channels = [shape[0] for shape in (entry, *left)]
         self.blocks = nn.ModuleList(
-            MixedBlock(c, block, slots, config.batch_norm)
-            for c, block in zip(channels, config.blocks, strict=False)
+            MixedBlock(c, block, slots, config.batch_norm) for c, block in zip(channels, config.blocks, strict=False)
         )
         self.output = OutputBlock(channels[-1], classes, config.output)
         if config.init == "dirac":

@@ -23,14 +23,14 @@ class Group:
     """How one kind of parameters is updated; what is not given is taken from `[optim.default]`.
 
     lr is the peak rate for the loss averaged over the global batch. weight_decay has torch's meaning for the
-    algorithm. epochs: when set, this kind's rate follows the schedule over that many epochs and is 0 after.
+    algorithm. until_epoch: when set, this kind's rate follows the schedule up to that epoch and is 0 after.
     """
 
     algorithm: Literal["sgd", "adamw", "muon"] | None = None
     lr: NonNegative | None = None
     momentum: Momentum | None = None
     weight_decay: NonNegative | None = None
-    epochs: NonNegative | None = None
+    until_epoch: NonNegative | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -53,7 +53,7 @@ class OptimConfig:
             "lr": 1e-3,
             "momentum": 0.9,
             "weight_decay": 0.0,
-            "epochs": None,
+            "until_epoch": None,
         }
         for group in (self.default, getattr(self, kind)):
             given = dataclasses.asdict(group)
@@ -69,9 +69,7 @@ def factor(config: OptimConfig, progress: float) -> float:
     if progress < config.warmup:
         return progress / config.warmup
     rest = (progress - config.warmup) / (1 - config.warmup)
-    return {"linear": 1 - rest, "cosine": 0.5 + 0.5 * math.cos(math.pi * rest), "constant": 1.0}[
-        config.schedule
-    ]
+    return {"linear": 1 - rest, "cosine": 0.5 + 0.5 * math.cos(math.pi * rest), "constant": 1.0}[config.schedule]
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 3) -> Tensor:
@@ -80,7 +78,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 3) -> Tensor:
 
     matrices: (rows, columns) or (batch, rows, columns). Returns the same shape, bfloat16.
     """
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -120,9 +118,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """The optimizers of one network, and the rates of a step as a function of the step alone."""
 
-    def __init__(
-        self, model: nn.Module, config: OptimConfig, total_steps: int, steps_per_epoch: int
-    ) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, steps_per_epoch: int) -> None:
         self.config, self.total_steps, self.steps_per_epoch = config, total_steps, steps_per_epoch
         kinds: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
@@ -140,8 +136,8 @@ class Optimizers:
         kernels = 0.0
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                epochs = group["epochs"]
-                horizon = self.total_steps if epochs is None else epochs * self.steps_per_epoch
+                until = group["until_epoch"]
+                horizon = self.total_steps if until is None else until * self.steps_per_epoch
                 group["lr"] = group["peak"] * factor(self.config, step / horizon if horizon else 1.0)
                 if group["kind"] == "kernels":
                     kernels = group["lr"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dist_train.record import METRICS, SUMMARY, Row, best_eval, read_metrics, write_atomic
+from dist_train.files import write_atomic
+from dist_train.record import METRICS, SUMMARY, Row, best_eval, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,9 +143,7 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
     gap, lowest = 0.06 * (top - bottom), -np.inf
     for value, text, color in sorted(ends):
         lowest = max(value, lowest + gap)
-        axes.annotate(
-            text, (1.015, lowest), xycoords=axes.get_yaxis_transform(), color=color, va="center", fontsize=10
-        )
+        axes.annotate(text, (1.015, lowest), xycoords=axes.get_yaxis_transform(), color=color, va="center", fontsize=10)
     axes.text(1.015, 1.02, "last", transform=axes.transAxes, color=GREY, va="bottom", fontsize=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: it covers no point
     return figure

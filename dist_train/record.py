@@ -26,7 +26,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from data_prep.files import sync
 from dist_train.errors import UserError
+from dist_train.files import write_atomic
 
 Row = dict[str, Any]
 
@@ -92,15 +94,13 @@ class Recorder:
         self._restore(resume_step)
         self._file = self._path.open("ab", buffering=0)
         self._size = self._path.stat().st_size
-        _fsync_dir(run_dir)
+        sync(run_dir)
         self._start, self._header_due = time.monotonic(), True
         self._bar: Any = None
         if not config.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total_steps, initial=resume_step, unit="step", file=sys.stderr, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", file=sys.stderr, dynamic_ncols=True)
         self._wandb: Any = None
         if config.wandb != "disabled":
             from dist_train.wandb_run import WandbRun
@@ -253,9 +253,7 @@ class Recorder:
                 self.evals.append(row)
                 self._sums = _Sums()
             elif row["step"] != self._last_step + 1:
-                raise UserError(
-                    f"{self._path} goes from step {self._last_step} to step {row['step']}; {remedy}"
-                )
+                raise UserError(f"{self._path} goes from step {self._last_step} to step {row['step']}; {remedy}")
             else:
                 self._last_step = row["step"]
                 self._sums.add(row)
@@ -357,29 +355,6 @@ def best_eval(evals: list[Row]) -> Row | None:
     return max(scored, key=lambda row: row["test_accuracy"], default=None)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`, so that even a power cut leaves the old one or the new one whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync_dir(path.parent)
-
-
-def _fsync_dir(path: Path) -> None:
-    """Bring a folder's entries to the disk, so that a new or renamed file in it outlives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
     """Each line's object and the offset behind the line, up to the first that is torn or no record line."""
     start = 0
@@ -388,11 +363,7 @@ def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
             row = json.loads(data[start:end])
         except ValueError:
             return
-        if (
-            not isinstance(row, dict)
-            or row.get("kind") not in ("step", "eval")
-            or type(row.get("step")) is not int
-        ):
+        if not isinstance(row, dict) or row.get("kind") not in ("step", "eval") or type(row.get("step")) is not int:
             return
         yield row, end
         start = end

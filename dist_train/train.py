@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,9 +59,7 @@ def build_model(config: Config, data: Data) -> BlockNetwork:
     manifest = data.manifest
     height, width, channels = manifest.image_shape
     torch.manual_seed(derive(config.train.seed, "init"))
-    model = BlockNetwork(
-        config.model, (channels, height, width), len(manifest.classes), config.train.microbatches
-    )
+    model = BlockNetwork(config.model, (channels, height, width), len(manifest.classes), config.train.microbatches)
     if model.stem is not None and config.model.stem.kind == "whiten":
         whiten(model.stem, data.sample(_WHITENING_IMAGES))
     return model
@@ -76,7 +76,9 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
     model = build_model(config, data).to(ranks.device)
     optimizers = Optimizers(model, config.optim, total_steps, spe)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
-    step = _resume(run_dir, ranks, model, optimizers, scaler)
+    state = _State(model, optimizers, scaler)
+    newest = on_main(ranks, partial(checkpoint.newest, run_dir / "checkpoints"))
+    step = state.load(checkpoint.load(newest)) if newest else 0
     compiled = torch.compile(model, dynamic=False) if settings.compile else model
     assert isinstance(compiled, nn.Module)
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
@@ -106,8 +108,8 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
 
         epoch, within = divmod(step, spe)
         last = step == total_steps
-        save = last or (within == 0 and epoch % config.checkpoint.epochs == 0)
-        save = save or (config.checkpoint.steps > 0 and step % config.checkpoint.steps == 0)
+        save = last or (within == 0 and epoch % config.checkpoint.every_epochs == 0)
+        save = save or (config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0)
         if within == 0 or save or step % log_every == 0:
             meter.flush(step)  # stops the run before a loss that is not finite reaches a checkpoint
         if within == 0 or save:
@@ -117,16 +119,12 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
             if data.config.holdout:
                 losses["val"] = evaluate(compiled, data, "holdout", ranks, autocast)
             if recorder is not None:
-                named = {f"{k}_{n}": v for k, pair in losses.items() for n, v in zip(("loss", "accuracy"), pair, strict=True)}
+                named = {
+                    f"{k}_{n}": v for k, pair in losses.items() for n, v in zip(("loss", "accuracy"), pair, strict=True)
+                }
                 recorder.eval(step=step, epoch=epoch, **named)
         if save:
-            state = {
-                "step": step,
-                "model": model.state_dict(),
-                "optimizers": optimizers.state(),
-                "scaler": scaler.state_dict(),
-            }
-            on_main(ranks, lambda: _save(config, run_dir, step, state, recorder))
+            on_main(ranks, partial(_save, config, run_dir, state.dump(step), recorder))
         meter.restart_clock(within == 0 or save)
     return model
 
@@ -140,23 +138,34 @@ def weights_digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _resume(
-    run_dir: Path, ranks: Ranks, model: BlockNetwork, optimizers: Optimizers, scaler: torch.amp.GradScaler
-) -> int:
-    path = on_main(ranks, lambda: checkpoint.newest(run_dir / "checkpoints"))
-    if path is None:
-        return 0
-    state = checkpoint.load(path)
-    model.load_state_dict(state["model"])
-    optimizers.load(state["optimizers"])
-    scaler.load_state_dict(state["scaler"])
-    return int(state["step"])
+@plain_dataclass(frozen=True)
+class _State:
+    """All that a run needs to go on, besides its configuration and the number of finished steps."""
+
+    model: BlockNetwork
+    optimizers: Optimizers
+    scaler: torch.amp.GradScaler
+
+    def dump(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Take up a dumped state and return its step."""
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load(state["optimizers"])
+        self.scaler.load_state_dict(state["scaler"])
+        return int(state["step"])
 
 
-def _save(config: Config, run_dir: Path, step: int, state: dict[str, Any], recorder: Recorder | None) -> None:
-    assert recorder is not None
+def _save(config: Config, run_dir: Path, state: dict[str, Any], recorder: Recorder | None) -> None:
+    assert recorder is not None  # rank 0 has one
     recorder.flush()  # a checkpoint without the lines before it could not be resumed
-    checkpoint.save(run_dir / "checkpoints", step, state, config.checkpoint.keep)
+    checkpoint.save(run_dir / "checkpoints", state["step"], state, config.checkpoint.keep)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(train.threads))
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["-m", "dist_train.main", *arguments]
-    os.execv(sys.executable, [sys.executable, *command])
+    return os.execv(sys.executable, [sys.executable, *command])
 
 
 if __name__ == "__main__":

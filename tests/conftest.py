@@ -70,9 +70,7 @@ def train(digits: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(name: str, *arguments: object, ranks: int = 1) -> dict[str, Any]:
         folder = tmp_path / name
-        done = trainer(
-            "--preset", "digits", f"data.dir={digits}", *TINY, *arguments, "--run-dir", folder, ranks=ranks
-        )
+        done = trainer("--preset", "digits", f"data.dir={digits}", *TINY, *arguments, "--run-dir", folder, ranks=ranks)
         assert done.returncode == 0, done.stderr
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary

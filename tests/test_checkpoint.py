@@ -50,9 +50,7 @@ def test_a_damaged_newest_one_is_set_aside_and_named(
     assert path.with_name(path.name + ".damaged").exists()
 
 
-def test_a_failed_write_leaves_the_last_one_and_no_litter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_last_one_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 5)
 
     def full(_: int) -> None:

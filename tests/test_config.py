@@ -24,7 +24,7 @@ def test_command_line_beats_file_beats_preset_beats_defaults(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("preset", config.presets())
 def test_a_written_configuration_reads_back_the_same(preset: str, tmp_path: Path) -> None:
-    found = config.load(preset, None, ["optim.stem.epochs=2.5", "record.tags=['a', 'b']"])
+    found = config.load(preset, None, ["optim.stem.until_epoch=2.5", "record.tags=['a', 'b']"])
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(found))
     again = config.load(None, file, [])
@@ -48,7 +48,10 @@ def test_only_what_reaches_the_weights_binds_a_run() -> None:
         (["epoch=3"], "epoch: there is no such setting; did you mean train.epochs?"),
         (["train.epoch=3"], "train.epoch: there is no such setting; did you mean epochs?"),
         (["trian.epochs=3"], "trian: there is no such setting; did you mean train?"),
-        (["model.blocks.0.chanels=3"], "model.blocks.0.chanels: there is no such setting; did you mean channels?"),
+        (
+            ["model.blocks.0.chanels=3"],
+            "model.blocks.0.chanels: there is no such setting; did you mean channels?",
+        ),
         (
             ["model.blocks.0.convolutions=[{kernel=3, dilatoin=2}]"],
             "model.blocks.0.convolutions.0.dilatoin: there is no such setting; did you mean dilation?",

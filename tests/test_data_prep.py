@@ -64,9 +64,7 @@ def refused(result: "subprocess.CompletedProcess[str]", *words: str, code: int =
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
-    return {
-        p.name: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()
-    }
+    return {p.name: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
@@ -151,9 +149,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         pytest.param(flip("test.beton", 0), ["test.beton", "altered"], id="one header bit"),
         pytest.param(write("train.beton", "hello"), ["train.beton", "5 bytes"], id="another file"),
         pytest.param(lambda f: (f / "test.beton").unlink(), ["test.beton", "No such file"], id="no test"),
-        pytest.param(
-            lambda f: (f / "manifest.json").unlink(), ["manifest.json is missing"], id="no manifest"
-        ),
+        pytest.param(lambda f: (f / "manifest.json").unlink(), ["manifest.json is missing"], id="no manifest"),
         pytest.param(cut("manifest.json", 200), ["manifest.json", "not a manifest"], id="cut manifest"),
         pytest.param(write("manifest.json", "[1]"), ["manifest.json", "not a manifest"], id="other JSON"),
         pytest.param(change("format", 999), ["manifest.json", "format 999"], id="other format"),
@@ -258,9 +254,7 @@ def test_wrong_source(tmp_path: Path) -> None:
     out, source = tmp_path / "out", tmp_path / "source"
     refused(run("--source", source, "--out", out), f"--source {source} holds no folder cifar-10-batches-py")
     refused(run("--out", out, CIFAR10_DIR=str(source)), f"CIFAR10_DIR {source} holds no folder")
-    refused(
-        run("--dataset", "digits", "--source", source, "--out", out), f"--source {source}", "leave it out"
-    )
+    refused(run("--dataset", "digits", "--source", source, "--out", out), f"--source {source}", "leave it out")
     (source / "cifar-10-batches-py").mkdir(parents=True)
     (source / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"not a pickle")
     refused(run_here("--source", source, "--out", out), "data_batch_1 is missing or not the official file")

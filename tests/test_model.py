@@ -122,9 +122,7 @@ def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
         kernel, dilation = draw(st.sampled_from([(1, 1), (3, 1), (3, 2), (5, 1)]))
         divisors = [g for g in range(1, channels + 1) if channels % g == 0 and outputs % g == 0]
         groups, bias = draw(st.sampled_from(divisors)), draw(st.booleans())
-        convolutions.append(
-            Convolution(kernel=kernel, dilation=dilation, stride=stride, groups=groups, bias=bias)
-        )
+        convolutions.append(Convolution(kernel=kernel, dilation=dilation, stride=stride, groups=groups, bias=bias))
     where = st.sampled_from(["branch", "post", "none"])
     block = Block(
         channels=outputs,
@@ -218,9 +216,7 @@ def simple(**fields: Any) -> Block:
 
 
 def test_network_output_block_is_averages_through_the_hidden_layers() -> None:
-    config = ModelConfig(
-        blocks=[simple(norm="none", pool=2)], output=Output(hidden=[7, 5], activation="relu")
-    )
+    config = ModelConfig(blocks=[simple(norm="none", pool=2)], output=Output(hidden=[7, 5], activation="relu"))
     network = BlockNetwork(config, (3, 8, 8), classes=6, slots=1).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     first = network.blocks[0]
@@ -270,7 +266,10 @@ def test_whitened_patches_are_uncorrelated() -> None:
 
 def test_shapes_flops_and_parameter_kinds() -> None:
     config = ModelConfig(
-        blocks=[simple(pool=2), simple(channels=6, convolutions=[Convolution(padding=0), Convolution(dilation=2, padding=1)])],
+        blocks=[
+            simple(pool=2),
+            simple(channels=6, convolutions=[Convolution(padding=0), Convolution(dilation=2, padding=1)]),
+        ],
         stem=Stem(kind="conv", channels=4, kernel=3, padding=1),
         output=Output(hidden=[5]),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_groups_take_what_they_do_not_say_from_the_default() -> None:
     config = OptimConfig(
         default=Group(algorithm="sgd", lr=0.5, momentum=0.8),
         kernels=Group(algorithm="muon", lr=0.1),
-        stem=Group(epochs=2.0),
+        stem=Group(until_epoch=2.0),
         schedule="linear",
     )
     optimizers = Optimizers(network(), config, total_steps=40, steps_per_epoch=10)
@@ -85,7 +87,7 @@ def test_state_goes_on_exactly_where_it_was_saved() -> None:
     for number in range(3):
         step(0, number)
     second.load_state_dict(first.state_dict())
-    optimizers[1].load(optimizers[0].state())
+    optimizers[1].load(copy.deepcopy(optimizers[0].state()))
     for number in range(3, 5):
         step(0, number)
         step(1, number)

@@ -203,9 +203,7 @@ def test_not_finite_is_null(tmp_path: Path) -> None:
     steps, evals = read_metrics(tmp_path / "straight/metrics.jsonl")
     assert [row["loss"] for row in steps[:7]] == [1.0, None, 1.0, 1.0, 1.0, None, 1.0]
     assert [row["train_loss"] for row in evals] == [None, None, 1.0]
-    assert (tmp_path / "resumed/metrics.jsonl").read_bytes() == (
-        tmp_path / "straight/metrics.jsonl"
-    ).read_bytes()
+    assert (tmp_path / "resumed/metrics.jsonl").read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
 
 
 def test_full_disk_is_an_error_and_leaves_whole_lines(tmp_path: Path) -> None:
@@ -307,9 +305,7 @@ def expected_rows(run_dir: Path) -> list[Row]:
             rows.append({"step": step, **row})
         else:
             del row["epoch"]
-            rows.append(
-                {"step": step, "epoch": epoch, **{f"eval/{key}": value for key, value in row.items()}}
-            )
+            rows.append({"step": step, "epoch": epoch, **{f"eval/{key}": value for key, value in row.items()}})
     return rows
 
 
@@ -508,8 +504,14 @@ def test_online_without_an_account(
     assert second.startswith("W&B: offline run in ")
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", ["the run's process", "wandb's helper"])
+@pytest.mark.parametrize(
+    ("victim", "end"),
+    [
+        ("the run's process", signal.SIGSTOP),
+        ("wandb's helper", signal.SIGKILL),
+        ("wandb's helper", signal.SIGSTOP),
+    ],
+)
 def test_dead_or_hanging_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -537,7 +539,7 @@ def test_dead_or_hanging_process(
     told = capfd.readouterr().err
     if end == signal.SIGSTOP:
         assert told == f"W&B: stopped, it did not come to an end; what it has: {tmp_path}/wandb\n"
-    elif victim == "wandb's helper":
+    else:
         assert told.startswith("W&B: stopped, ConnectionResetError")
     assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
 
@@ -617,9 +619,7 @@ def test_loss_figure_draws_every_batch() -> None:
     (axes,) = figure.axes
     each, smooth, bad = axes.lines
     np.testing.assert_array_equal(each.get_xdata(), np.arange(1, 201))
-    np.testing.assert_array_equal(
-        each.get_ydata(), [math.nan if r["loss"] is None else r["loss"] for r in steps]
-    )
+    np.testing.assert_array_equal(each.get_ydata(), [math.nan if r["loss"] is None else r["loss"] for r in steps])
     assert axes.get_ylim()[1] > 100, "the spike is in the picture"
     assert np.max(smooth.get_ydata()) < 100
     assert list(bad.get_xdata()) == [21]

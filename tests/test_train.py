@@ -47,7 +47,7 @@ def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(
 def test_killed_and_resumed_on_other_numbers_of_ranks(digits: Path, train: Train, tmp_path: Path) -> None:
     undisturbed = train("undisturbed", "epochs=4")
     folder = tmp_path / "killed"
-    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=4", "checkpoint.steps=3"]
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=4", "every_steps=3"]
     for ranks, step in ((2, 5), (1, 13)):
         process = subprocess.Popen(
             command(*arguments, "--run-dir", folder, ranks=ranks),
@@ -203,7 +203,7 @@ def test_a_run_folder_of_another_configuration_is_refused(digits: Path, train: T
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_named(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "checkpoint.steps=1", "--run-dir", folder]
+    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=1", "--run-dir", folder]
     hot = ["optim.default.algorithm=sgd", "optim.default.lr=1e30", "optim.warmup=0.0"]
     said = refused(*base, *hot, code=1)
     assert "the loss is " in said
