@@ -20,12 +20,17 @@ Positive = Annotated[int, Field(gt=0)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class CheckpointConfig:
-    """A checkpoint is written after every `every_epochs` epochs, and after every `every_steps` steps when that is not 0;
-    the newest `keep` stay."""
+    """A checkpoint is written every `every_epochs` epochs, every `every_steps` steps when that is not 0, and at the
+    end; the newest `keep` stay."""
 
     every_epochs: Positive = 1
     every_steps: Annotated[int, Field(ge=0)] = 0
     keep: Positive = 2
+
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether one is due after `step` steps."""
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_steps or step % (self.every_epochs * steps_per_epoch) == 0
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

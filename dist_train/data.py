@@ -199,7 +199,7 @@ def _cut_out(images: Tensor, bits: Tensor, side: int) -> Tensor:
         positions = torch.arange(size, device=images.device)
         inside = (positions >= first[:, None]) & (positions < first[:, None] + side)
         mask = mask & (inside[:, :, None] if dimension == 2 else inside[:, None, :])
-    return images.masked_fill(mask[:, None], 0.0)
+    return images.masked_fill_(mask[:, None], 0.0)
 
 
 class _Resident:

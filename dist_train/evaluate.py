@@ -13,21 +13,26 @@ _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, split: str, ranks: Ranks, autocast: torch.autocast) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (a fraction) of the network over `test` or `holdout`.
+def evaluate(model: nn.Module, data: Data, ranks: Ranks, autocast: torch.autocast) -> dict[str, float]:
+    """Mean cross entropy and accuracy (a fraction) as `test_loss` and `test_accuracy`, and likewise `val_*` over
+    the held-out training images where there are any.
 
-    The sums are integers and all-reduced, so they are equal on all ranks and for any number of them. The
-    network is left in the mode it was in.
+    The sums are integers and all-reduced, so the result is the same on all ranks and for any number of them.
+    Leaves the network in training mode.
     """
-    training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    for images, labels in data.evaluation(split):
-        with autocast:
-            logits: Tensor = model(images)
-        losses = F.cross_entropy(logits.float(), labels, reduction="none").double().clamp(max=1e4)
-        correct = (logits.argmax(1) == labels).sum()
-        totals += torch.stack(((losses / _UNIT).round().long().sum(), correct, correct.new_tensor(len(labels))))
-    model.train(training)
-    loss, correct_count, count = sum_integers(ranks, totals).tolist()
-    return loss * _UNIT / count, correct_count / count
+    found = {}
+    for name, split in (("test", "test"), ("val", "holdout")):
+        if not len(data.indices[split]):
+            continue
+        totals = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+        for images, labels in data.evaluation(split):
+            with autocast:
+                logits: Tensor = model(images)
+            losses = F.cross_entropy(logits.float(), labels, reduction="none").double().clamp(max=1e4)
+            correct = (logits.argmax(1) == labels).sum()
+            totals += torch.stack(((losses / _UNIT).round().long().sum(), correct, correct.new_tensor(len(labels))))
+        loss, right, count = sum_integers(ranks, totals).tolist()
+        found[f"{name}_loss"], found[f"{name}_accuracy"] = loss * _UNIT / count, right / count
+    model.train()
+    return found

@@ -71,7 +71,7 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
     recorder: on rank 0 only, opened at the step of the newest checkpoint. Returns the trained network, the
     same on every rank. Raises DivergedError when the loss is no longer finite.
     """
-    settings, spe = config.train, data.steps_per_epoch
+    settings, spe = config.train, data.steps_per_epoch  # spe: steps per epoch
     total_steps = settings.epochs * spe
     model = build_model(config, data).to(ranks.device)
     optimizers = Optimizers(model, config.optim, total_steps, spe)
@@ -107,22 +107,15 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
         meter.end_step(rate)
 
         epoch, within = divmod(step, spe)
-        last = step == total_steps
-        save = last or (within == 0 and epoch % config.checkpoint.every_epochs == 0)
-        save = save or (config.checkpoint.every_steps > 0 and step % config.checkpoint.every_steps == 0)
+        save = step == total_steps or config.checkpoint.due(step, spe)
         if within == 0 or save or step % log_every == 0:
             meter.flush(step)  # stops the run before a loss that is not finite reaches a checkpoint
         if within == 0 or save:
             _gather_batch_norm(model, ranks)
         if within == 0:
-            losses = {"test": evaluate(compiled, data, "test", ranks, autocast)}
-            if data.config.holdout:
-                losses["val"] = evaluate(compiled, data, "holdout", ranks, autocast)
+            found = evaluate(compiled, data, ranks, autocast)
             if recorder is not None:
-                named = {
-                    f"{k}_{n}": v for k, pair in losses.items() for n, v in zip(("loss", "accuracy"), pair, strict=True)
-                }
-                recorder.eval(step=step, epoch=epoch, **named)
+                recorder.eval(step=step, epoch=epoch, **found)
         if save:
             on_main(ranks, partial(_save, config, run_dir, state.dump(step), recorder))
         meter.restart_clock(within == 0 or save)

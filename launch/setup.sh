@@ -7,8 +7,9 @@ extras=${1:-}
 say() { printf '%s\n' "setup: $*" >&2; }
 fail() { say "$*"; exit 2; }
 
-wanted=$(cat pyproject.toml <(echo "$extras") | sha256sum | cut -d' ' -f1)
-if [ "$(cat .venv/.installed 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+wanted=$(sha256sum pyproject.toml | cut -d' ' -f1)
+stamp=.venv/.installed${extras:+-$extras}
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 python=$(command -v python3 || true)
 [ -n "$python" ] || python=none
@@ -37,4 +38,4 @@ fi
 say "installing Python packages into .venv (several GB with torch; minutes the first time)"
 bar=$([ -t 2 ] && echo on || echo off)
 .venv/bin/python -m pip install -q --disable-pip-version-check --progress-bar "$bar" -e ".${extras:+[$extras]}" >&2
-echo "$wanted" >.venv/.installed
+echo "$wanted" | tee .venv/.installed >"$stamp"

@@ -1,0 +1,38 @@
+"""The main job on the real CIFAR-10, in short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import trainer
+
+# the shape of block94 at an eighth of the width: an epoch takes seconds
+NARROW = [f"model.blocks.{block}.channels={width}" for block, width in enumerate((16, 16, 32, 32, 32, 32))]
+
+
+def test_prepare_train_on_two_ranks_resume_and_evaluate(cifar10: Path, tmp_path: Path) -> None:
+    base = ["--preset", "block94", f"data.dir={cifar10}", *NARROW, "batch_size=1000", "output.init_std=0.03"]
+    base += ["epochs=2", "record.wandb=disabled", "every_steps=20"]
+    base = [argument.replace("output.", "model.output.") for argument in base]
+    done = trainer(*base, "--run-dir", tmp_path / "run", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "cifar10: 50,000 training and 10,000 test images; 2 ranks" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    # chance is 0.1, a linear classifier reaches 0.4; a random block network with a trained output layer less
+    assert summary["test_accuracy"] > 0.5
+    for row in (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        if row["kind"] == "eval":
+            assert (row["test_accuracy"] * 10_000) == round(row["test_accuracy"] * 10_000)
+
+    # the same run from its first checkpoint on, as after a kill, on one rank
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for path in sorted(checkpoints.glob("step-*"))[-2:]:
+        path.unlink()
+    (tmp_path / "run" / "summary.json").unlink()
+    again = trainer(*base, "--run-dir", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert "going on after step 80" in again.stdout
+    resumed = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert resumed["weights_sha256"] == summary["weights_sha256"]
+    assert resumed["test_accuracy"] == summary["test_accuracy"]
