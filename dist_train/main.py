@@ -25,14 +25,15 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data_prep
-from dist_train import __version__, checkpoint, config
+from dist_train import __version__, checkpoint, config, plots
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, check_world_size, on_main, ranks
 from dist_train.errors import DivergedError, UserError
 from dist_train.files import write_atomic
 from dist_train.model import BlockNetwork, flops_per_image, shapes
+from dist_train.optim import Optimizers
 from dist_train.record import Recorder, best_eval, read_metrics
-from dist_train.train import train, weights_digest
+from dist_train.train import build_model, train, weights_digest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,6 +96,8 @@ def _run(args: argparse.Namespace) -> int:
                 print(f"{run_dir} is finished already")
                 _report(run_dir)
             return 0
+        model = build_model(settings.model, t, data).to(here.device)
+        optimizers = Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
         recorder = None
         if here.main:
             _announce(run_dir, settings, found, here, step, total_steps)
@@ -108,9 +111,10 @@ def _run(args: argparse.Namespace) -> int:
             )
         code = 1
         try:
-            model = train(settings, data, here, run_dir, recorder)
+            train(t, settings.checkpoint, model, optimizers, data, here, run_dir, recorder)
             if recorder is not None:
-                recorder.finish(_summary(settings, model, here, run_dir, time.perf_counter() - start))
+                summary = _summary(settings, model, data, here, run_dir)
+                recorder.finish({**summary, "seconds": time.perf_counter() - start}, plots.draw)
             code = 0
         finally:
             if recorder is not None:
@@ -158,14 +162,12 @@ def _announce(
         print(f"going on after step {step}", flush=True)
 
 
-def _summary(
-    settings: config.Config, model: BlockNetwork, here: Ranks, run_dir: Path, seconds: float
-) -> dict[str, Any]:
+def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ranks, run_dir: Path) -> dict[str, Any]:
     steps, evals = read_metrics(run_dir / "metrics.jsonl")
     last, best = evals[-1], best_eval(evals)
     assert best is not None
     train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
-    height, width, channels = manifest(settings.data).image_shape
+    height, width, channels = data.manifest.image_shape
     packages = ("torch", "torchvision", "ffcv", "numpy", "wandb")
     return {
         "test_accuracy": last["test_accuracy"],
@@ -178,7 +180,6 @@ def _summary(
         "epochs": settings.train.epochs,
         "steps": len(steps),
         "train_seconds": train_seconds,
-        "seconds": seconds,
         "images_per_second": sum(row["images"] for row in steps) / train_seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_image": flops_per_image(model.eval(), (channels, height, width)),

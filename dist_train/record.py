@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -210,8 +210,10 @@ class Recorder:
         """
         os.fsync(self._file.fileno())
 
-    def finish(self, summary: Row) -> None:
+    def finish(self, summary: Row, draw: Callable[..., list[Path]]) -> None:
         """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
+
+        draw: `plots.draw`, or another with its arguments.
 
         Plots that fail cost a line on stderr, not the run: they can be drawn again from the record.
 
@@ -222,8 +224,6 @@ class Recorder:
         summary = _finite({"dataset": self._dataset, **summary})
         write_atomic(self._dir / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         try:
-            from dist_train.plots import draw
-
             pictures = draw(self._dir, dataset=self._dataset, name=self._name)
         except Exception as error:
             self._tell(f"plots not drawn ({error}); try again: python -m dist_train.plots {self._dir}")

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from dist_train import checkpoint
+from dist_train.checkpoint import CheckpointConfig
 from dist_train.data import Data
 from dist_train.distributed import FixedOrderSum, Ranks, gather_rows, on_main
 from dist_train.errors import DivergedError
 from dist_train.evaluate import evaluate
-from dist_train.model import BatchNorm, BlockNetwork, whiten
+from dist_train.model import BatchNorm, BlockNetwork, ModelConfig, whiten
 from dist_train.optim import Optimizers
 from dist_train.randomness import derive
 from dist_train.record import Recorder
-
-if TYPE_CHECKING:
-    from dist_train.config import Config
 
 Positive = Annotated[int, Field(gt=0)]
 _WHITENING_IMAGES = 5000
@@ -54,37 +52,42 @@ class TrainConfig:
     log_every: Annotated[int, Field(ge=0)] = 0
 
 
-def build_model(config: Config, data: Data) -> BlockNetwork:
+def build_model(architecture: ModelConfig, settings: TrainConfig, data: Data) -> BlockNetwork:
     """The network with its initial weights, a function of the seed and the data set, on the CPU."""
-    manifest = data.manifest
-    height, width, channels = manifest.image_shape
-    torch.manual_seed(derive(config.train.seed, "init"))
-    model = BlockNetwork(config.model, (channels, height, width), len(manifest.classes), config.train.microbatches)
-    if model.stem is not None and config.model.stem.kind == "whiten":
+    height, width, channels = data.manifest.image_shape
+    torch.manual_seed(derive(settings.seed, "init"))
+    model = BlockNetwork(architecture, (channels, height, width), len(data.manifest.classes), settings.microbatches)
+    if model.stem is not None and architecture.stem.kind == "whiten":
         whiten(model.stem, data.sample(_WHITENING_IMAGES))
     return model
 
 
-def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Recorder | None) -> BlockNetwork:
-    """Train from the newest checkpoint in the run folder, or from the start, to the last epoch.
+def train(
+    settings: TrainConfig,
+    saving: CheckpointConfig,
+    model: BlockNetwork,
+    optimizers: Optimizers,
+    data: Data,
+    ranks: Ranks,
+    run_dir: Path,
+    recorder: Recorder | None,
+) -> None:
+    """Train `model`, which is on the rank's device, from the newest checkpoint in the run folder, or from the
+    start, to the last epoch. After it the network is the same on every rank.
 
-    recorder: on rank 0 only, opened at the step of the newest checkpoint. Returns the trained network, the
-    same on every rank. Raises DivergedError when the loss is no longer finite.
+    recorder: on rank 0 only, opened at the step of the newest checkpoint. Raises DivergedError when the loss is
+    no longer finite.
     """
-    settings, spe = config.train, data.steps_per_epoch  # spe: steps per epoch
-    total_steps = settings.epochs * spe
-    model = build_model(config, data).to(ranks.device)
-    optimizers = Optimizers(model, config.optim, total_steps, spe)
+    steps_per_epoch, total_steps = data.steps_per_epoch, optimizers.total_steps
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
     state = _State(model, optimizers, scaler)
     newest = on_main(ranks, partial(checkpoint.newest, run_dir / "checkpoints"))
     step = state.load(checkpoint.load(newest)) if newest else 0
-    compiled = torch.compile(model, dynamic=False) if settings.compile else model
-    assert isinstance(compiled, nn.Module)
+    compiled: nn.Module = torch.compile(model, dynamic=False) if settings.compile else model  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
     dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(ranks.device.type, dtype, enabled=settings.precision != "fp32")
-    meter = _Meter(config, ranks, spe, recorder)
+    meter = _Meter(settings.batch_size, ranks, steps_per_epoch, recorder)
     log_every = settings.log_every or (20 if ranks.device.type == "cuda" else 1)
     slots = torch.arange(settings.microbatches, device=ranks.device)
 
@@ -106,8 +109,8 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
         step += 1
         meter.end_step(rate)
 
-        epoch, within = divmod(step, spe)
-        save = step == total_steps or config.checkpoint.due(step, spe)
+        epoch, within = divmod(step, steps_per_epoch)
+        save = step == total_steps or saving.due(step, steps_per_epoch)
         if within == 0 or save or step % log_every == 0:
             meter.flush(step)  # stops the run before a loss that is not finite reaches a checkpoint
         if within == 0 or save:
@@ -117,9 +120,8 @@ def train(config: Config, data: Data, ranks: Ranks, run_dir: Path, recorder: Rec
             if recorder is not None:
                 recorder.eval(step=step, epoch=epoch, **found)
         if save:
-            on_main(ranks, partial(_save, config, run_dir, state.dump(step), recorder))
+            on_main(ranks, partial(_save, saving, run_dir, state.dump(step), recorder))
         meter.restart_clock(within == 0 or save)
-    return model
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -155,10 +157,10 @@ class _State:
         return int(state["step"])
 
 
-def _save(config: Config, run_dir: Path, state: dict[str, Any], recorder: Recorder | None) -> None:
+def _save(saving: CheckpointConfig, run_dir: Path, state: dict[str, Any], recorder: Recorder | None) -> None:
     assert recorder is not None  # rank 0 has one
     recorder.flush()  # a checkpoint without the lines before it could not be resumed
-    checkpoint.save(run_dir / "checkpoints", state["step"], state, config.checkpoint.keep)
+    checkpoint.save(run_dir / "checkpoints", state["step"], state, saving.keep)
 
 
 @torch.no_grad()
@@ -174,8 +176,8 @@ def _gather_batch_norm(model: BlockNetwork, ranks: Ranks) -> None:
 class _Meter:
     """Losses and correct counts of this rank's microbatches, left on the device until they are recorded."""
 
-    def __init__(self, config: Config, ranks: Ranks, steps_per_epoch: int, recorder: Recorder | None) -> None:
-        self.batch_size, self.ranks, self.recorder = config.train.batch_size, ranks, recorder
+    def __init__(self, batch_size: int, ranks: Ranks, steps_per_epoch: int, recorder: Recorder | None) -> None:
+        self.batch_size, self.ranks, self.recorder = batch_size, ranks, recorder
         self.steps_per_epoch = steps_per_epoch
         self.pending: list[Tensor] = []
         self.rates: list[float] = []
