@@ -55,14 +55,14 @@ def test_killed_and_resumed_on_other_numbers_of_ranks(digits: Path, train: Train
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
         )
         deadline = time.monotonic() + 120
         while not ((folder / "metrics.jsonl").exists() and len(lines_so_far(folder)) >= step):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in processes_of(folder):
+            os.kill(pid, signal.SIGKILL)
         process.wait()
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"kind": "step", "st')  # as a kill in the middle of a write leaves it
@@ -75,6 +75,18 @@ def test_killed_and_resumed_on_other_numbers_of_ranks(digits: Path, train: Train
     again = trainer(*arguments, "--run-dir", folder)
     assert again.returncode == 0
     assert "is finished already" in again.stdout
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The launcher and the ranks of the run in a folder, by their command lines."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:  # it has ended
+            continue
+    return found
 
 
 def lines_so_far(folder: Path) -> list[str]:
