@@ -202,6 +202,11 @@ class Recorder:
         self._sums = _Sums()
         return row
 
+    def say(self, phase: str) -> None:
+        """Show on the progress bar what goes on while no steps are made."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(phase)
+
     def flush(self) -> None:
         """Bring every line to the disk; call it before a checkpoint is written.
 

@@ -116,6 +116,8 @@ def train(
         if within == 0 or save:
             _gather_batch_norm(model, ranks)
         if within == 0:
+            if recorder is not None:
+                recorder.say("evaluating")
             found = evaluate(compiled, data, ranks, autocast)
             if recorder is not None:
                 recorder.eval(step=step, epoch=epoch, **found)
