@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def run_here(*arguments: object) -> "subprocess.CompletedProcess[str]":
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["data_prep", *map(str, arguments)])
         code = main()
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess([str(a) for a in arguments], code, out.getvalue(), err.getvalue())
 
 
 def refused(result: "subprocess.CompletedProcess[str]", *words: str, code: int = 2) -> None:
@@ -67,7 +68,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
     return {p.name: (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest()) for p in folder.iterdir()}
 
 
-def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = folder / "manifest.json"
     raw = json.loads(path.read_text())
     change(raw)

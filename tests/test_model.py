@@ -27,6 +27,7 @@ from dist_train.model import (
     ModelConfig,
     Output,
     Stem,
+    Where,
     flops_per_image,
     parameter_kind,
     shapes,
@@ -58,24 +59,29 @@ def convolved(x: Array, weight: Array, bias: Array | None, conv: Convolution, pa
 
 def activated(x: Array, name: str) -> Array:
     if name == "relu":
-        return np.maximum(x, 0)
-    if name == "gelu":
-        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    return x / (1 + np.exp(-x)) if name == "silu" else x
+        x = np.maximum(x, 0)
+    elif name == "gelu":
+        x = x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    elif name == "silu":
+        x = x / (1 + np.exp(-x))
+    return x
 
 
 def normalised(x: Array, eps: float) -> Array:
     mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
-    return (x - mean) / np.sqrt(var + eps)
+    result: Array = (x - mean) / np.sqrt(var + eps)
+    return result
 
 
 def coefficients(x: Array, block: MixedBlock) -> Array:
     fc = block.mixing.fc
-    a = x.mean((2, 3)) @ fc.weight.detach().numpy().T + fc.bias.detach().numpy()
+    a: Array = x.mean((2, 3)) @ fc.weight.detach().numpy().T + fc.bias.detach().numpy()
     if block.config.coefficients == "softmax":
         e = np.exp(a / block.config.temperature)
-        return e / e.sum(1, keepdims=True)
-    return 1 / (1 + np.exp(-a)) if block.config.coefficients == "sigmoid" else a
+        a = e / e.sum(1, keepdims=True)
+    elif block.config.coefficients == "sigmoid":
+        a = 1 / (1 + np.exp(-a))
+    return a
 
 
 def formula(x: Array, block: MixedBlock) -> Array:
@@ -123,18 +129,19 @@ def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
         divisors = [g for g in range(1, channels + 1) if channels % g == 0 and outputs % g == 0]
         groups, bias = draw(st.sampled_from(divisors)), draw(st.booleans())
         convolutions.append(Convolution(kernel=kernel, dilation=dilation, stride=stride, groups=groups, bias=bias))
-    where = st.sampled_from(["branch", "post", "none"])
+    places: list[Where] = ["branch", "post", "none"]
+    where = st.sampled_from(places)
     block = Block(
         channels=outputs,
         convolutions=convolutions,
-        norm=draw(where),  # type: ignore[arg-type]
-        activate=draw(where),  # type: ignore[arg-type]
-        activation=draw(st.sampled_from(["relu", "gelu", "silu", "identity"])),  # type: ignore[arg-type]
-        coefficients=draw(st.sampled_from(["raw", "softmax", "sigmoid"])),  # type: ignore[arg-type]
+        norm=draw(where),
+        activate=draw(where),
+        activation=draw(st.sampled_from(["relu", "gelu", "silu", "identity"])),
+        coefficients=draw(st.sampled_from(["raw", "softmax", "sigmoid"])),
         temperature=draw(st.sampled_from([0.5, 1.0, 3.0])),
         pool=draw(st.sampled_from([1, 2])),
-        pool_kind=draw(st.sampled_from(["max", "avg"])),  # type: ignore[arg-type]
-        pool_at=draw(st.sampled_from(["sum", "end"])),  # type: ignore[arg-type]
+        pool_kind=draw(st.sampled_from(["max", "avg"])),
+        pool_at=draw(st.sampled_from(["sum", "end"])),
     )
     return channels, size, block
 

@@ -244,13 +244,18 @@ def test_what_the_terminal_shows(
     assert "20.00 %" in rows[0]
     assert err == ""
     if terminal:
-        assert re.search(r"12/12 .*loss 0\.248, train acc [\d.]+ %, 1012 images/s", sys.stderr.getvalue())  # type: ignore[attr-defined]
+        assert re.search(r"12/12 .*loss 0\.248, train acc [\d.]+ %, 1012 images/s", terminal_text())
+
+
+def terminal_text() -> str:
+    assert isinstance(sys.stderr, StringIO)
+    return sys.stderr.getvalue()
 
 
 def test_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     whole_run(tmp_path)
-    assert capsys.readouterr().out + sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+    assert capsys.readouterr().out + terminal_text() == ""
 
 
 @pytest.mark.parametrize(("wandb", "mode"), [("disabled", "online"), ("auto", "disabled")])
@@ -622,7 +627,7 @@ def test_loss_figure_draws_every_batch() -> None:
     np.testing.assert_array_equal(each.get_ydata(), [math.nan if r["loss"] is None else r["loss"] for r in steps])
     assert axes.get_ylim()[1] > 100, "the spike is in the picture"
     assert np.max(smooth.get_ydata()) < 100
-    assert list(bad.get_xdata()) == [21]
+    assert np.asarray(bad.get_xdata()).tolist() == [21]
     assert "digits" in axes.get_title("left")
     assert "CIFAR" not in axes.get_title("left")
 
@@ -641,7 +646,7 @@ def test_accuracy_figure_marks_best_and_last() -> None:
     np.testing.assert_array_equal(drawn["test"].get_ydata(), [50, 75, 62.5, 70])
     np.testing.assert_array_equal(drawn["train"].get_xdata(), [1, 2, 3, 4])
     best = drawn["best test: 75.00 %, epoch 2"]
-    assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], [75.0])
+    assert (np.asarray(best.get_xdata()).tolist(), np.asarray(best.get_ydata()).tolist()) == ([2], [75.0])
     assert {"test 70.00 %", "train 87.50 %"} <= {text.get_text() for text in axes.texts}
     assert "CIFAR-10" in axes.get_title("left")
 
