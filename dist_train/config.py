@@ -34,7 +34,7 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 # What a run may change when it goes on in its folder: none of it reaches the weights.
-FREE = ("record", "checkpoint", "data.dir", "data.loader", "train.device", "train.timeout")
+FREE = ("record", "checkpoint", "data.dir", "data.loader", "train.device", "train.timeout", "train.log_every")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -130,11 +129,8 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library
         return
-    for parameter, value in (
-        (-4, 0),
-        (-1, 2**31 - 1),
-        (-2, 512 << 20),
-    ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    settings = {-4: 0, -1: 2**31 - 1, -2: 512 << 20}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for parameter, value in settings.items():
         libc.mallopt(parameter, value)
 
 
@@ -241,11 +237,12 @@ class FixedOrderSum:
         flat, parameters = bucket.buffer(), bucket.parameters()
         mine = [self.position[id(parameter)] for parameter in parameters]
         # bucket.gradients() takes every gradient for contiguous, but the bucket keeps the parameters' layout
-        ends = accumulate(parameter.numel() for parameter in parameters)
-        grads = [flat.as_strided(p.shape, p.stride(), end - p.numel()) for p, end in zip(parameters, ends, strict=True)]
+        slices = flat.split([parameter.numel() for parameter in parameters])
+        grads = [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, slices, strict=True)]
         for branch in reversed(self.partial):
             torch._foreach_add_(grads, [branch[index] for index in mine])
-        total: torch.futures.Future[Tensor] = torch.futures.Future()
+        devices = [flat.device] if flat.is_cuda else None
+        total: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         total.set_result(self._sum_over_ranks(flat))
         return total
 
