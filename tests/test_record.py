@@ -269,7 +269,7 @@ def test_disabled_imports_no_wandb(tmp_path: Path, wandb: str, mode: str) -> Non
             Path({str(tmp_path)!r}), config, dataset="x", run_config={{}}, total_steps=1, resume_step=0
         )
         recorder.step(step=1, epoch=1.0, loss=1.0, lr=1.0, images_per_second=1.0, correct=1, images=1)
-        recorder.finish({{}})
+        recorder.finish({{}}, lambda *_, **__: [])
         recorder.close(0)
         assert not {{"wandb", "torch", "matplotlib.pyplot"}} & set(sys.modules)
     """
@@ -528,7 +528,7 @@ def test_dead_or_hanging_process(
     recorder = opened(tmp_path, AUTO)
     try:
         until_told(capfd, "W&B: offline run in ")
-        (process,) = children(os.getpid(), "python")
+        (process,) = children(os.getpid(), "dist_train.wandb_run")
         (helper,) = children(process, "wandb-core")
         os.kill(process if victim == "the run's process" else helper, end)
         begin = time.monotonic()
@@ -549,10 +549,19 @@ def test_dead_or_hanging_process(
     assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
 
 
-def children(parent: int, name: str) -> list[int]:
-    command = ["ps", "-o", "pid=,comm=", "--ppid", str(parent)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in text.splitlines() if line.split()[1].startswith(name)]
+def children(parent: int, words: str) -> list[int]:
+    """The children of a process whose command line contains `words`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or words not in (entry / "cmdline").read_text():
+                continue
+            status = (entry / "status").read_text()
+        except OSError:  # it has ended
+            continue
+        if f"PPid:\t{parent}\n" in status:
+            found.append(int(entry.name))
+    return found
 
 
 def until_told(capfd: pytest.CaptureFixture[str], words: str) -> None:
