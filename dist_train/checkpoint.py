@@ -61,6 +61,11 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """The number of finished steps that a checkpoint's name says."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on the CPU. No code in the file is run."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

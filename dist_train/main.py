@@ -90,7 +90,8 @@ def _run(args: argparse.Namespace) -> int:
         shapes(settings.model, (channels, height, width))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
         total_steps = t.epochs * data.steps_per_epoch
-        step = on_main(here, lambda: _open(run_dir, settings))
+        start_from = on_main(here, lambda: _open(run_dir, settings))
+        step = checkpoint.step_of(start_from) if start_from else 0
         if step == total_steps and (run_dir / "summary.json").exists():
             if here.main:
                 print(f"{run_dir} is finished already")
@@ -111,7 +112,7 @@ def _run(args: argparse.Namespace) -> int:
             )
         code = 1
         try:
-            train(t, settings.checkpoint, model, optimizers, data, here, run_dir, recorder)
+            train(t, settings.checkpoint, model, optimizers, data, here, run_dir, start_from, recorder)
             if recorder is not None:
                 summary = _summary(settings, model, data, here, run_dir)
                 recorder.finish({**summary, "seconds": time.perf_counter() - start}, plots.draw)
@@ -124,8 +125,8 @@ def _run(args: argparse.Namespace) -> int:
         return code
 
 
-def _open(run_dir: Path, settings: config.Config) -> int:
-    """Make or check the run folder. Returns the step of its newest checkpoint, 0 without one."""
+def _open(run_dir: Path, settings: config.Config) -> Path | None:
+    """Make or check the run folder. Returns its newest whole checkpoint, None without one."""
     path = run_dir / "config.toml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -139,8 +140,7 @@ def _open(run_dir: Path, settings: config.Config) -> int:
         write_atomic(path, config.to_toml(settings).encode())
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
-    newest = checkpoint.newest(run_dir / "checkpoints")
-    return int(checkpoint.load(newest)["step"]) if newest else 0
+    return checkpoint.newest(run_dir / "checkpoints")
 
 
 def _announce(

@@ -70,19 +70,19 @@ def train(
     data: Data,
     ranks: Ranks,
     run_dir: Path,
+    start: Path | None,
     recorder: Recorder | None,
 ) -> None:
-    """Train `model`, which is on the rank's device, from the newest checkpoint in the run folder, or from the
-    start, to the last epoch. After it the network is the same on every rank.
+    """Train `model`, which is on the rank's device, from the checkpoint `start`, or from the first step without
+    one, to the last epoch. After it the network is the same on every rank.
 
-    recorder: on rank 0 only, opened at the step of the newest checkpoint. Raises DivergedError when the loss is
-    no longer finite.
+    recorder: on rank 0 only, opened at the step of `start`. Raises DivergedError when the loss is no longer
+    finite.
     """
     steps_per_epoch, total_steps = data.steps_per_epoch, optimizers.total_steps
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
     state = _State(model, optimizers, scaler)
-    newest = on_main(ranks, partial(checkpoint.newest, run_dir / "checkpoints"))
-    step = state.load(checkpoint.load(newest)) if newest else 0
+    step = state.load(checkpoint.load(start)) if start else 0
     compiled: nn.Module = torch.compile(model, dynamic=False) if settings.compile else model  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
     dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
