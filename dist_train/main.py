@@ -230,7 +230,12 @@ def _git_commit() -> str | None:
 
 @record
 def _entry() -> None:
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on the disk, and the process group is left. The interpreter's own end would race with native threads
+    # of gloo and ffcv, which now and then aborts a rank that has finished ("terminate called").
+    os._exit(code)
 
 
 if __name__ == "__main__":
