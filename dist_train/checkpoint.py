@@ -1,10 +1,12 @@
-"""Checkpoints: each one file that appears whole or not at all, with its SHA-256 beside it."""
+"""Checkpoints: each one file that appears whole or not at all, with its SHA-256 beside it, written in a thread."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_prep.files import sha256_of
-from dist_train.files import write_atomic
+from dist_train.files import remove_partial, write_atomic
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -33,20 +35,72 @@ class CheckpointConfig:
         return by_steps or step % (self.every_epochs * steps_per_epoch) == 0
 
 
+class Writer:
+    """Writes checkpoints beside the training: a call of `write` takes the time of copying the state."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        stamp: dict[str, Any],
+        *,
+        before: Callable[[], None],
+        failed: Callable[[int, OSError], None],
+    ) -> None:
+        """stamp: what every checkpoint carries besides the state. before: called ahead of each file, in the
+        thread. failed: told the step and the reason when a checkpoint could not be written, in the thread too; the
+        ones before it stay."""
+        self.folder, self.keep, self.stamp, self.before, self.failed = folder, keep, stamp, before, failed
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+
+    def write(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to write the state after `step` steps; its tensors may change from now on. Waits for the
+        checkpoint before this one."""
+        self.wait()
+        copied = {**_copied(state), **self.stamp}
+        self.thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> OSError | None:
+        """Wait until the last one is written. Returns why it could not be, None when it is on the disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        return self.error
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        self.error = None
+        try:
+            self.before()
+            save(self.folder, step, state, self.keep)
+        except OSError as error:
+            self.error = error
+            self.failed(step, error)
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the state after `step` steps and remove all but the newest `keep` checkpoints. The checksum is
-    written last: without it the file does not count. Raises OSError."""
+    """Write the state after `step` steps and remove all but the newest `keep` checkpoints. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     path = folder / f"step-{step:08d}.pt"
-    write_atomic(path, content)
+    # the checksum comes first, so that a checkpoint which is there has one, whenever the process dies
     write_atomic(_checksum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    write_atomic(path, content)
     for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        _checksum(old).unlink(missing_ok=True)
         old.unlink()
+        _checksum(old).unlink(missing_ok=True)
     return path
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left of files that never became whole. No other may be writing here."""
+    remove_partial(folder)
+    for checksum in folder.glob("step-*.pt.sha256"):
+        if not checksum.with_suffix("").exists():
+            checksum.unlink()
 
 
 def newest(folder: Path) -> Path | None:
@@ -59,6 +113,11 @@ def newest(folder: Path) -> Path | None:
         path.replace(path.with_name(path.name + ".damaged"))
         _checksum(path).unlink(missing_ok=True)
     return None
+
+
+def steps(folder: Path) -> list[int]:
+    """The numbers of finished steps that there are checkpoints of, in order."""
+    return sorted(step_of(path) for path in folder.glob("step-*.pt"))
 
 
 def step_of(path: Path) -> int:
@@ -80,5 +139,16 @@ def _wrong(path: Path) -> str | None:
     try:
         expected = _checksum(path).read_text().split()[0]
     except (OSError, IndexError):
-        return "has no checksum (its writing was interrupted)"
+        return "has no checksum"
     return None if sha256_of(path) == expected else "does not match its checksum"
+
+
+def _copied(state: Any) -> Any:
+    """A state dict with copies of its tensors, on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copied(value) for value in state)
+    return state

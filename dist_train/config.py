@@ -34,7 +34,18 @@ else:
 
 PRESETS = Path(__file__).parent / "presets"
 # What a run may change when it goes on in its folder: none of it reaches the weights.
-FREE = ("record", "checkpoint", "data.dir", "data.loader", "train.device", "train.timeout", "train.log_every")
+FREE = (
+    "record",
+    "checkpoint",
+    "data.dir",
+    "data.loader",
+    "train.device",
+    "train.backend",
+    "train.timeout",
+    "train.log_every",
+)
+# What it may change at the price of bits: the next start in the folder says so.
+DRIFTING = ("train.threads",)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))

@@ -137,6 +137,12 @@ class Data:
             for images, labels, _ in source.batches(torch.cat(mine), self.config.eval_batch):
                 yield self._normalised(images), labels
 
+    def sample_indices(self, step: int, slot: int) -> list[int]:
+        """Indices in the training set of the images in one microbatch of a step, counted from 0."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        found: list[int] = self._order(epoch)[within, slot].tolist()
+        return found
+
     def sample(self, count: int) -> Tensor:
         """The first `count` training images, normalised, on the CPU: the same on every rank."""
         images, _, _ = next(self.sources["train"].batches(self.indices["train"][:count], count))

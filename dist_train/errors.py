@@ -1,9 +1,27 @@
 """The errors whose message is for the person who started the run."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the setting, the value and the remedy."""
 
 
-class DivergedError(RuntimeError):
-    """The loss stopped being a finite number. The message names the step and what is left intact."""
+class DivergedError(ArithmeticError):
+    """The loss or a gradient stopped being finite. The message names the step and what is left intact; details: the
+    step and its microbatches with what is not finite, as JSON takes it. Raised on all ranks together."""
+
+    def __init__(self, message: str, details: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class LostPeerError(ConnectionError):
+    """Another rank died or hangs. The message names it and the step. speaks: whether this rank is the one to
+    say so."""
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks

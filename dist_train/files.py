@@ -1,14 +1,19 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and a folder that is one process's alone."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.files import sync
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Replace the file `path` by `data`, so that even a power cut leaves the old one or the new one whole.
 
     Raises OSError, and leaves nothing behind."""
@@ -20,3 +25,34 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files in a folder that `write_atomic` of a killed process began. No other may be writing here."""
+    for partial in folder.glob(".*.*"):
+        if partial.suffix[1:].isdigit():
+            partial.unlink()
+
+
+@contextmanager
+def claimed(folder: Path, wait: float) -> Iterator[None]:
+    """Hold a folder for this process alone; the kernel gives it back when the process ends, however it ends.
+
+    wait: seconds for another holder to leave. Raises BlockingIOError, with who holds it as its text, when it
+    stays, and OSError where the file system refuses.
+    """
+    with (folder / ".lock").open("a+") as file:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise BlockingIOError(file.read().strip()) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

@@ -14,10 +14,10 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import version
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,21 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data_prep
-from dist_train import __version__, checkpoint, config, plots
+from dist_train import checkpoint, config, plots
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, check_world_size, on_main, ranks
-from dist_train.errors import DivergedError, UserError
-from dist_train.files import write_atomic
+from dist_train.environment import Environment, changes, device_name, environment, git_commit, versions
+from dist_train.errors import DivergedError, LostPeerError, UserError
+from dist_train.files import claimed, remove_partial, write_atomic
 from dist_train.model import BlockNetwork, flops_per_image, shapes
 from dist_train.optim import Optimizers
-from dist_train.record import Recorder, best_eval, read_metrics
+from dist_train.record import Recorder, append_history, best_eval, read_metrics
+from dist_train.stopping import StopRequest
 from dist_train.train import build_model, train, weights_digest
+
+# Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+_CLAIM = 10.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,23 +59,45 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
+@dataclass
+class _Outcome:
+    """How the command ends, known before its record is closed."""
+
+    code: int = FAILED
+    step: int = 0
+    reason: str = ""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input."""
+    """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop, with all saved."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        return _run(args)
-    except (UserError, data_prep.DataError) as error:
-        code = 2
-        message = str(error)
-    except DivergedError as error:
-        code = 1
-        message = str(error)
-    if os.environ.get("RANK", "0") != "0":
-        # Rank 0 speaks for all, and the launcher ends the others when it leaves. Whoever is still there after
-        # this is the only one that knows.
-        time.sleep(10)
+    outcome = _Outcome()
+    with StopRequest() as stop, ExitStack() as held:
+        try:
+            _run(args, stop, held, outcome)
+        except (UserError, data_prep.DataError) as error:
+            outcome.code, outcome.reason = BAD_INPUT, str(error)
+            if os.environ.get("RANK", "0") != "0":
+                # Rank 0 speaks for all, and the launcher ends the others when it leaves. Whoever is still there
+                # after this is the only one that knows.
+                time.sleep(10)
+            _say(outcome.reason)
+        except DivergedError as error:  # all ranks have it
+            outcome.reason = str(error)
+            if os.environ.get("RANK", "0") == "0":
+                _say(outcome.reason)
+        except LostPeerError as error:
+            outcome.reason = str(error)
+            if error.speaks:
+                _say(outcome.reason)
+        except BaseException as error:
+            outcome.reason = f"{type(error).__name__}: {error}"
+            raise
+    return outcome.code
+
+
+def _say(message: str) -> None:
     print(f"dist_train: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
@@ -78,69 +106,153 @@ def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
     return preset or args.config.stem, config.load(preset, args.config, args.settings)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, stop: StopRequest, held: ExitStack, outcome: _Outcome) -> None:
+    """held: what is to be closed when the outcome is known."""
     start = time.perf_counter()
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
     run_dir = args.run_dir or Path("runs") / f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
     t = settings.train
-    with ranks(t.device, t.threads, t.deterministic, t.timeout) as here:
+    with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         found = on_main(here, lambda: manifest(settings.data))
         height, width, channels = found.image_shape
         shapes(settings.model, (channels, height, width))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
         total_steps = t.epochs * data.steps_per_epoch
-        start_from = on_main(here, lambda: _open(run_dir, settings))
-        step = checkpoint.step_of(start_from) if start_from else 0
-        if step == total_steps and (run_dir / "summary.json").exists():
+        newest = on_main(here, lambda: _open(run_dir, settings, held))
+        if newest and checkpoint.step_of(newest) == total_steps and (run_dir / "summary.json").exists():
+            outcome.code = DONE
             if here.main:
                 print(f"{run_dir} is finished already")
                 _report(run_dir)
-            return 0
+            return
+        state = checkpoint.load(newest) if newest else None
+        outcome.step = state["step"] if state else 0
         model = build_model(settings.model, t, data).to(here.device)
         optimizers = Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
-        recorder = None
+        recorder = writer = None
         if here.main:
-            _announce(run_dir, settings, found, here, step, total_steps)
+            environments = _environments(run_dir, here, outcome.step, state["environments"] if state else [])
+            _announce(run_dir, settings, found, here, outcome.step, total_steps)
             recorder = Recorder(
                 run_dir,
                 settings.record,
                 dataset=found.dataset,
                 run_config=config.to_dict(settings),
                 total_steps=total_steps,
-                resume_step=step,
+                resume_step=outcome.step,
             )
-        code = 1
+            held.callback(_close, run_dir, recorder, outcome)
+            writer = checkpoint.Writer(
+                run_dir / "checkpoints",
+                settings.checkpoint.keep,
+                {"environments": environments},
+                before=recorder.flush,  # a checkpoint without the lines before it could not be resumed
+                failed=lambda step, error: _not_written(run_dir, step, error),
+            )
         try:
-            train(t, settings.checkpoint, model, optimizers, data, here, run_dir, start_from, recorder)
-            if recorder is not None:
-                summary = _summary(settings, model, data, here, run_dir)
-                recorder.finish({**summary, "seconds": time.perf_counter() - start}, plots.draw)
-            code = 0
-        finally:
-            if recorder is not None:
-                recorder.close(code)
+            outcome.step, stopped = train(
+                t,
+                settings.checkpoint,
+                model,
+                optimizers,
+                data,
+                here,
+                state,
+                stop,
+                recorder,
+                writer,
+                settings.record.digest_every,
+            )
+        except DivergedError as error:
+            if here.main:
+                write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
+            raise
+
+        def finish() -> str:
+            """On rank 0. Returns what could not be saved, and why."""
+            assert recorder is not None
+            assert writer is not None
+            if error := writer.wait():
+                return f"the checkpoint of step {outcome.step} ({error.strerror})"
+            if not stopped:
+                summary = _summary(settings, model, data, here, run_dir) | {"environments": environments}
+                try:
+                    recorder.finish({**summary, "seconds": time.perf_counter() - start}, plots.draw)
+                except OSError as error:
+                    return f"summary.json ({error.strerror})"
+            return ""
+
+        missing = on_main(here, finish)
+        outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
+        outcome.reason = stopped or missing
         if here.main:
-            _report(run_dir)
-        return code
+            if stopped and not missing:
+                print(f"stopped by {stopped} after step {outcome.step}, all saved; the same command goes on from there")
+            elif missing:
+                _say(
+                    f"{run_dir}: {missing} could not be written; make room and start the same command again: it goes "
+                    f"on from the newest checkpoint"
+                )
+            else:
+                _report(run_dir)
 
 
-def _open(run_dir: Path, settings: config.Config) -> Path | None:
-    """Make or check the run folder. Returns its newest whole checkpoint, None without one."""
+def _close(run_dir: Path, recorder: Recorder, outcome: _Outcome) -> None:
+    ends = {DONE: "done", PREEMPTED: "preempted"}
+    append_history(run_dir, "end", outcome=ends.get(outcome.code, "failed"), step=outcome.step, reason=outcome.reason)
+    recorder.close(outcome.code)
+
+
+def _open(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
+    """Make or check the run folder, and claim it. Returns its newest whole checkpoint, None without one."""
     path = run_dir / "config.toml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(claimed(run_dir, _CLAIM))
         if path.exists():
-            differing = config.difference(settings, config.load(None, path, []))
+            differing = set(config.difference(settings, config.load(None, path, []))) - {*config.DRIFTING}
             if differing:
                 raise UserError(
-                    f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
+                    f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
                     f"give the settings it was started with, or another folder"
                 )
+        remove_partial(run_dir)
         write_atomic(path, config.to_toml(settings).encode())
+        checkpoint.clean(run_dir / "checkpoints")
+    except BlockingIOError as error:
+        raise UserError(
+            f"--run-dir {run_dir} is in use by {error}; wait for it, stop it, or name another folder"
+        ) from None
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
     return checkpoint.newest(run_dir / "checkpoints")
+
+
+def _environments(run_dir: Path, here: Ranks, step: int, known: list[Environment]) -> list[Environment]:
+    """Those that the run has had, this one last. Says, once, when it is a new one."""
+    now = environment(here.device)
+    changed = changes(known[-1], now) if known else {}
+    if changed:
+        said = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
+        _say(f"{run_dir} goes on with another {said}: its weights may differ in bits from those of an unbroken run")
+    append_history(
+        run_dir,
+        "start",
+        step=step,
+        world_size=here.world_size,
+        host=platform.node(),
+        environment=now,
+        **({"changed": changed} if changed else {}),
+    )
+    return [*known, now] if changed or not known else known
+
+
+def _not_written(run_dir: Path, step: int, error: OSError) -> None:
+    kept = checkpoint.steps(run_dir / "checkpoints")
+    last = f"the one of step {kept[-1]} stays" if kept else "there is none yet"
+    _say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training goes on")
+    append_history(run_dir, "checkpoint_failed", step=step, reason=error.strerror)
 
 
 def _announce(
@@ -168,7 +280,6 @@ def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ran
     assert best is not None
     train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
     height, width, channels = data.manifest.image_shape
-    packages = ("torch", "torchvision", "ffcv", "numpy", "wandb")
     return {
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
@@ -186,14 +297,9 @@ def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ran
         "weights_sha256": weights_digest(model),
         "config_digest": config.digest(settings),
         "world_size": here.world_size,
-        "device": torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else _processor(),
-        "versions": {
-            "python": platform.python_version(),
-            "dist_train": __version__,
-            **{package: version(package) for package in packages},
-            "cuda": torch.version.cuda,
-        },
-        "git_commit": _git_commit(),
+        "device": device_name(here.device),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
 
 
@@ -207,25 +313,6 @@ def _report(run_dir: Path) -> None:
         f"record: {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
         flush=True,
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _git_commit() -> str | None:
-    """The commit this code is at, with a + when files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+" if changes.stdout.strip() else "")
 
 
 @record

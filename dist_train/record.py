@@ -7,19 +7,26 @@
   `correct` of `images` were classified right in training mode.
 - `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}`, with
   `val_loss` and `val_accuracy` where there is a validation set. Accuracies are fractions from 0 to 1.
+- `{"kind": "weights", "step", "digests"}` before the evaluation: by each tensor's name, in the network's
+  order, the first 16 hexadecimal digits of the SHA-256 of its bytes after `step`.
 
-A number that is not finite is written as `null`. This module does not import torch.
+A number that is not finite is written as `null`. Runs of the same weights have the same lines, apart from
+`images_per_second`. What may differ between them is in `history.jsonl`: when and where the run was started,
+how it ended, what went wrong; `{"event", "time", ...}` a line. This module does not import torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +41,8 @@ Row = dict[str, Any]
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+HISTORY = "history.jsonl"
+KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -52,6 +61,14 @@ class RecordConfig:
     name: Annotated[str, Field(description="Name in W&B and in plot titles; empty: the run folder's.")] = ""
     tags: Annotated[list[str], Field(description="W&B tags.")] = field(default_factory=list)
     quiet: Annotated[bool, Field(description="No progress bar and no table on the terminal.")] = False
+    digest_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Steps between two lines with digests of the weights; 0: at the end of each epoch only, "
+            "which has one in any case.",
+        ),
+    ] = 0
 
 
 class Recorder:
@@ -59,6 +76,9 @@ class Recorder:
 
     Only rank 0 makes one. W&B has a process of its own that reads the file; it is never waited for, except
     for a bounded time in `close`.
+
+    A full disk does not stop the run: lines that cannot be written wait in memory, are tried again with each
+    later one, and are missed only by `flush` and `finish`.
     """
 
     def __init__(
@@ -89,11 +109,17 @@ class Recorder:
         self.evals: list[Row] = []  # every eval line so far, those before a resume included
         self._dir, self._dataset, self._quiet = run_dir, dataset, config.quiet
         self._name = config.name or run_dir.resolve().name
-        self._last_step, self._sums = 0, _Sums()
+        self._last_step, self._last_digests, self._sums = 0, 0, _Sums()
         self._path = run_dir / METRICS
         self._restore(resume_step)
-        self._file = self._path.open("ab", buffering=0)
-        self._size = self._path.stat().st_size
+        self._path.touch()
+        self._file = self._path.open("r+b", buffering=0)
+        # The first `_synced` bytes of the file are known to be on the disk. The lines after them are kept, for a
+        # network file system may lose written ones and say so only at the next fsync; the first `_written` bytes
+        # of them are in the file.
+        self._synced, self._written, self._lines = self._path.stat().st_size, 0, bytearray()
+        self._stuck = False  # the last write failed
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         sync(run_dir)
         self._start, self._header_due = time.monotonic(), True
         self._bar: Any = None
@@ -114,7 +140,7 @@ class Recorder:
                 tags=config.tags,
                 config=run_config,
                 metrics=self._path,
-                offset=self._size,
+                offset=self._synced,
             )
 
     def step(
@@ -139,7 +165,6 @@ class Recorder:
 
         Raises:
             ValueError: `step` does not follow the step before.
-            OSError: the line could not be written; the file then ends with the line before.
         """
         if step != self._last_step + 1:
             raise ValueError(f"step {step} was recorded after step {self._last_step}")
@@ -162,6 +187,21 @@ class Recorder:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
 
+    def weights(self, *, step: int, digests: dict[str, str]) -> None:
+        """Record digests of the weights after `step`, before its evaluation; a second time is not recorded.
+
+        Args:
+            digests: by tensor, in the network's order, 16 hexadecimal digits of the SHA-256 of its bytes.
+
+        Raises:
+            ValueError: `step` is not the last step recorded.
+        """
+        if step != self._last_step:
+            raise ValueError(f"digests after step {step} came when step {self._last_step} was the last")
+        if self._last_digests != step:
+            self._append({"kind": "weights", "step": step, "digests": digests})
+            self._last_digests = step
+
     def eval(
         self,
         *,
@@ -180,7 +220,6 @@ class Recorder:
 
         Raises:
             ValueError: `step` is not the last step recorded.
-            OSError: the line could not be written; the file then ends with the line before.
         """
         if step != self._last_step:
             raise ValueError(f"an evaluation after step {step} came when step {self._last_step} was the last")
@@ -208,12 +247,28 @@ class Recorder:
             self._bar.set_postfix_str(phase)
 
     def flush(self) -> None:
-        """Bring every line to the disk; call it before a checkpoint is written.
+        """Bring every line to the disk; call it, in any thread, before a checkpoint is written.
 
         Raises:
-            OSError: the disk did not take them.
+            OSError: the disk did not take them all: a checkpoint after them could not be resumed.
         """
-        os.fsync(self._file.fileno())
+        with self._flushing:
+            with self._lock:
+                failure = self._write()
+                end = self._synced + self._written
+            if failure is None:
+                try:
+                    os.fsync(self._file.fileno())  # takes its time, in which other threads may append
+                except OSError as error:
+                    failure = error
+                    with self._lock:
+                        self._written = 0  # whatever was lost is written once more
+            if failure is not None:
+                raise OSError(failure.errno, failure.strerror, str(self._path)) from failure
+            with self._lock:
+                done = end - self._synced
+                del self._lines[:done]
+                self._synced, self._written = end, self._written - done
 
     def finish(self, summary: Row, draw: Callable[..., list[Path]]) -> None:
         """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
@@ -223,7 +278,7 @@ class Recorder:
         Plots that fail cost a line on stderr, not the run: they can be drawn again from the record.
 
         Raises:
-            OSError: `summary.json` could not be written.
+            OSError: lines of the record or `summary.json` could not be written.
         """
         self.flush()
         summary = _finite({"dataset": self._dataset, **summary})
@@ -238,6 +293,9 @@ class Recorder:
 
     def close(self, exit_code: int) -> None:
         """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
+        if not self._file.closed:
+            with self._lock:
+                self._write()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -257,6 +315,8 @@ class Recorder:
             if row["kind"] == "eval":
                 self.evals.append(row)
                 self._sums = _Sums()
+            elif row["kind"] == "weights":
+                self._last_digests = row["step"]
             elif row["step"] != self._last_step + 1:
                 raise UserError(f"{self._path} goes from step {self._last_step} to step {row['step']}; {remedy}")
             else:
@@ -272,15 +332,31 @@ class Recorder:
             write_atomic(self._path, data[:keep])
 
     def _append(self, row: Row) -> None:
-        line = memoryview((json.dumps(_finite(row), allow_nan=False) + "\n").encode())
-        end = self._size + len(line)
+        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        with self._lock:
+            self._lines += line
+            self._write()
+
+    def _write(self) -> OSError | None:
+        """Write the lines that are not in the file yet, with the lock held; what fails is left for the next call."""
+        file, failure = self._file.fileno(), None
         try:
-            while line:  # a write to a disk that fills up may be a partial one
-                line = line[self._file.write(line) :]
-        except OSError:
-            os.ftruncate(self._file.fileno(), self._size)  # no torn line in the middle, should others follow
-            raise
-        self._size = end
+            while self._written < len(self._lines):  # a write to a disk that fills up may be a partial one
+                self._written += os.pwrite(file, self._lines[self._written :], self._synced + self._written)
+        except OSError as error:
+            failure = error
+            self._written = self._lines.rfind(b"\n", 0, self._written) + 1
+            with contextlib.suppress(OSError):  # a torn line that stays is later written over by the whole one
+                os.ftruncate(file, self._synced + self._written)
+        if failure is not None and not self._stuck:
+            self._tell(
+                f"{self._path} cannot be written ({failure.strerror}); free space on its disk: training goes on and "
+                f"keeps the lines in memory, but no checkpoint can be written until then"
+            )
+        elif failure is None and self._stuck:
+            self._tell(f"{self._path} can be written again; none of its lines is missing")
+        self._stuck = failure is not None
+        return failure
 
     def _table_row(self, epoch: int, metrics: Row) -> None:
         lines = []
@@ -335,20 +411,56 @@ class _Sums:
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
     """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line.
 
+    Lines with digests are left to `read_digests`.
+
     Raises:
         ValueError: a line before the last is not one of a record.
         OSError: the file cannot be read.
     """
     data = path.read_bytes()
-    steps: list[Row] = []
-    evals: list[Row] = []
+    rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     good = 0
     for row, end in _rows(data):
-        (steps if row["kind"] == "step" else evals).append(row)
+        rows[row["kind"]].append(row)
         good = end
     if b"\n" in data[good:-1]:
-        raise ValueError(f"line {len(steps) + len(evals) + 1} of {path} is not a line of a training record")
-    return steps, evals
+        line = data.count(b"\n", 0, good) + 1
+        raise ValueError(f"line {line} of {path} is not a line of a training record")
+    return rows["step"], rows["eval"]
+
+
+def read_digests(path: Path) -> dict[int, dict[str, str]]:
+    """The digests of a `metrics.jsonl`: by step, by tensor in the network's order. Raises OSError."""
+    return {row["step"]: row["digests"] for row, _ in _rows(path.read_bytes()) if row["kind"] == "weights"}
+
+
+def append_history(run_dir: Path, event: str, **fields: Any) -> None:
+    """Add `{"event", "time", **fields}` to `history.jsonl`; `time` is UTC, in whole seconds. Rank 0 only.
+
+    What cannot be written costs a line on stderr, not the run.
+    """
+    path = run_dir / HISTORY
+    row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
+    line = (json.dumps(_finite(row), default=str) + "\n").encode()
+    try:
+        with path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in (b"", b"\n")  # by a kill; nothing is glued to it
+            file.write(b"\n" * torn + line)
+    except OSError as error:
+        told = f"{path} cannot be written ({error.strerror}); its line on the {event} is left out"
+        print(told, file=sys.stderr, flush=True)
+
+
+def read_history(run_dir: Path) -> list[Row]:
+    """The lines of `history.jsonl` that are whole, none where there is no such file. Raises OSError."""
+    path = run_dir / HISTORY
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict) and "event" in row:
+                rows.append(row)
+    return rows
 
 
 def best_eval(evals: list[Row]) -> Row | None:
@@ -368,7 +480,7 @@ def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
             row = json.loads(data[start:end])
         except ValueError:
             return
-        if not isinstance(row, dict) or row.get("kind") not in ("step", "eval") or type(row.get("step")) is not int:
+        if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
             return
         yield row, end
         start = end

@@ -6,8 +6,7 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass as plain_dataclass
-from functools import partial
-from pathlib import Path
+from signal import Signals
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,16 +15,17 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from dist_train import checkpoint
-from dist_train.checkpoint import CheckpointConfig
+from dist_train.checkpoint import CheckpointConfig, Writer
 from dist_train.data import Data
-from dist_train.distributed import FixedOrderSum, Ranks, gather_rows, on_main
+from dist_train.distributed import Ranks, gather_shares
 from dist_train.errors import DivergedError
 from dist_train.evaluate import evaluate
 from dist_train.model import BatchNorm, BlockNetwork, ModelConfig, whiten
 from dist_train.optim import Optimizers
 from dist_train.randomness import derive
 from dist_train.record import Recorder
+from dist_train.reduction import FixedOrderSum
+from dist_train.stopping import StopRequest
 
 Positive = Annotated[int, Field(gt=0)]
 _WHITENING_IMAGES = 5000
@@ -33,10 +33,12 @@ _WHITENING_IMAGES = 5000
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
-    """microbatches: the fixed parts of a global batch, spread over the ranks; any world size that is a power
-    of two and divides it gives the same weights. threads: CPU threads of a rank; they are part of what the
-    weights depend on. timeout: seconds until a collective operation that a rank does not join fails.
-    log_every: steps whose losses are fetched from the device at once; 0 takes 1 on a CPU and 20 on a GPU."""
+    """microbatches: the fixed parts of a global batch, spread over the ranks; any world size up to it gives the
+    same weights. deterministic: all that bit-identity needs of the device: deterministic kernels and fixed choices
+    of cuDNN and cuBLAS (TF32 is off in any case). threads: CPU threads of a rank; they are part of what the weights
+    depend on. backend: NCCL between GPUs and gloo between CPUs, unless given; with gloo ranks can share a GPU.
+    timeout: seconds after which a rank that is waited for counts as lost. log_every: steps whose losses are fetched
+    from the device, and after which stop signals are obeyed, at once; 0 takes 1 on a CPU and 20 on a GPU."""
 
     epochs: Positive = 10
     batch_size: Positive = 2000
@@ -48,6 +50,7 @@ class TrainConfig:
     deterministic: bool = True
     threads: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout: Positive = 600
     log_every: Annotated[int, Field(ge=0)] = 0
 
@@ -69,30 +72,36 @@ def train(
     optimizers: Optimizers,
     data: Data,
     ranks: Ranks,
-    run_dir: Path,
-    start: Path | None,
+    start: dict[str, Any] | None,
+    stop: StopRequest,
     recorder: Recorder | None,
-) -> None:
-    """Train `model`, which is on the rank's device, from the checkpoint `start`, or from the first step without
-    one, to the last epoch. After it the network is the same on every rank.
+    writer: Writer | None,
+    digest_every: int = 0,
+) -> tuple[int, str]:
+    """Train `model`, which is on the rank's device, from the checkpoint's state `start`, or from the first step
+    without one, to the last epoch or until a rank is asked to stop. After it the network is the same on every rank.
 
-    recorder: on rank 0 only, opened at the step of `start`. Raises DivergedError when the loss is no longer
-    finite.
+    recorder, writer: on rank 0 only; the first was opened at the step of `start`. digest_every: steps between two
+    digests of the weights in the record, besides those of every epoch's end. Returns the number of finished
+    steps, and what stopped the run before the last, "" for nothing; a checkpoint of it is being written then.
+    Raises DivergedError when the loss or a gradient is no longer finite.
     """
     steps_per_epoch, total_steps = data.steps_per_epoch, optimizers.total_steps
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
     state = _State(model, optimizers, scaler)
-    step = state.load(checkpoint.load(start)) if start else 0
+    step = state.load(start) if start else 0
     compiled: nn.Module = torch.compile(model, dynamic=False) if settings.compile else model  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
     dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(ranks.device.type, dtype, enabled=settings.precision != "fp32")
-    meter = _Meter(settings.batch_size, ranks, steps_per_epoch, recorder)
+    meter = _Meter(settings, ranks, data, recorder)
     log_every = settings.log_every or (20 if ranks.device.type == "cuda" else 1)
     slots = torch.arange(settings.microbatches, device=ranks.device)
 
     steps = data.steps(step)
-    while step < total_steps:
+    stopped = ""
+    while step < total_steps and not stopped:
+        ranks.begin(step + 1)
         rate = optimizers.set_rates(step)
         for index, batch in enumerate(next(steps)):
             # dropout draws from torch's global generator
@@ -104,26 +113,37 @@ def train(
                     logits.float(), batch.labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
                 scaler.scale(loss / settings.batch_size).backward()
-            meter.add(loss, (logits.argmax(1) == batch.labels).sum())
+            meter.add(loss, (logits.argmax(1) == batch.labels).sum(), gradients.largest)
         optimizers.step(scaler)
         step += 1
         meter.end_step(rate)
 
         epoch, within = divmod(step, steps_per_epoch)
         save = step == total_steps or saving.due(step, steps_per_epoch)
-        if within == 0 or save or step % log_every == 0:
-            meter.flush(step)  # stops the run before a loss that is not finite reaches a checkpoint
-        if within == 0 or save:
+        digest = within == 0 or (digest_every > 0 and step % digest_every == 0)
+        if save or digest or step % log_every == 0:
+            # stops the run before what is not finite reaches a checkpoint
+            stopped = meter.flush(step, stop.received) if step < total_steps else meter.flush(step, 0)
+            save = save or bool(stopped)
+        if save or digest:
             _gather_batch_norm(model, ranks)
+        if digest and recorder is not None:
+            recorder.weights(step=step, digests=tensor_digests(model))
         if within == 0:
             if recorder is not None:
                 recorder.say("evaluating")
             found = evaluate(compiled, data, ranks, autocast)
             if recorder is not None:
                 recorder.eval(step=step, epoch=epoch, **found)
-        if save:
-            on_main(ranks, partial(_save, saving, run_dir, state.dump(step), recorder))
-        meter.restart_clock(within == 0 or save)
+        if save and writer is not None:
+            writer.write(step, state.dump(step))
+        meter.restart_clock(save or digest)
+    return step, stopped
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """The first 16 hexadecimal digits of the SHA-256 of each weight's and BatchNorm row's bytes, by name."""
+    return {name: _sha256(tensor).hexdigest()[:16] for name, tensor in model.state_dict().items()}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -133,6 +153,10 @@ def weights_digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _sha256(tensor: Tensor) -> Any:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 @plain_dataclass(frozen=True)
@@ -159,12 +183,6 @@ class _State:
         return int(state["step"])
 
 
-def _save(saving: CheckpointConfig, run_dir: Path, state: dict[str, Any], recorder: Recorder | None) -> None:
-    assert recorder is not None  # rank 0 has one
-    recorder.flush()  # a checkpoint without the lines before it could not be resumed
-    checkpoint.save(run_dir / "checkpoints", state["step"], state, saving.keep)
-
-
 @torch.no_grad()
 def _gather_batch_norm(model: BlockNetwork, ranks: Ranks) -> None:
     """Give every rank all rows of the BatchNorms, each from the rank that runs its microbatch."""
@@ -172,46 +190,49 @@ def _gather_batch_norm(model: BlockNetwork, ranks: Ranks) -> None:
         if isinstance(module, BatchNorm):
             for rows in (module.rows_mean, module.rows_var):
                 share = ranks.share(len(rows))
-                rows.copy_(gather_rows(ranks, rows[share.start : share.stop]))
+                rows.copy_(gather_shares(ranks, rows[share.start : share.stop], len(rows)))
 
 
 class _Meter:
-    """Losses and correct counts of this rank's microbatches, left on the device until they are recorded."""
+    """Losses, correct counts and largest gradients of this rank's microbatches, left on the device until they are
+    recorded."""
 
-    def __init__(self, batch_size: int, ranks: Ranks, steps_per_epoch: int, recorder: Recorder | None) -> None:
-        self.batch_size, self.ranks, self.recorder = batch_size, ranks, recorder
-        self.steps_per_epoch = steps_per_epoch
+    def __init__(self, settings: TrainConfig, ranks: Ranks, data: Data, recorder: Recorder | None) -> None:
+        self.batch_size, self.microbatches = settings.batch_size, settings.microbatches
+        self.scaled = settings.precision == "fp16"
+        self.ranks, self.data, self.recorder = ranks, data, recorder
         self.pending: list[Tensor] = []
         self.rates: list[float] = []
         self.clock = time.perf_counter()
 
-    def add(self, loss: Tensor, correct: Tensor) -> None:
-        self.pending.append(torch.stack((loss.detach().double(), correct.double())))
+    def add(self, loss: Tensor, correct: Tensor, largest: Tensor | None) -> None:
+        """largest: the largest magnitude in the microbatch's gradient."""
+        assert largest is not None
+        self.pending.append(torch.stack((loss.detach().double(), correct.double(), largest.double())))
 
     def end_step(self, rate: float) -> None:
         self.rates.append(rate)
 
-    def flush(self, step: int) -> None:
-        """Record the pending steps, of which `step` is the last. Raises DivergedError."""
+    def flush(self, step: int, stop: int) -> str:
+        """Record the pending steps, of which `step` is the last, and agree with all ranks whether to stop.
+
+        stop: number of the stop signal that this rank received, or 0. Returns which one came to which rank, ""
+        for none: the same on all ranks. Raises DivergedError.
+        """
         count = len(self.rates)
-        if count == 0:
-            return
-        mine = torch.stack(self.pending).view(count, -1, 2).transpose(0, 1)  # microbatch first
-        sums = gather_rows(self.ranks, mine).transpose(0, 1).tolist()
+        mine = torch.stack(self.pending).view(count, -1, 3).transpose(0, 1)  # microbatch first
+        asked = mine.new_full((*mine.shape[:2], 1), 1000 * self.ranks.rank + stop if stop else 0)
+        with self.ranks.exchange():  # the stop request travels with the losses: agreement costs no message
+            sums = gather_shares(self.ranks, torch.cat((mine, asked), 2), self.microbatches).transpose(0, 1).tolist()
         elapsed = time.perf_counter() - self.clock
         first = step - count + 1
         for number, (rate, parts) in enumerate(zip(self.rates, sums, strict=True), first):
-            loss = sum(part[0] for part in parts) / self.batch_size  # in the order of the slots
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {loss} at step {number}; the checkpoints up to step {first - 1} are intact; "
-                    f"lower the learning rates in [optim] or use train.precision=fp32, with a new --run-dir"
-                )
+            self._check(number, parts, first - 1)
             if self.recorder is not None:
                 self.recorder.step(
                     step=number,
-                    epoch=number / self.steps_per_epoch,
-                    loss=loss,
+                    epoch=number / self.data.steps_per_epoch,
+                    loss=sum(part[0] for part in parts) / self.batch_size,  # in the order of the slots
                     lr=rate,
                     images_per_second=self.batch_size * count / elapsed,
                     correct=int(sum(part[1] for part in parts)),
@@ -220,8 +241,32 @@ class _Meter:
         self.pending.clear()
         self.rates.clear()
         self.clock = time.perf_counter()
+        by = int(max(part[3] for part in sums[-1]))
+        return f"{Signals(by % 1000).name} on rank {by // 1000}" if by else ""
 
     def restart_clock(self, paused: bool) -> None:
         """Leave the time of evaluations and checkpoints out of the images per second."""
         if paused:
             self.clock = time.perf_counter()
+
+    def _check(self, step: int, parts: list[list[float]], saved: int) -> None:
+        """parts: (loss, correct, largest gradient, ...) of each microbatch."""
+        # a gradient scaler expects fp16 gradients that overflow, and skips the step
+        bad: list[dict[str, Any]] = [
+            {"microbatch": slot, "loss": str(loss), "largest_gradient": str(largest)}
+            for slot, (loss, _, largest, *_) in enumerate(parts)
+            if not math.isfinite(loss) or not (self.scaled or math.isfinite(largest))
+        ]
+        if not bad:
+            return
+        for found in bad:
+            found["images"] = self.data.sample_indices(step - 1, found["microbatch"])
+        worst = bad[0]
+        images = ", ".join(map(str, worst["images"][:5])) + ", ..." * (len(worst["images"]) > 5)
+        raise DivergedError(
+            f"at step {step} the loss is {worst['loss']} and the largest gradient {worst['largest_gradient']} in "
+            f"microbatch {worst['microbatch']} (training images {images}; all in diverged.json); the checkpoints up "
+            f"to step {saved} are intact, and the same command goes on from the newest of them; to change its course "
+            f"lower the learning rates in [optim] or use train.precision=fp32, with a new --run-dir",
+            {"step": step, "microbatches": bad},
+        )

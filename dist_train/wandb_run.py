@@ -233,6 +233,8 @@ def _pass_on(record: Any, run: Any) -> None:
     whole = new[: new.rfind(b"\n") + 1]
     record.seek(begin + len(whole))
     for row in map(json.loads, whole.splitlines()):
+        if row["kind"] == "weights":  # nothing to draw
+            continue
         train = row["kind"] == "step"
         prefix, axes = ("train", ("step",)) if train else ("eval", ("step", "epoch"))
         hidden = {"kind", "correct", "images", *axes}
