@@ -59,6 +59,19 @@ class Manifest:
     ffcv_version: str
 
 
+def import_ffcv() -> None:
+    """Import ffcv without the seconds in which numba compiles a dictionary of its two image modes: only plain
+    Python reads it."""
+    import numba.typed
+
+    typed = numba.typed.Dict
+    numba.typed.Dict = dict
+    try:
+        import ffcv  # noqa: F401
+    finally:
+        numba.typed.Dict = typed
+
+
 @contextmanager
 def keeping_torch_threads() -> Iterator[None]:
     """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
@@ -66,6 +79,7 @@ def keeping_torch_threads() -> Iterator[None]:
 
     threads = torch.get_num_threads()
     try:
+        import_ffcv()
         yield
     finally:
         torch.set_num_threads(threads)
@@ -380,6 +394,7 @@ def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Label
 
 def _check_tables(path: Path, count: int, shape: Sequence[int], classes: int) -> None:
     """Raise ValueError unless FFCV's decoder, which checks nothing, would stay inside its buffers."""
+    import_ffcv()
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.reader import Reader

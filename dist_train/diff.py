@@ -76,10 +76,11 @@ class Run:
             if sha256_of(path) != self.checksum(step):
                 raise ValueError("it does not match its checksum")
             state = checkpoint.load(path)
-        except (OSError, ValueError) as error:  # a running run removes old ones
-            print(f"diff: {path} is left out ({error})", file=sys.stderr)
+            named = [*_leaves(state["model"]), *_leaves(state["optimizers"], OPTIMIZERS)]
+        except Exception as error:  # a running run has removed it, or another version wrote it
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"diff: {path} is left out ({reason})", file=sys.stderr)
             return None
-        named = [*_leaves(state["model"]), *_leaves(state["optimizers"], OPTIMIZERS)]
         return {
             name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
             for name, tensor in named

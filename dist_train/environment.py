@@ -20,7 +20,7 @@ Environment = dict[str, str]
 def environment(device: torch.device) -> Environment:
     """What may change bits when a run goes on elsewhere, each as a short text."""
     found = {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
         "code": code_digest(),

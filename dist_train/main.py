@@ -200,7 +200,8 @@ def _run(args: argparse.Namespace, stop: StopRequest, held: ExitStack, outcome: 
 
 def _close(run_dir: Path, recorder: Recorder, outcome: _Outcome) -> None:
     ends = {DONE: "done", PREEMPTED: "preempted"}
-    append_history(run_dir, "end", outcome=ends.get(outcome.code, "failed"), step=outcome.step, reason=outcome.reason)
+    reached = ends.get(outcome.code, "failed")
+    append_history(run_dir, "end", outcome=reached, step=recorder.last_step, reason=outcome.reason)
     recorder.close(outcome.code)
 
 

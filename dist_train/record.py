@@ -109,7 +109,8 @@ class Recorder:
         self.evals: list[Row] = []  # every eval line so far, those before a resume included
         self._dir, self._dataset, self._quiet = run_dir, dataset, config.quiet
         self._name = config.name or run_dir.resolve().name
-        self._last_step, self._last_digests, self._sums = 0, 0, _Sums()
+        self.last_step = 0  # the newest step that was recorded
+        self._last_digests, self._sums = 0, _Sums()
         self._path = run_dir / METRICS
         self._restore(resume_step)
         self._path.touch()
@@ -166,8 +167,8 @@ class Recorder:
         Raises:
             ValueError: `step` does not follow the step before.
         """
-        if step != self._last_step + 1:
-            raise ValueError(f"step {step} was recorded after step {self._last_step}")
+        if step != self.last_step + 1:
+            raise ValueError(f"step {step} was recorded after step {self.last_step}")
         row = {
             "kind": "step",
             "step": step,
@@ -179,7 +180,7 @@ class Recorder:
             "images": images,
         }
         self._append(row)
-        self._last_step = step
+        self.last_step = step
         self._sums.add(row)
         if self._bar is not None:
             accuracy = f"{100 * self._sums.accuracy:.1f} %"
@@ -196,8 +197,8 @@ class Recorder:
         Raises:
             ValueError: `step` is not the last step recorded.
         """
-        if step != self._last_step:
-            raise ValueError(f"digests after step {step} came when step {self._last_step} was the last")
+        if step != self.last_step:
+            raise ValueError(f"digests after step {step} came when step {self.last_step} was the last")
         if self._last_digests != step:
             self._append({"kind": "weights", "step": step, "digests": digests})
             self._last_digests = step
@@ -221,8 +222,8 @@ class Recorder:
         Raises:
             ValueError: `step` is not the last step recorded.
         """
-        if step != self._last_step:
-            raise ValueError(f"an evaluation after step {step} came when step {self._last_step} was the last")
+        if step != self.last_step:
+            raise ValueError(f"an evaluation after step {step} came when step {self.last_step} was the last")
         if self.evals and self.evals[-1]["step"] == step:
             return self.evals[-1]
         metrics = {
@@ -317,15 +318,15 @@ class Recorder:
                 self._sums = _Sums()
             elif row["kind"] == "weights":
                 self._last_digests = row["step"]
-            elif row["step"] != self._last_step + 1:
-                raise UserError(f"{self._path} goes from step {self._last_step} to step {row['step']}; {remedy}")
+            elif row["step"] != self.last_step + 1:
+                raise UserError(f"{self._path} goes from step {self.last_step} to step {row['step']}; {remedy}")
             else:
-                self._last_step = row["step"]
+                self.last_step = row["step"]
                 self._sums.add(row)
             keep = end
-        if self._last_step != resume_step:
+        if self.last_step != resume_step:
             raise UserError(
-                f"{self._path} has whole lines up to step {self._last_step}, but the checkpoint to go on "
+                f"{self._path} has whole lines up to step {self.last_step}, but the checkpoint to go on "
                 f"from is at step {resume_step}; {remedy}"
             )
         if keep != len(data):

@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dist_train.errors import LostPeerError
 
 _BEAT = 1.0  # seconds between two signs of life
-_SILENT = 3 * _BEAT  # seconds without one after which a rank counts as gone
+_SILENT = 3  # of them missing in a row mean that a rank is gone
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 
@@ -67,7 +67,9 @@ class Watch:
     def lost(self, error: BaseException) -> LostPeerError | None:
         """Who is to blame for an error of a collective operation; None when no peer is. Takes a few seconds."""
         first = self._told()
-        time.sleep(_SILENT)
+        for _ in range(_SILENT):  # seconds in which this rank goes on to give its own signs
+            time.sleep(_BEAT)
+            self._beat()
         second = self._told()
         if second is None or first is None:
             return LostPeerError(
@@ -75,6 +77,7 @@ class Watch:
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_line(error)})"
             )
         ended = {rank: told for rank, told in second.items() if told["ended"]}
+        failed = {rank for rank, told in ended.items() if told["failure"]}  # the others of them have spoken
         silent = {rank: told for rank, told in second.items() if told == first.get(rank) and rank not in ended}
         here = f"rank {self.rank} was waiting for it in step {self.step}"
         for rank, told in {**silent, **ended}.items():
@@ -82,7 +85,7 @@ class Watch:
                 f"has failed ({told['failure']})" if told["failure"] else "has ended" if told["ended"] else "is gone"
             )
             if rank in silent or told["failure"] or told["exchanges"] < self.exchanges:
-                return LostPeerError(f"{_place(rank, told)} {state}; {here}", self._speaks({*ended, *silent}))
+                return LostPeerError(f"{_place(rank, told)} {state}; {here}", self._speaks({*failed, *silent}))
         behind = {rank: told for rank, told in second.items() if told["exchanges"] < self.exchanges}
         for rank, told in behind.items():
             hangs = f"{_place(rank, told)} hangs, although its process lives; {here}"
@@ -136,6 +139,8 @@ class Watch:
             if found.speaks:
                 print(f"dist_train: {found} ({hung})", file=sys.stderr, flush=True)
             self.close()
+            if self.rank == 0:
+                time.sleep(2 * _BEAT)  # the store may go with this process, and others are just asking it
             os._exit(1)
 
 

@@ -20,7 +20,7 @@ from dist_train.randomness import derive, sample_bits, uniform_integers
 
 def loaded(folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 256, **fields: Any) -> Data:
     config = DataConfig(dataset="digits", dir=str(folder), **fields)
-    ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"), torch.device("cpu"))
     return Data(config, manifest(config), ranks, batch_size=batch_size, microbatches=4, seed=3)
 
 
@@ -58,7 +58,7 @@ def test_evaluation_counts_every_image_once(digits: Path, loader: str) -> None:
     for world_size in (1, 2, 3, 4, 7):
         labels = []
         for rank in range(world_size):
-            data.ranks = Ranks(rank, world_size, rank, torch.device("cpu"))
+            data.ranks = Ranks(rank, world_size, torch.device("cpu"), torch.device("cpu"))
             labels += [batch_labels for _, batch_labels in data.evaluation("test")]
         assert torch.equal(torch.cat(labels).sort().values, expected)
 
