@@ -132,16 +132,13 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
         ) from error
     try:
         yield Ranks(rank, world_size, here, here if backend == "nccl" else torch.device("cpu"), watch)
-    except RuntimeError as error:
-        found = watch.lost(error) if watch and not isinstance(error, LostPeerError) else None
+    except BaseException as error:
+        found = watch.lost(error) if watch and isinstance(error, RuntimeError) else None
         if watch:
-            watch.close("" if found else f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            # a rank that leaves because another is lost has not failed itself
+            watch.close("" if found else f"{type(error).__name__}: {error}".splitlines()[0])
         if found:
             raise found from error
-        raise
-    except BaseException as error:
-        if watch:
-            watch.close(type(error).__name__)
         raise
     if watch:
         watch.close()

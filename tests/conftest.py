@@ -44,12 +44,18 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false", "COLUMNS": "100"}
 
 
-def command(*arguments: object, ranks: int = 1) -> list[str]:
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The record of a run, apart from times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main") -> list[str]:
     """The trainer's command line: plain Python for one rank, torchrun for more."""
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    return [*start, "dist_train.main", *map(str, arguments)]
+    return [*start, module, *map(str, arguments)]
 
 
 def trainer(*arguments: object, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,23 @@
+"""The trainer with an error of its own on rank 1 in step 4, to be started by torchrun."""
+
+import os
+from typing import Any
+
+from dist_train.main import _entry
+from dist_train.optim import Optimizers
+
+steps = 0
+step = Optimizers.step
+
+
+def fail_later(self: Optimizers, scaler: Any) -> None:
+    global steps
+    steps += 1
+    if steps == 4 and os.environ["RANK"] == "1":
+        raise ValueError("out of luck on purpose")
+    step(self, scaler)
+
+
+if __name__ == "__main__":
+    Optimizers.step = fail_later  # type: ignore[method-assign]
+    _entry()

@@ -1,0 +1,242 @@
+"""Whatever interrupts a run: after it the same command goes on to the same bits, and says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, command, environment, lines, trainer
+
+from dist_train import checkpoint
+from dist_train.record import read_history
+
+Train = Callable[..., dict[str, Any]]
+PREEMPTED = 75
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """The processes of the run in a folder: {rank: process}, with the launcher as rank -1."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or str(folder).encode() not in (entry / "cmdline").read_bytes().split(b"\0"):
+                continue
+            variables = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
+            launcher = b"torch.distributed.run" in (entry / "cmdline").read_bytes().split(b"\0")
+            found[-1 if launcher else int(variables.get(b"RANK", b"0"))] = int(entry.name)
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def begun(folder: Path, steps: int, *arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
+    """Start the trainer and wait until that many steps are recorded."""
+    process = subprocess.Popen(
+        command(*arguments, "--run-dir", folder, ranks=ranks),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    record = folder / "metrics.jsonl"
+    while not record.exists() or record.read_text().count('"kind": "step"') < steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def left(folder: Path, seconds: float) -> bool:
+    """Whether every process of the run ends within that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not ranks_of(folder):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_kills_and_stop_signals_on_changing_numbers_of_ranks(digits: Path, train: Train, tmp_path: Path) -> None:
+    undisturbed = train("undisturbed", "epochs=12")
+    folder = tmp_path / "run"
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=12", "every_steps=3"]
+
+    process = begun(folder, 5, *arguments, ranks=2)
+    for pid in ranks_of(folder).values():
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # as a kill in the middle of a write leaves it
+
+    process = begun(folder, 13, *arguments, ranks=2)
+    os.kill(ranks_of(folder)[1], signal.SIGUSR1)
+    said, _ = process.communicate(timeout=20)
+    assert "stopped by SIGUSR1 on rank 1 after step " in said
+    assert said.count("exitcode  : 75") == 2
+    assert "Traceback (most recent call last)" not in said.partition("stopped by")[0]
+    stopped_at(folder)
+
+    process = begun(folder, 20, *arguments)
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == PREEMPTED
+    assert "stopped by SIGTERM on rank 0 after step " in said
+    stopped_at(folder)
+
+    process = begun(folder, 28, *arguments, ranks=2)
+    os.kill(ranks_of(folder)[-1], signal.SIGKILL)  # the launcher alone
+    assert left(folder, 20)
+    process.communicate()
+    stopped_at(folder)
+
+    done = trainer(*arguments, "--run-dir", folder, ranks=3)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights_sha256"] == undisturbed["weights_sha256"]
+    assert lines(folder) == lines(tmp_path / "undisturbed")
+    history = read_history(folder)
+    assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "done"]
+    assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 2, 1, 2, 3]
+    same = subprocess.run(
+        [sys.executable, "-m", "dist_train.diff", folder, tmp_path / "undisturbed"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert same.returncode == 0, same.stdout
+    assert same.stdout.startswith("same: 60 steps, 12 evaluations")
+    again = trainer(*arguments, "--run-dir", folder)
+    assert again.returncode == 0
+    assert "is finished already" in again.stdout
+
+
+def stopped_at(folder: Path) -> None:
+    """All that was recorded is saved, and the record says why it ends."""
+    recorded = max(row["step"] for row in lines(folder))
+    assert checkpoint.steps(folder / "checkpoints")[-1] == recorded
+    last = read_history(folder)[-1]
+    assert (last["event"], last["outcome"], last["step"]) == ("end", "preempted", recorded)
+
+
+def test_a_dead_rank_is_named_and_a_failing_one_shows_its_own_traceback(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=40"]
+    process = begun(tmp_path / "killed", 5, *arguments, ranks=3)
+    os.kill(ranks_of(tmp_path / "killed")[2], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.count("dist_train: ") == 1
+    assert "dist_train: rank 2 (process " in said
+    assert "is gone; rank 0 was waiting for it in step " in said
+    assert "Traceback" not in said.partition("torch/distributed/elastic")[0]  # where the launcher's own words begin
+    assert "exitcode  : -9" in said.partition("Root Cause")[2]
+
+    failing = subprocess.run(
+        command(*arguments, "--run-dir", tmp_path / "failing", ranks=2, module="tests.failing_rank"),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert failing.returncode == 1
+    assert failing.stdout.count("ValueError: out of luck on purpose\n") >= 1
+    assert "rank      : 1 " in failing.stdout.partition("Root Cause")[2]
+    assert "out of luck on purpose" in failing.stdout.partition("Root Cause")[2]
+    assert "RuntimeError" not in failing.stdout  # no traceback of rank 0, which lost its peer
+
+
+def test_a_second_job_on_a_run_folder_is_refused(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=300"]
+    process = begun(tmp_path / "run", 1, *arguments)
+    try:
+        second = trainer(*arguments, "--run-dir", tmp_path / "run")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    assert second.returncode == 2
+    assert f"is in use by process {process.pid} on " in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
+def test_another_environment_is_said_once_and_recorded(digits: Path, train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = train("run", "every_steps=3")
+    for path in (folder / "checkpoints").glob("step-00000010.pt*"):
+        path.unlink()
+    state = checkpoint.load(folder / "checkpoints" / "step-00000009.pt")
+    state["environments"][0] |= {"torch": "2.0.0", "device": "NVIDIA Imaginary 1"}
+    checkpoint.save(folder / "checkpoints", 9, state, keep=2)
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=3", "--run-dir", folder]
+    drifted = trainer(*arguments, "threads=2")
+    assert drifted.returncode == 0, drifted.stderr
+    assert drifted.stderr.count("goes on with another ") == 1
+    for part in (
+        f"torch (2.0.0 before, {torch.__version__} now)",
+        "device (NVIDIA Imaginary 1 before, ",
+        "threads (1 ",
+    ):
+        assert part in drifted.stderr
+    changed = read_history(folder)[-2]["changed"]
+    assert changed["threads"] == ["1", "2"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [environment["threads"] for environment in summary["environments"]] == ["1", "2"]
+    assert len(first["environments"]) == 1
+    (folder / "summary.json").unlink()
+    again = trainer(*arguments, "threads=2")
+    assert again.returncode == 0
+    assert "goes on with another" not in again.stderr
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=2m tmpfs "$1" || exit 77
+shift
+"$@" 2>"$OUT/full.log"; echo $? >"$OUT/full.code"
+cp -r "$RUN/history.jsonl" "$RUN/metrics.jsonl" "$OUT"
+mount -o remount,size=50m "$RUN"
+"$@" >"$OUT/again.log" 2>&1; echo $? >"$OUT/again.code"
+cp -r "$RUN" "$OUT/run"
+"""
+
+
+def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) -> None:
+    undisturbed = train("undisturbed")
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    out.mkdir()
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=2", "keep=5", "--run-dir", run]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is refused here: no small disk can be made")
+    subprocess.run(
+        [*unshare, "bash", "-c", FULL_DISK, "bash", run, *command(*arguments)],
+        cwd=REPOSITORY,
+        env={**environment(), "OUT": str(out), "RUN": str(run)},
+        check=True,
+        timeout=120,
+    )
+    said = (out / "full.log").read_text()
+    assert "could not be written (No space left on device); the one of step 5 stays; training goes on" in said
+    assert "the checkpoint of step 10 (No space left on device) could not be written; make room" in said
+    assert (out / "full.code").read_text() == "1\n"
+    assert [row["step"] for row in lines(out) if row["kind"] == "step"] == list(range(1, 11))
+    assert "checkpoint_failed" in {row["event"] for row in read_history(out)}
+    assert (out / "again.code").read_text() == "0\n", (out / "again.log").read_text()
+    assert "going on after step 5" in (out / "again.log").read_text()
+    summary = json.loads((out / "run" / "summary.json").read_text())
+    assert summary["weights_sha256"] == undisturbed["weights_sha256"]
+    assert lines(out / "run") == lines(tmp_path / "undisturbed")
