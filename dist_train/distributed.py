@@ -134,11 +134,11 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
         yield Ranks(rank, world_size, here, here if backend == "nccl" else torch.device("cpu"), watch)
     except BaseException as error:
         found = watch.lost(error) if watch and isinstance(error, RuntimeError) else None
-        if watch:
-            # a rank that leaves because another is lost has not failed itself
-            watch.close("" if found else f"{type(error).__name__}: {error}".splitlines()[0])
-        if found:
+        if watch and found:
+            watch.leave()
             raise found from error
+        if watch:
+            watch.close(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
     if watch:
         watch.close()

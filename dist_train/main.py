@@ -72,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop, with all saved."""
     args = parser().parse_intermixed_args(arguments)
     outcome = _Outcome()
-    with StopRequest() as stop, ExitStack() as held:
+    with ExitStack() as held:
         try:
-            _run(args, stop, held, outcome)
+            _run(args, held, outcome)
         except (UserError, data_prep.DataError) as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
             if os.environ.get("RANK", "0") != "0":
@@ -106,7 +106,7 @@ def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
     return preset or args.config.stem, config.load(preset, args.config, args.settings)
 
 
-def _run(args: argparse.Namespace, stop: StopRequest, held: ExitStack, outcome: _Outcome) -> None:
+def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
     """held: what is to be closed when the outcome is known."""
     start = time.perf_counter()
     name, settings = resolve(args)
@@ -114,6 +114,8 @@ def _run(args: argparse.Namespace, stop: StopRequest, held: ExitStack, outcome: 
     run_dir = args.run_dir or Path("runs") / f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
     t = settings.train
     with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+        # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
+        stop = held.enter_context(StopRequest())
         found = on_main(here, lambda: manifest(settings.data))
         height, width, channels = found.image_shape
         shapes(settings.model, (channels, height, width))

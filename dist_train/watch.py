@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dist_train.errors import LostPeerError
 
 _BEAT = 1.0  # seconds between two signs of life
+_ANSWER = 5.0  # seconds until the store counts as gone
 _SILENT = 3  # of them missing in a row mean that a rank is gone
 _STORE_TIMEOUT = timedelta(seconds=10)
 
@@ -36,12 +37,17 @@ class Watch:
         self.beats = self.exchanges = 0
         self.waiting_since: float | None = None
         self.failure = ""
+        self.gone = False  # the store
         self.closed = threading.Event()
         self.lock = threading.Lock()
         # a connection of its own: that of the process group is blocked while it waits
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, None, False, _STORE_TIMEOUT, wait_for_workers=False)
-        self.store = PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # A launcher's store outlives its trainers, so each round of them has names of its own. Where rank 0 holds the
+        # store it is new with each round, and the launchers of several hosts do not agree on the number of restarts.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else ""
+        self.store = PrefixStore(f"watch/{attempt}", store)
         self._beat()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -64,22 +70,29 @@ class Watch:
         self.closed.set()
         self._beat()
 
+    def leave(self) -> None:
+        """End because a peer is lost."""
+        self.close()
+        if self.rank == 0:
+            time.sleep(2 * _BEAT)  # the store may go with this process, and others are just asking it
+
     def lost(self, error: BaseException) -> LostPeerError | None:
         """Who is to blame for an error of a collective operation; None when no peer is. Takes a few seconds."""
         first = self._told()
-        for _ in range(_SILENT):  # seconds in which this rank goes on to give its own signs
+        for _ in range(_SILENT if first is not None else 0):  # in which this rank goes on to give its own signs
             time.sleep(_BEAT)
             self._beat()
-        second = self._told()
-        if second is None or first is None:
+        second = self._told() if first is not None else None
+        if first is None or second is None:
             return LostPeerError(
                 f"rank {self.rank} on {platform.node()} lost its peers in step {self.step}: the rendezvous store at "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_line(error)})"
             )
+        waited = f" ({error})" if isinstance(error, TimeoutError) else ""
+        here = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
         ended = {rank: told for rank, told in second.items() if told["ended"]}
         failed = {rank for rank, told in ended.items() if told["failure"]}  # the others of them have spoken
         silent = {rank: told for rank, told in second.items() if told == first.get(rank) and rank not in ended}
-        here = f"rank {self.rank} was waiting for it in step {self.step}"
         for rank, told in {**silent, **ended}.items():
             state = (
                 f"has failed ({told['failure']})" if told["failure"] else "has ended" if told["ended"] else "is gone"
@@ -99,12 +112,18 @@ class Watch:
     def _told(self) -> dict[int, dict[str, Any]] | None:
         """What each other rank told last; None without an answer of the store."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        try:
-            with self.lock:
+        answers: list[dict[int, dict[str, Any]]] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError), self.lock:
                 there = [rank for rank in others if self.store.check([str(rank)])]
-                return {rank: json.loads(self.store.get(str(rank))) for rank in there}
-        except RuntimeError:
-            return None
+                answers.append({rank: json.loads(self.store.get(str(rank))) for rank in there})
+
+        # The store's own timeout does not help: when its host lost its network, reading from it never ends.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_ANSWER)
+        return answers[0] if answers else None
 
     def _beat(self) -> None:
         self.beats += 1
@@ -117,11 +136,14 @@ class Watch:
             "ended": self.closed.is_set(),
             "failure": self.failure,
         }
+        if self.gone or not self.lock.acquire(timeout=_BEAT):  # the store does not answer
+            return
         try:
-            with self.lock:
-                self.store.set(str(self.rank), json.dumps(told))
+            self.store.set(str(self.rank), json.dumps(told))
         except RuntimeError:  # the store went with its host; the exchanges will show it
-            pass
+            self.gone = True
+        finally:
+            self.lock.release()
 
     def _run(self) -> None:
         while not self.closed.wait(_BEAT):
@@ -132,15 +154,13 @@ class Watch:
             # The main thread is inside the exchange and cannot be reached: the message and the end come from here.
             hung = TimeoutError(f"waited {self.timeout} s, train.timeout")
             found = self.lost(hung) or LostPeerError(
-                f"the ranks lost contact in step {self.step}: each waits for the others, none is behind"
+                f"the ranks lost contact in step {self.step}: each waits for the others, none is behind ({hung})"
             )
             if self.waiting_since != since:
                 continue  # it came after all
             if found.speaks:
-                print(f"dist_train: {found} ({hung})", file=sys.stderr, flush=True)
-            self.close()
-            if self.rank == 0:
-                time.sleep(2 * _BEAT)  # the store may go with this process, and others are just asking it
+                print(f"dist_train: {found}", file=sys.stderr, flush=True)
+            self.leave()
             os._exit(1)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from dist_train import checkpoint
+from dist_train.checkpoint import Writer
 
 
 def saved(folder: Path, *steps: int, keep: int = 2) -> None:
@@ -60,10 +62,63 @@ def test_a_failed_write_leaves_the_last_one_and_no_litter(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         saved(tmp_path, 10)
     monkeypatch.undo()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005.pt", "step-00000005.pt.sha256"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert checkpoint.load(newest)["step"] == 5
+
+
+def writer(folder: Path, failures: list[tuple[int, OSError]], before: Callable[[], None] = lambda: None) -> Writer:
+    return Writer(folder, 2, {"by": "test"}, before=before, failed=lambda step, error: failures.append((step, error)))
+
+
+def test_the_writer_takes_the_state_as_it_was(tmp_path: Path) -> None:
+    failures: list[tuple[int, OSError]] = []
+    wrote = writer(tmp_path, failures)
+    weights = torch.zeros(1000)
+    for step in (1, 2, 3):
+        wrote.write(step, {"step": step, "nested": [{"weights": weights, "lr": 0.1, "group": (1, None)}]})
+        weights += 1
+    assert wrote.wait() is None
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    for step in (2, 3):
+        state = checkpoint.load(tmp_path / f"step-{step:08d}.pt")
+        assert state["by"] == "test"
+        assert state["nested"][0]["group"] == (1, None)
+        assert torch.equal(state["nested"][0]["weights"], torch.full((1000,), step - 1.0))
+    assert not failures
+
+
+def test_the_writer_says_what_it_could_not_write_and_goes_on(tmp_path: Path) -> None:
+    failures: list[tuple[int, OSError]] = []
+    full = [False]
+
+    def before() -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+
+    wrote = writer(tmp_path, failures, before)
+    wrote.write(1, {"step": 1})
+    assert wrote.wait() is None
+    full[0] = True
+    wrote.write(2, {"step": 2})
+    error = wrote.wait()
+    assert error is not None
+    assert error.errno == 28
+    assert failures == [(2, error)]
+    assert checkpoint.steps(tmp_path) == [1]
+    full[0] = False
+    wrote.write(3, {"step": 3})
+    assert wrote.wait() is None
+    assert checkpoint.steps(tmp_path) == [1, 3]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    (tmp_path / ".step-00000010.pt.4711").write_bytes(b"half of it")
+    (tmp_path / "step-00000010.pt.sha256").write_text("0" * 64)
+    checkpoint.clean(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005.pt", "step-00000005.pt.sha256"]
 
 
 class Malicious:
