@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_train import launcher
 from dist_train.errors import LostPeerError, UserError
 from dist_train.watch import Watch
 
@@ -162,6 +163,8 @@ def _device(kind: str, local_rank: int, share_gpus: bool) -> torch.device:
 def _stop_with_launcher() -> None:
     """Ask the kernel for the stop signal when the launcher dies: it could no longer stop this rank itself."""
     _libc("prctl", 1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:
+        raise LostPeerError("the launcher has ended while this rank was starting")
 
 
 def _keep_memory() -> None:

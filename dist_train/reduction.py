@@ -100,6 +100,7 @@ class FixedOrderSum:
         self.slots = ranks.share(microbatches)
         self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
         self.largest: Tensor | None = None
+        self.begun: list[_Begun] = []
         # each rank owns the BatchNorm rows of its microbatches; torch renamed the option
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -150,46 +151,77 @@ class FixedOrderSum:
         rows = [torch.empty_like(flat) for _ in branches.nodes[:-1]]
         for row, (_, _, sums) in zip(rows, branches.nodes, strict=False):
             torch._foreach_copy_(_views(row, parameters), sums)
-        if self.ranks.world_size > 1:
-            wire = self.ranks.wire
-            whole = self._sum_over_ranks([row.to(wire) for row in [*rows, flat]])
-            if flat.device != wire:
-                flat.copy_(whole)
         devices = [flat.device] if flat.is_cuda else None
         total: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        total.set_result(flat)
+        if self.ranks.world_size == 1:
+            total.set_result(flat)
+            return total
+        self.begun.append(_Begun(self.ranks, self.pieces, [*rows, flat], total))
+        if bucket.is_last():
+            self._finish()
         return total
 
-    def _sum_over_ranks(self, rows: list[Tensor]) -> Tensor:
-        """rows: this rank's pieces, flat. Returns the last of them, which holds the sum over all ranks then."""
-        ranks, whole = self.ranks, rows[-1]
-        part = -(-len(whole) // ranks.world_size)
-        slices = [slice(rank * part, (rank + 1) * part) for rank in range(ranks.world_size)]
-        mine = whole[slices[ranks.rank]]
-        others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
-        received = [mine.new_empty(len(nodes), len(mine)).unbind() for nodes in self.pieces]
-        with ranks.exchange():
-            _swap(
-                [(peer, row[slices[peer]]) for peer in others for row in rows],
-                [(peer, row) for peer in others for row in received[peer]],
-            )
-            branches: Branches[Tensor] = Branches(self.microbatches, lambda left, right: right.add_(left))
-            for rank, nodes in enumerate(self.pieces):
-                theirs = [row[slices[rank]] for row in rows] if rank == ranks.rank else received[rank]
-                for (level, index), row in zip(nodes, theirs, strict=True):
-                    branches.push(level, index, row)
-            ((_, _, total),) = branches.nodes
-            mine.copy_(total)
-            _swap([(peer, mine) for peer in others], [(peer, whole[slices[peer]]) for peer in others])
-        return whole
+    def _finish(self) -> None:
+        """Sum this rank's slice of every bucket, and exchange the sums."""
+        begun, self.begun = self.begun, []
+        with self.ranks.exchange():
+            for bucket in begun:
+                bucket.sum(self.microbatches)
+            works = [work for bucket in begun for work in bucket.share()]
+            for work in works:
+                work.wait()
+        for bucket in begun:
+            bucket.done()
 
 
-def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]) -> None:
-    """Send and receive tensors directly: gloo's all_gather takes three times as long for the same bytes."""
+class _Begun:
+    """A bucket whose slices are on their way to the ranks that sum them, while the backward pass goes on."""
+
+    def __init__(
+        self, ranks: Ranks, pieces: list[list[tuple[int, int]]], rows: list[Tensor], total: torch.futures.Future[Tensor]
+    ) -> None:
+        """rows: this rank's pieces, flat; the last of them is DDP's bucket. total: to be set to it in the end."""
+        self.rank, self.pieces, self.bucket, self.total = ranks.rank, pieces, rows[-1], total
+        self.rows = [row.to(ranks.wire) for row in rows]
+        part = -(-len(self.bucket) // ranks.world_size)
+        self.slices = [slice(rank * part, (rank + 1) * part) for rank in range(ranks.world_size)]
+        self.mine = self.rows[-1][self.slices[ranks.rank]]
+        self.others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self.received = {rank: self.mine.new_empty(len(pieces[rank]), len(self.mine)).unbind() for rank in self.others}
+        self.works = _swap(
+            [(peer, row[self.slices[peer]]) for peer in self.others for row in self.rows],
+            [(peer, row) for peer in self.others for row in self.received[peer]],
+        )
+
+    def sum(self, microbatches: int) -> None:
+        for work in self.works:
+            work.wait()
+        branches: Branches[Tensor] = Branches(microbatches, lambda left, right: right.add_(left))
+        for rank, nodes in enumerate(self.pieces):
+            theirs = self.received.get(rank) or [row[self.slices[rank]] for row in self.rows]
+            for (level, index), row in zip(nodes, theirs, strict=True):
+                branches.push(level, index, row)
+        ((_, _, total),) = branches.nodes
+        self.mine.copy_(total)
+
+    def share(self) -> list[dist.Work]:
+        whole = self.rows[-1]
+        return _swap(
+            [(peer, self.mine) for peer in self.others], [(peer, whole[self.slices[peer]]) for peer in self.others]
+        )
+
+    def done(self) -> None:
+        if self.rows[-1].device != self.bucket.device:
+            self.bucket.copy_(self.rows[-1])
+        self.total.set_result(self.bucket)
+
+
+def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]) -> list[dist.Work]:
+    """Begin to send and receive tensors directly: gloo's all_gather takes three times as long for the same bytes."""
     sends = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing if len(tensor)]
     receives = [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming if len(tensor)]
-    for work in dist.batch_isend_irecv([*sends, *receives]):
-        work.wait()
+    works: list[dist.Work] = dist.batch_isend_irecv([*sends, *receives]) if sends or receives else []
+    return works
 
 
 def _largest(gradients: list[Tensor]) -> Tensor:
