@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -25,3 +26,8 @@ class LostPeerError(ConnectionError):
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
         self.speaks = speaks
+
+
+def say(message: str) -> None:
+    """Tell whoever started the run, in one sentence on stderr."""
+    print(f"dist_train: {message}", file=sys.stderr, flush=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from contextlib import ExitStack
@@ -25,21 +24,21 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data_prep
-from dist_train import checkpoint, config, plots
+from dist_train import checkpoint, config
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, check_world_size, on_main, ranks
-from dist_train.environment import Environment, changes, device_name, environment, git_commit, versions
-from dist_train.errors import DivergedError, LostPeerError, UserError
-from dist_train.files import claimed, remove_partial, write_atomic
+from dist_train.environment import device_name, git_commit, versions
+from dist_train.errors import DivergedError, LostPeerError, UserError, say
+from dist_train.files import write_atomic
 from dist_train.model import BlockNetwork, flops_per_image, shapes
 from dist_train.optim import Optimizers
-from dist_train.record import Recorder, append_history, best_eval, read_metrics
+from dist_train.record import best_eval, read_metrics
+from dist_train.run_folder import Keeper, open_folder
 from dist_train.stopping import StopRequest
 from dist_train.train import build_model, train, weights_digest
 
 # Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
-_CLAIM = 10.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +63,6 @@ class _Outcome:
     """How the command ends, known before its record is closed."""
 
     code: int = FAILED
-    step: int = 0
     reason: str = ""
 
 
@@ -81,23 +79,19 @@ def main(arguments: list[str] | None = None) -> int:
                 # Rank 0 speaks for all, and the launcher ends the others when it leaves. Whoever is still there
                 # after this is the only one that knows.
                 time.sleep(10)
-            _say(outcome.reason)
+            say(outcome.reason)
         except DivergedError as error:  # all ranks have it
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
-                _say(outcome.reason)
+                say(outcome.reason)
         except LostPeerError as error:
             outcome.reason = str(error)
             if error.speaks:
-                _say(outcome.reason)
+                say(outcome.reason)
         except BaseException as error:
             outcome.reason = f"{type(error).__name__}: {error}"
             raise
     return outcome.code
-
-
-def _say(message: str) -> None:
-    print(f"dist_train: {message}", file=sys.stderr, flush=True)
 
 
 def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
@@ -121,7 +115,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         shapes(settings.model, (channels, height, width))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
         total_steps = t.epochs * data.steps_per_epoch
-        newest = on_main(here, lambda: _open(run_dir, settings, held))
+        newest = on_main(here, lambda: open_folder(run_dir, settings, held))
         if newest and checkpoint.step_of(newest) == total_steps and (run_dir / "summary.json").exists():
             outcome.code = DONE
             if here.main:
@@ -129,31 +123,16 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 _report(run_dir)
             return
         state = checkpoint.load(newest) if newest else None
-        outcome.step = state["step"] if state else 0
+        step = state["step"] if state else 0
         model = build_model(settings.model, t, data).to(here.device)
         optimizers = Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
-        recorder = writer = None
+        keeper = None
         if here.main:
-            environments = _environments(run_dir, here, outcome.step, state["environments"] if state else [])
-            _announce(run_dir, settings, found, here, outcome.step, total_steps)
-            recorder = Recorder(
-                run_dir,
-                settings.record,
-                dataset=found.dataset,
-                run_config=config.to_dict(settings),
-                total_steps=total_steps,
-                resume_step=outcome.step,
-            )
-            held.callback(_close, run_dir, recorder, outcome)
-            writer = checkpoint.Writer(
-                run_dir / "checkpoints",
-                settings.checkpoint.keep,
-                {"environments": environments},
-                before=recorder.flush,  # a checkpoint without the lines before it could not be resumed
-                failed=lambda step, error: _not_written(run_dir, step, error),
-            )
+            _announce(run_dir, settings, found, here, step, total_steps)
+            keeper = Keeper(run_dir, settings, here, found.dataset, total_steps, state)
+            held.callback(lambda: keeper.close(outcome.code, outcome.reason))
         try:
-            outcome.step, stopped = train(
+            step, stopped = train(
                 t,
                 settings.checkpoint,
                 model,
@@ -162,100 +141,38 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 here,
                 state,
                 stop,
-                recorder,
-                writer,
+                keeper.recorder if keeper else None,
+                keeper.writer if keeper else None,
                 settings.record.digest_every,
             )
         except DivergedError as error:
-            if here.main:
+            if keeper:
                 write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
             raise
 
         def finish() -> str:
-            """On rank 0. Returns what could not be saved, and why."""
-            assert recorder is not None
-            assert writer is not None
-            if error := writer.wait():
-                return f"the checkpoint of step {outcome.step} ({error.strerror})"
-            if not stopped:
-                summary = _summary(settings, model, data, here, run_dir) | {"environments": environments}
-                try:
-                    recorder.finish({**summary, "seconds": time.perf_counter() - start}, plots.draw)
-                except OSError as error:
-                    return f"summary.json ({error.strerror})"
-            return ""
+            """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
+            assert keeper is not None
+            if missing := keeper.last_checkpoint():
+                return missing
+            if stopped:
+                return ""
+            summary = _summary(settings, model, data, here, run_dir)
+            return keeper.finish({**summary, "seconds": time.perf_counter() - start})
 
         missing = on_main(here, finish)
         outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
         outcome.reason = stopped or missing
         if here.main:
-            if stopped and not missing:
-                print(f"stopped by {stopped} after step {outcome.step}, all saved; the same command goes on from there")
-            elif missing:
-                _say(
+            if missing:
+                say(
                     f"{run_dir}: {missing} could not be written; make room and start the same command again: it goes "
                     f"on from the newest checkpoint"
                 )
+            elif stopped:
+                print(f"stopped by {stopped} after step {step}, all saved; the same command goes on from there")
             else:
                 _report(run_dir)
-
-
-def _close(run_dir: Path, recorder: Recorder, outcome: _Outcome) -> None:
-    ends = {DONE: "done", PREEMPTED: "preempted"}
-    reached = ends.get(outcome.code, "failed")
-    append_history(run_dir, "end", outcome=reached, step=recorder.last_step, reason=outcome.reason)
-    recorder.close(outcome.code)
-
-
-def _open(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
-    """Make or check the run folder, and claim it. Returns its newest whole checkpoint, None without one."""
-    path = run_dir / "config.toml"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(claimed(run_dir, _CLAIM))
-        if path.exists():
-            differing = set(config.difference(settings, config.load(None, path, []))) - {*config.DRIFTING}
-            if differing:
-                raise UserError(
-                    f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
-                    f"give the settings it was started with, or another folder"
-                )
-        remove_partial(run_dir)
-        write_atomic(path, config.to_toml(settings).encode())
-        checkpoint.clean(run_dir / "checkpoints")
-    except BlockingIOError as error:
-        raise UserError(
-            f"--run-dir {run_dir} is in use by {error}; wait for it, stop it, or name another folder"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
-    return checkpoint.newest(run_dir / "checkpoints")
-
-
-def _environments(run_dir: Path, here: Ranks, step: int, known: list[Environment]) -> list[Environment]:
-    """Those that the run has had, this one last. Says, once, when it is a new one."""
-    now = environment(here.device)
-    changed = changes(known[-1], now) if known else {}
-    if changed:
-        said = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
-        _say(f"{run_dir} goes on with another {said}: its weights may differ in bits from those of an unbroken run")
-    append_history(
-        run_dir,
-        "start",
-        step=step,
-        world_size=here.world_size,
-        host=platform.node(),
-        environment=now,
-        **({"changed": changed} if changed else {}),
-    )
-    return [*known, now] if changed or not known else known
-
-
-def _not_written(run_dir: Path, step: int, error: OSError) -> None:
-    kept = checkpoint.steps(run_dir / "checkpoints")
-    last = f"the one of step {kept[-1]} stays" if kept else "there is none yet"
-    _say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training goes on")
-    append_history(run_dir, "checkpoint_failed", step=step, reason=error.strerror)
 
 
 def _announce(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dist_train.errors import LostPeerError
+from dist_train.errors import LostPeerError, say
 
 _BEAT = 1.0  # seconds between two signs of life
 _ANSWER = 5.0  # seconds until the store counts as gone
@@ -159,7 +158,7 @@ class Watch:
             if self.waiting_since != since:
                 continue  # it came after all
             if found.speaks:
-                print(f"dist_train: {found}", file=sys.stderr, flush=True)
+                say(str(found))
             self.leave()
             os._exit(1)
 

@@ -1,0 +1,120 @@
+"""The folder of a run: one job's alone, opened at its newest whole checkpoint, and kept by rank 0."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dist_train import checkpoint, config, plots
+from dist_train.distributed import Ranks
+from dist_train.environment import Environment, changes, environment
+from dist_train.errors import UserError, say
+from dist_train.files import claimed, remove_partial, write_atomic
+from dist_train.record import Recorder, append_history
+
+_CLAIM = 10.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
+
+
+def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
+    """Make or check a run folder, and claim it until `held` is closed. Returns its newest whole checkpoint, None
+    without one. Raises UserError when it is in use, another run's, or cannot be written."""
+    path = run_dir / "config.toml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(claimed(run_dir, _CLAIM))
+        if path.exists():
+            differing = set(config.difference(settings, config.load(None, path, []))) - {*config.DRIFTING}
+            if differing:
+                raise UserError(
+                    f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
+                    f"give the settings it was started with, or another folder"
+                )
+        remove_partial(run_dir)
+        write_atomic(path, config.to_toml(settings).encode())
+        checkpoint.clean(run_dir / "checkpoints")
+    except BlockingIOError as error:
+        raise UserError(
+            f"--run-dir {run_dir} is in use by {error}; wait for it, stop it, or name another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
+    return checkpoint.newest(run_dir / "checkpoints")
+
+
+class Keeper:
+    """What rank 0 keeps of a run: `recorder`, `writer` of checkpoints, and the history around them."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: config.Config,
+        ranks: Ranks,
+        dataset: str,
+        total_steps: int,
+        state: dict[str, Any] | None,
+    ) -> None:
+        """state: of the checkpoint that the run goes on from, None for a new run. Says so, once, when the
+        environment is another one than before."""
+        self.run_dir = run_dir
+        step = state["step"] if state else 0
+        self.environments = self._environments(ranks, step, state["environments"] if state else [])
+        self.recorder = Recorder(
+            run_dir,
+            settings.record,
+            dataset=dataset,
+            run_config=config.to_dict(settings),
+            total_steps=total_steps,
+            resume_step=step,
+        )
+        self.writer = checkpoint.Writer(
+            run_dir / "checkpoints",
+            settings.checkpoint.keep,
+            {"environments": self.environments},
+            before=self.recorder.flush,  # a checkpoint without the lines before it could not be resumed
+            failed=self._not_written,
+        )
+
+    def last_checkpoint(self) -> str:
+        """Wait until the last checkpoint is written. Returns "", or that it could not be, and why."""
+        error = self.writer.wait()
+        return f"the checkpoint of step {self.recorder.last_step} ({error.strerror})" if error else ""
+
+    def finish(self, summary: dict[str, Any]) -> str:
+        """Write the summary and the plots of a run that is done. Returns "", or what could not be written, and why."""
+        try:
+            self.recorder.finish({**summary, "environments": self.environments}, plots.draw)
+        except OSError as error:
+            return f"summary.json ({error.strerror})"
+        return ""
+
+    def close(self, code: int, reason: str) -> None:
+        """Say in the history how the run ended, and close its record. code: the exit code."""
+        outcome = {0: "done", 75: "preempted"}.get(code, "failed")
+        append_history(self.run_dir, "end", outcome=outcome, step=self.recorder.last_step, reason=reason)
+        self.recorder.close(code)
+
+    def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
+        """Those that the run has had, this one last."""
+        now = environment(ranks.device)
+        changed = changes(known[-1], now) if known else {}
+        if changed:
+            said = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
+            say(f"{self.run_dir} goes on with another {said}: its weights may differ in bits from an unbroken run's")
+        append_history(
+            self.run_dir,
+            "start",
+            step=step,
+            world_size=ranks.world_size,
+            host=platform.node(),
+            environment=now,
+            **({"changed": changed} if changed else {}),
+        )
+        return [*known, now] if changed or not known else known
+
+    def _not_written(self, step: int, error: OSError) -> None:
+        kept = checkpoint.steps(self.run_dir / "checkpoints")
+        last = f"the one of step {kept[-1]} stays" if kept else "there is none yet"
+        say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training goes on")
+        append_history(self.run_dir, "checkpoint_failed", step=step, reason=error.strerror)
