@@ -90,9 +90,9 @@ class Watch:
         waited = f" ({error})" if isinstance(error, TimeoutError) else ""
         here = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
         ended = {rank: told for rank, told in second.items() if told["ended"]}
-        failed = {rank for rank, told in ended.items() if told["failure"]}  # the others of them have spoken
+        failed = {rank: told for rank, told in ended.items() if told["failure"]}  # the others of them have spoken
         silent = {rank: told for rank, told in second.items() if told == first.get(rank) and rank not in ended}
-        for rank, told in {**silent, **ended}.items():
+        for rank, told in {**failed, **silent, **ended}.items():
             state = (
                 f"has failed ({told['failure']})" if told["failure"] else "has ended" if told["ended"] else "is gone"
             )
