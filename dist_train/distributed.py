@@ -185,7 +185,8 @@ def _set_arithmetic(deterministic: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Only warn of a kernel that has no deterministic form: max_pool2d's backward is listed as one on CUDA, but
     # windows that do not overlap, as here, give each input at most one addend.
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # torch.use_deterministic_algorithms does the same, and imports the compiler for two seconds.
+    torch.set_deterministic_debug_mode("warn" if deterministic else "default")
     warnings.filterwarnings("ignore", "max_pool2d_with_indices_backward_cuda does not have a deterministic")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

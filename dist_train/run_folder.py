@@ -14,7 +14,7 @@ from dist_train.errors import UserError, say
 from dist_train.files import claimed, remove_partial, write_atomic
 from dist_train.record import Recorder, append_history
 
-_CLAIM = 10.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
+_CLAIM = 5.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
 
 
 def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:

@@ -90,7 +90,10 @@ def train(
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
     state = _State(model, optimizers, scaler)
     step = state.load(start) if start else 0
-    compiled: nn.Module = torch.compile(model, dynamic=False) if settings.compile else model  # type: ignore[assignment]
+    compiled: nn.Module = model
+    if settings.compile:
+        torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # tells the compiler too
+        compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
     dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
     autocast = torch.autocast(ranks.device.type, dtype, enabled=settings.precision != "fp32")

@@ -16,22 +16,14 @@ from conftest import REPOSITORY, TINY, command, environment, lines, trainer
 Train = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(
-    train: Train, tmp_path: Path, precision: str
-) -> None:
-    alone = train("1", f"precision={precision}")
-    others = [("3", 3, "resident")]
-    if precision == "bf16":
-        others += [("2", 2, "stream"), ("8", 8, "resident")]
-    for name, ranks, loader in others:
-        other = train(name, f"precision={precision}", f"loader={loader}", ranks=ranks)
+def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Train, tmp_path: Path) -> None:
+    alone = train("1")  # in bf16; the faults of test_faults.py come to runs in fp32, too
+    for name, ranks, loader in (("2", 2, "stream"), ("3", 3, "resident"), ("8", 8, "resident")):
+        other = train(name, f"loader={loader}", ranks=ranks)
         assert other["world_size"] == ranks
         assert other["weights_sha256"] == alone["weights_sha256"]
         assert lines(tmp_path / name) == lines(tmp_path / "1")
-    if precision == "bf16":
-        seeded = train("seeded", "precision=bf16", "seed=1")
-        assert seeded["weights_sha256"] != alone["weights_sha256"]
+    assert train("seeded", "seed=1")["weights_sha256"] != alone["weights_sha256"]
 
 
 def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -> None:
