@@ -126,7 +126,7 @@ def train(
         digest = within == 0 or (digest_every > 0 and step % digest_every == 0)
         if save or digest or step % log_every == 0:
             # stops the run before what is not finite reaches a checkpoint
-            stopped = meter.flush(step, stop.received) if step < total_steps else meter.flush(step, 0)
+            stopped = meter.flush(step, stop.received if step < total_steps else 0)
             save = save or bool(stopped)
         if save or digest:
             _gather_batch_norm(model, ranks)
@@ -146,7 +146,7 @@ def train(
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
     """The first 16 hexadecimal digits of the SHA-256 of each weight's and BatchNorm row's bytes, by name."""
-    return {name: _sha256(tensor).hexdigest()[:16] for name, tensor in model.state_dict().items()}
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in model.state_dict().items()}
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -154,12 +154,12 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found.update(_bytes(tensor))
     return found.hexdigest()
 
 
-def _sha256(tensor: Tensor) -> Any:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 @plain_dataclass(frozen=True)
