@@ -181,7 +181,7 @@ class _Begun:
         self, ranks: Ranks, pieces: list[list[tuple[int, int]]], rows: list[Tensor], total: torch.futures.Future[Tensor]
     ) -> None:
         """rows: this rank's pieces, flat; the last of them is DDP's bucket. total: to be set to it in the end."""
-        self.rank, self.pieces, self.bucket, self.total = ranks.rank, pieces, rows[-1], total
+        self.pieces, self.bucket, self.total = pieces, rows[-1], total
         self.rows = [row.to(ranks.wire) for row in rows]
         part = -(-len(self.bucket) // ranks.world_size)
         self.slices = [slice(rank * part, (rank + 1) * part) for rank in range(ranks.world_size)]
@@ -217,7 +217,7 @@ class _Begun:
 
 
 def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]) -> list[dist.Work]:
-    """Begin to send and receive tensors directly: gloo's all_gather takes three times as long for the same bytes."""
+    """Begin to send and receive tensors directly: gloo's all_gather takes longer for the same bytes."""
     sends = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing if len(tensor)]
     receives = [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming if len(tensor)]
     works: list[dist.Work] = dist.batch_isend_irecv([*sends, *receives]) if sends or receives else []
@@ -241,5 +241,5 @@ def _add_to_right(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
 def _views(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     """A bucket's content as tensors of its parameters' shapes. bucket.gradients() takes every gradient for
     contiguous, but the bucket keeps the parameters' layout."""
-    slices = flat[: sum(parameter.numel() for parameter in parameters)].split([p.numel() for p in parameters])
+    slices = flat.split([parameter.numel() for parameter in parameters])
     return [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, slices, strict=True)]
