@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from dist_train.checkpoint import CheckpointConfig
 from dist_train.data import DataConfig
 from dist_train.errors import UserError
+from dist_train.evaluate import EvaluateConfig
 from dist_train.model import ModelConfig
 from dist_train.optim import OptimConfig
 from dist_train.record import RecordConfig
@@ -56,6 +57,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     record: RecordConfig = dataclasses.field(default_factory=RecordConfig)
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -29,11 +33,23 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Smaller:
+    """Train on images of `size` x `size` pixels until that epoch, which may be a fraction: the middle of each
+    image (`crop`), or all of it scaled down (`scale`)."""
+
+    size: Annotated[int, Field(gt=0)]
+    until_epoch: Annotated[float, Field(gt=0)]
+    how: Literal["crop", "scale"] = "crop"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class DataConfig:
     """dir: folder of the betons, `data/DATASET` when empty. holdout: training images kept as a validation
     split. flip: mirror images never, at random, or every other epoch starting at random per image (Jordan 2024,
     "94% on CIFAR-10 in 3.29 seconds", 3.6). translate: largest shift in pixels, the border reflected. cutout:
-    side of the square set to the mean. eval_batch: images in one forward pass of evaluation."""
+    side of the square set to the mean. smaller: sizes that training images have at first, after the other
+    augmentations (progressive resizing, Howard 2018); evaluation is at full size. eval_batch: images in one forward
+    pass of evaluation."""
 
     dataset: str = "cifar10"
     dir: str = ""
@@ -42,6 +58,7 @@ class DataConfig:
     flip: Literal["none", "random", "alternate"] = "alternate"
     translate: NonNegative = 2
     cutout: NonNegative = 0
+    smaller: list[Smaller] = field(default_factory=list)
     eval_batch: Annotated[int, Field(gt=0)] = 500
 
     @property
@@ -95,6 +112,19 @@ class Data:
                 f"train.batch_size = {batch_size} does not split into train.microbatches = {microbatches} "
                 f"equal parts; use {batch_size // microbatches * microbatches or microbatches}"
             )
+        ends = [smaller.until_epoch for smaller in config.smaller]
+        if ends != sorted(set(ends)):
+            raise UserError(f"data.smaller: until_epoch must rise from one size to the next, not {ends}; sort them")
+        if too_large := [s.size for s in config.smaller if s.size > min(manifest.image_shape[:2])]:
+            raise UserError(
+                f"data.smaller: size = {too_large[0]} is larger than the images of {manifest.dataset} "
+                f"({manifest.image_shape[0]}x{manifest.image_shape[1]} pixels); make it smaller"
+            )
+        if config.translate >= min(manifest.image_shape[:2]):
+            raise UserError(
+                f"data.translate = {config.translate} shifts images of {manifest.image_shape[1]}x"
+                f"{manifest.image_shape[0]} pixels out of sight; use {min(manifest.image_shape[:2]) - 1} at most"
+            )
         count = manifest.splits["train"].count
         if config.holdout + batch_size > count:
             raise UserError(
@@ -122,10 +152,20 @@ class Data:
         while True:
             epoch, skipped = divmod(first, self.steps_per_epoch)
             order = self._order(epoch)[skipped:, self.slots.start : self.slots.stop]
-            batches = self.sources["train"].batches(order.flatten(), self.size)
-            for _ in range(len(order)):
-                yield [self._microbatch(slot, epoch, *next(batches)) for slot in self.slots]
-            first += len(order)
+            # a whole step at once: few kernels, and a GPU's queue stays full
+            for batch in self.sources["train"].batches(order.flatten(), self.size * len(self.slots)):
+                yield self._microbatches(epoch, self._smaller(first), *batch)
+                first += 1
+
+    def image_size(self, step: int) -> tuple[int, int]:
+        """(height, width) of the training images of a step, counted from 0."""
+        height, width, _ = self.manifest.image_shape
+        smaller = self._smaller(step)
+        return (smaller.size, smaller.size) if smaller else (height, width)
+
+    def _smaller(self, step: int) -> Smaller | None:
+        there = (s for s in self.config.smaller if step < s.until_epoch * self.steps_per_epoch)
+        return next(there, None)
 
     def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of `test` or `holdout`, as (images, labels) like a Microbatch's. The split is cut
@@ -154,15 +194,23 @@ class Data:
         order = train[permutation(len(train), derive(self.seed, "order", epoch))]
         return order[: self.steps_per_epoch * self.batch_size].view(self.steps_per_epoch, -1, self.size)
 
-    def _microbatch(self, slot: int, epoch: int, images: Tensor, labels: Tensor, indices: Tensor) -> Microbatch:
-        images = self._normalised(augment(self.config, images, indices, self.seed, epoch))
+    def _microbatches(
+        self, epoch: int, smaller: Smaller | None, images: Tensor, labels: Tensor, indices: Tensor
+    ) -> list[Microbatch]:
+        images = augment(self.config, images, indices, self.seed, epoch)
+        images = self._normalised(_made_smaller(images, smaller) if smaller else images)
         if self.config.cutout:
             bits = sample_bits(indices, derive(self.seed, "cutout", epoch))
             images = _cut_out(images, bits, self.config.cutout)
-        return Microbatch(slot, images, labels, indices)
+        parts = zip(*(whole.split(self.size) for whole in (images, labels, indices)), strict=True)
+        return [Microbatch(slot, *part) for slot, part in zip(self.slots, parts, strict=True)]
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return (images * self.scale + self.shift).permute(0, 3, 1, 2)
+        # whole rows at a time: broadcasting over three channels would be 40 times as slow on a CPU
+        width = images.shape[2]
+        rows = images.flatten(2).to(torch.float32, copy=True)
+        rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
+        return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
 def augment(config: DataConfig, images: Tensor, indices: Tensor, seed: int, epoch: int) -> Tensor:
@@ -170,25 +218,42 @@ def augment(config: DataConfig, images: Tensor, indices: Tensor, seed: int, epoc
 
     images: (n, H, W, C) uint8. indices: (n,) int64. Returns the shape and dtype of `images`.
     """
-    _, height, width, _ = images.shape
-    rows = torch.arange(height, device=images.device).expand(len(images), -1)
-    columns = torch.arange(width, device=images.device).expand(len(images), -1)
+    if config.flip == "none" and not config.translate:
+        return images
+    count, height, width, channels = images.shape
+    reach = config.translate
+    mirrored = across = down = torch.zeros_like(indices)
     if config.flip != "none":
         every = config.flip == "alternate"
         mirrored = sample_bits(indices, derive(seed, "flip", *(() if every else (epoch,)))) & 1
         if every:
             mirrored = (mirrored + epoch) & 1
-        columns = torch.where(mirrored[:, None] == 1, width - 1 - columns, columns)
-    if config.translate:
+    if reach:
         bits = sample_bits(indices, derive(seed, "translate", epoch))
-        across = uniform_integers(bits, 2 * config.translate + 1) - config.translate
-        down = uniform_integers(bits >> 32, 2 * config.translate + 1) - config.translate
-        rows = _reflected(rows + down[:, None], height)
-        columns = _reflected(columns + across[:, None], width)
-    if config.flip == "none" and not config.translate:
-        return images
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[sample, rows[:, :, None], columns[:, None, :]]
+        across = uniform_integers(bits, 2 * reach + 1) - reach
+        down = uniform_integers(bits >> 32, 2 * reach + 1) - reach
+    # a row, its mirror image and the reflected borders of both in one long row: any `width` adjacent pixels of it
+    # are a shifted row, and copying them is all there is to do
+    flipped = images.permute(0, 3, 1, 2).flip(3).permute(0, 2, 3, 1)  # the order of dimensions that is fast on a CPU
+    border = flipped[:, :, width - 1 - reach : width - 1]
+    long = torch.cat((border, images, flipped[:, :, 1:], images[:, :, 1 : reach + 1]), 2)
+    sample = torch.arange(count, device=images.device)[:, None]
+    rows = _reflected(torch.arange(height, device=images.device) + down[:, None], height)
+    columns = reach + torch.where(mirrored == 1, width - 1 - across, across)
+    first = (sample * height + rows) * long.shape[2] + columns[:, None]
+    windows = long.flatten().unfold(0, width * channels, channels)
+    return windows.index_select(0, first.flatten()).view(images.shape)
+
+
+def _made_smaller(images: Tensor, smaller: Smaller) -> Tensor:
+    """(n, H, W, C) uint8 images to (n, size, size, C): uint8 when cropped, float32 when scaled, where each pixel is
+    an average over those that it covers."""
+    size = smaller.size
+    if smaller.how == "crop":
+        top, left = ((n - size) // 2 for n in images.shape[1:3])
+        return images[:, top : top + size, left : left + size]
+    nchw = images.permute(0, 3, 1, 2).float()
+    return F.interpolate(nchw, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
 
 def _reflected(positions: Tensor, size: int) -> Tensor:
@@ -198,14 +263,18 @@ def _reflected(positions: Tensor, size: int) -> Tensor:
 
 def _cut_out(images: Tensor, bits: Tensor, side: int) -> Tensor:
     """Set a square around a random pixel to 0, the mean of normalised images (DeVries and Taylor 2017)."""
-    mask = torch.ones((), dtype=torch.bool, device=images.device)
-    for dimension, word in ((2, bits), (3, bits >> 32)):
-        size = images.shape[dimension]
-        first = uniform_integers(word, size) - side // 2
+    _, channels, height, width = images.shape
+
+    def outside(word: Tensor, size: int) -> Tensor:
+        first = uniform_integers(word, size)[:, None] - side // 2
         positions = torch.arange(size, device=images.device)
-        inside = (positions >= first[:, None]) & (positions < first[:, None] + side)
-        mask = mask & (inside[:, :, None] if dimension == 2 else inside[:, None, :])
-    return images.masked_fill_(mask[:, None], 0.0)
+        return ((positions < first) | (positions >= first + side)).int().neg()
+
+    # as bits, and whole rows at a time: filling by a mask would be 4 times as slow on a CPU
+    rows, columns = outside(bits, height), outside(bits >> 32, width).repeat_interleave(channels, 1)
+    pixels = images.permute(0, 2, 3, 1).view(len(images), height, -1)
+    pixels.view(torch.int32).bitwise_and_(rows[:, :, None] | columns[:, None, :])
+    return images
 
 
 class _Resident:
@@ -219,45 +288,66 @@ class _Resident:
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, indices) in the order of `indices`, `size` at a time."""
         for chosen in indices.to(self.images.device).split(size):
-            yield self.images[chosen], self.labels[chosen], chosen
+            yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen), chosen
 
 
 class _Stream:
-    """A split read through ffcv's Loader, which only decodes."""
+    """A split read through ffcv's Loader, which only decodes images; built when it is first used."""
+
+    _compiled: ClassVar[dict[tuple[int, ...], Any]] = {}  # by image shape: a Loader whose code fits any other file
 
     def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
         self.file, manifest = data_prep.check_tables(config.folder, split)
-        self.count, self.device = manifest.splits[split].count, device
-        self.loaders: dict[int, Any] = {}
+        self.shape, self.device = manifest.image_shape, device
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, indices) in the order of `indices`, `size` at a time. The images lie in a buffer
         of ffcv that is filled anew: they are valid until the next ones are asked for."""
-        if size not in self.loaders:
-            self.loaders[size] = self._loader(size)
-        loader = self.loaders[size]
+        loader, labels = self._opened
         order: NDArray[np.uint64] = indices.numpy().astype(np.uint64)
-        # ffcv's sequential order is the given indices; set anew for every epoch it spares a compilation
-        loader.indices = loader.traversal_order.indices = loader.first_traversal_order = order
-        for chosen, (images, labels) in zip(indices.split(size), loader, strict=True):
-            yield images.to(self.device), labels[:, 0].to(self.device, copy=True), chosen.to(self.device)
+        # ffcv's sequential order is the given indices; both can be set anew for every epoch
+        loader.batch_size, loader.traversal_order.indices, loader.first_traversal_order = size, order, order
+        images = iter(loader)
+        try:
+            for chosen, (some,) in zip(indices.to(self.device).split(size), images, strict=True):
+                yield self._on_device(some), labels.index_select(0, chosen), chosen
+        finally:
+            images.close()  # ends ffcv's thread, also if not all was asked for
 
+    def _on_device(self, images: Tensor) -> Tensor:
+        if self.copying is None:
+            return images
+        with torch.cuda.stream(self.copying):  # in the current stream it would wait for all kernels before it
+            copied = images.to(self.device)
+        copied.record_stream(torch.cuda.current_stream(self.device))
+        return copied
+
+    @cached_property
     @data_prep.keeping_torch_threads()
-    def _loader(self, size: int) -> Any:
-        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    def _opened(self) -> tuple[Any, Tensor]:
+        """The Loader, and all labels of the split on the device."""
+        from ffcv.fields.decoders import SimpleRGBImageDecoder
         from ffcv.loader import Loader, OrderOption
+        from ffcv.memory_managers import OSCacheManager
+        from ffcv.reader import Reader
         from ffcv.transforms import ToTensor
 
+        if self.shape in self._compiled:
+            loader = copy(self._compiled[self.shape])
+            loader.reader = Reader(str(self.file))
+            loader.memory_manager = OSCacheManager(loader.reader)
+        else:
+            loader = self._compiled[self.shape] = Loader(
+                str(self.file),
+                batch_size=1,
+                num_workers=1,  # copying needs no more, and code for one compiles faster
+                seed=0,  # unused by this order, but none would draw from numpy's generator
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=False,
+                pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": None},
+            )
         # ffcv sets torch's threads to its own, also while it runs, so it must have the same number
-        workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-        return Loader(
-            str(self.file),
-            batch_size=size,
-            num_workers=workers,
-            seed=0,  # unused by this order, but none would draw from numpy's generator
-            os_cache=True,
-            order=OrderOption.SEQUENTIAL,
-            drop_last=False,
-            indices=np.arange(self.count, dtype=np.uint64),
-            pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]},
-        )
+        loader.num_workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        return loader, torch.from_numpy(loader.reader.metadata["f1"].astype(np.int64)).to(self.device)

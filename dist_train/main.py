@@ -26,16 +26,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import data_prep
 from dist_train import checkpoint, config
 from dist_train.data import Data, manifest
-from dist_train.distributed import Ranks, check_world_size, on_main, ranks
-from dist_train.environment import device_name, git_commit, versions
+from dist_train.distributed import Ranks, check_world_size, on_main, ranks, sum_integers
+from dist_train.environment import device_name, git_commit, matrix_rate, versions
 from dist_train.errors import DivergedError, LostPeerError, UserError, say
 from dist_train.files import write_atomic
-from dist_train.model import BlockNetwork, flops_per_image, shapes
+from dist_train.model import BlockNetwork, flops, shapes, training_flops
 from dist_train.optim import Optimizers
 from dist_train.record import best_eval, read_metrics
 from dist_train.run_folder import Keeper, open_folder
+from dist_train.startup import leave_out_compiler
 from dist_train.stopping import StopRequest
-from dist_train.train import build_model, train, weights_digest
+from dist_train.train import DTYPES, build_model, train, weights_digest
 
 # Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -107,12 +108,16 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
     check_world_size(settings.train.microbatches)
     run_dir = args.run_dir or Path("runs") / f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
     t = settings.train
+    if not t.compile:
+        leave_out_compiler()
     with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
         stop = held.enter_context(StopRequest())
         found = on_main(here, lambda: manifest(settings.data))
         height, width, channels = found.image_shape
         shapes(settings.model, (channels, height, width))
+        for smaller in settings.data.smaller:
+            shapes(settings.model, (channels, smaller.size, smaller.size))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
         total_steps = t.epochs * data.steps_per_epoch
         newest = on_main(here, lambda: open_folder(run_dir, settings, held))
@@ -134,6 +139,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         try:
             step, stopped = train(
                 t,
+                settings.evaluate,
                 settings.checkpoint,
                 model,
                 optimizers,
@@ -150,6 +156,8 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
             raise
 
+        rate = 0 if stopped else _matrix_rate(here, t.precision)
+
         def finish() -> str:
             """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
             assert keeper is not None
@@ -157,7 +165,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 return missing
             if stopped:
                 return ""
-            summary = _summary(settings, model, data, here, run_dir)
+            summary = _summary(settings, model, optimizers, data, here, rate, run_dir)
             return keeper.finish({**summary, "seconds": time.perf_counter() - start})
 
         missing = on_main(here, finish)
@@ -173,6 +181,12 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 print(f"stopped by {stopped} after step {step}, all saved; the same command goes on from there")
             else:
                 _report(run_dir)
+
+
+def _matrix_rate(here: Ranks, precision: str) -> int:
+    """Floating-point operations a second that all ranks together reach in matrix products at the same time."""
+    mine = torch.tensor(int(matrix_rate(here.device, DTYPES[precision])), device=here.device)
+    return int(sum_integers(here, mine).item())
 
 
 def _announce(
@@ -194,18 +208,32 @@ def _announce(
         print(f"going on after step {step}", flush=True)
 
 
-def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ranks, run_dir: Path) -> dict[str, Any]:
+def _summary(
+    settings: config.Config,
+    model: BlockNetwork,
+    optimizers: Optimizers,
+    data: Data,
+    here: Ranks,
+    rate: int,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """rate: floating-point operations a second that all ranks reach together in a matrix product."""
     steps, evals = read_metrics(run_dir / "metrics.jsonl")
     last, best = evals[-1], best_eval(evals)
     assert best is not None
     train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
     height, width, channels = data.manifest.image_shape
+    classes = len(data.manifest.classes)
+    train_flops = settings.train.batch_size * sum(
+        training_flops(settings.model, (channels, *data.image_size(step)), classes, optimizers.learns("stem", step))
+        for step in range(len(steps))
+    )
     return {
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_accuracy": last["train_accuracy"],
         "train_loss": last["train_loss"],
-        **{key: last[key] for key in ("val_accuracy", "val_loss") if key in last},
+        **{key: value for key, value in last.items() if key.startswith("val_") or key.endswith("_tta")},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "epochs": settings.train.epochs,
@@ -213,7 +241,10 @@ def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ran
         "train_seconds": train_seconds,
         "images_per_second": sum(row["images"] for row in steps) / train_seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_image": flops_per_image(model.eval(), (channels, height, width)),
+        "flops_per_image": sum(map(sum, flops(settings.model, (channels, height, width), classes))),
+        "train_flops": train_flops,
+        "matrix_flops_per_second": rate,
+        "mfu": train_flops / train_seconds / rate,
         "weights_sha256": weights_digest(model),
         "config_digest": config.digest(settings),
         "world_size": here.world_size,
@@ -225,8 +256,9 @@ def _summary(settings: config.Config, model: BlockNetwork, data: Data, here: Ran
 
 def _report(run_dir: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
+    tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     print(
-        f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} % at the last epoch; "
+        f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
         f"{summary['seconds']:.1f} s in all\n"
         f"curves: {run_dir / 'plots' / 'loss.png'}, {run_dir / 'plots' / 'accuracy.png'}; "

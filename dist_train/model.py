@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.errors import UserError
-from dist_train.mixing import weighted_sum
+from dist_train.mixing import average, mix, weighted_sum
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(gt=0)]
@@ -52,7 +51,8 @@ class Convolution:
 @dataclass(frozen=True, config=_STRICT)
 class Block:
     """An intermediate block. Norm, then activation, sit in every branch (`branch`) or once after the sum
-    (`post`); pooling comes right after the sum (`sum`) or after norm and activation (`end`)."""
+    (`post`); pooling comes right after the sum (`sum`) or after norm and activation (`end`). pool = "all" takes
+    the whole image, of any size, to one pixel."""
 
     channels: Positive
     convolutions: Annotated[list[Convolution], Field(min_length=1)]
@@ -61,7 +61,7 @@ class Block:
     activation: Activation = "gelu"
     coefficients: Literal["raw", "softmax", "sigmoid"] = "raw"
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    pool: Positive = 1
+    pool: Positive | Literal["all"] = 1
     pool_kind: Literal["max", "avg"] = "max"
     pool_at: Literal["sum", "end"] = "end"
     dropout: Probability = 0.0
@@ -170,7 +170,7 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
                     f"{sizes[0][0]}x{sizes[0][1]}; change its kernel, dilation, stride or padding"
                 )
             sizes.append(size)
-        height, width = (n // block.pool for n in sizes[0])
+        height, width = (1, 1) if block.pool == "all" else (n // block.pool for n in sizes[0])
         if min(height, width) < 1:
             raise UserError(
                 f"model.blocks: block {number}: pool = {block.pool} leaves nothing of an image of "
@@ -213,7 +213,7 @@ class BatchNorm(nn.Module):
 
 
 class Mixing(nn.Module):
-    """The coefficients `a = FC(m)` of a block: (N, C, H, W) images to (N, L) float32."""
+    """The coefficients `a = FC(m)` of a block: (N, C) channel averages of its input to (N, L) float32."""
 
     def __init__(self, channels: int, block: Block) -> None:
         super().__init__()
@@ -224,10 +224,9 @@ class Mixing(nn.Module):
         nn.init.zeros_(self.fc.weight)
         nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = self.fc.weight.dtype
-            a: Tensor = self.fc(x.mean((2, 3), dtype=dtype))
+    def forward(self, averages: Tensor) -> Tensor:
+        with torch.autocast(averages.device.type, enabled=False):
+            a: Tensor = self.fc(averages)
             if self.kind == "softmax":
                 return torch.softmax(a / self.temperature, 1)
             return torch.sigmoid(a) if self.kind == "sigmoid" else a
@@ -259,16 +258,20 @@ class MixedBlock(nn.Module):
 
     def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
         config = self.config
-        coefficients = self.mixing(x)
-        branches = []
-        for position, convolution in enumerate(self.convolutions):
-            branch = convolution(x)
-            if config.norm == "branch":
-                branch = self.norms[position](branch, slot)
-            if config.activate == "branch":
-                branch = self.activation(branch)
-            branches.append(branch)
-        x = weighted_sum(coefficients, branches)
+        averages, x = average(x, self.mixing.fc.weight.dtype)
+        coefficients = self.mixing(averages)
+        if "branch" in (config.norm, config.activate):
+            branches = []
+            for position, convolution in enumerate(self.convolutions):
+                branch = convolution(x)
+                if config.norm == "branch":
+                    branch = self.norms[position](branch, slot)
+                if config.activate == "branch":
+                    branch = self.activation(branch)
+                branches.append(branch)
+            x = weighted_sum(coefficients, branches)
+        else:
+            x = mix(coefficients, x, [*self.convolutions])
         if config.pool_at == "sum":
             x = self.pool(x)
         if config.norm == "post":
@@ -282,6 +285,8 @@ class MixedBlock(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         if self.config.pool == 1:
             return x
+        if self.config.pool == "all":
+            return x.amax((2, 3), True) if self.config.pool_kind == "max" else x.mean((2, 3), keepdim=True)
         pool = F.max_pool2d if self.config.pool_kind == "max" else F.avg_pool2d
         return pool(x, self.config.pool)
 
@@ -333,6 +338,7 @@ class BlockNetwork(nn.Module):
             for module in self.blocks.modules():
                 if isinstance(module, nn.Conv2d):
                     _dirac(module)
+        self.stem_learns = True  # to be set to False once its rate is 0 for good
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, slot: Tensor | None = None) -> Tensor:
@@ -341,9 +347,14 @@ class BlockNetwork(nn.Module):
         x = images
         if self.stem is not None:
             x = self.stem_activation(self.stem(x))
+            if not self.stem_learns:
+                x = x.detach()  # spares the gradient of B1's input
         for block in self.blocks:
             x = block(x, slot)
         logits: Tensor = self.output(x)
+        if self.stem is not None and not self.stem_learns:
+            # DDP waits for a gradient of every parameter: here it is 0
+            logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
         return logits
 
 
@@ -383,10 +394,29 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
     return "kernels" if parameter.ndim == 4 else "norms"
 
 
-def flops_per_image(model: BlockNetwork, image_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of one image's forward pass: two for each multiply-add of the convolutions
-    and matrix products; a training step takes about three times as many."""
-    device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *image_shape, device=device))
-    return int(counter.get_total_flops())
+def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) -> list[list[int]]:
+    """Floating-point operations of one image's forward pass, by the formula: two for each multiply-add.
+
+    Returns those of the stem, of each block and of the output block, in order: one number for each convolution or
+    fully connected layer, a block's convolutions first and then its mixing.
+    """
+    stem = config.stem
+    before = [image_shape, *shapes(config, image_shape)]
+    found = [[2 * math.prod(before[1]) * image_shape[0] * stem.kernel**2] if stem.kind != "none" else []]
+    for (channels, height, width), block in zip(before[1:], config.blocks, strict=False):
+        of_block = []
+        for conv in block.convolutions:
+            pad = _padding(conv, "")
+            out = [_convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width)]
+            of_block.append(2 * block.channels * math.prod(out) * conv.kernel**2 * channels // conv.groups)
+        found.append([*of_block, 2 * channels * len(of_block)])
+    widths = [before[-1][0], *config.output.hidden, classes]
+    return [*found, [2 * a * b for a, b in itertools.pairwise(widths)]]
+
+
+def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int, stem_learns: bool) -> int:
+    """Operations of one image's forward and backward pass. A layer's backward pass takes as many again for the
+    gradient of its weights, and for that of its input where something before it learns."""
+    learns = stem_learns and config.stem.kind != "none"
+    stem, first, *rest = map(sum, flops(config, image_shape, classes))
+    return (2 if learns and config.stem.kind == "conv" else 1) * stem + (3 if learns else 2) * first + 3 * sum(rest)

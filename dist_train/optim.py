@@ -143,6 +143,11 @@ class Optimizers:
                     kernels = group["lr"]
         return kernels
 
+    def learns(self, kind: str, step: int) -> bool:
+        """Whether a kind of parameters may still change after `step` finished steps."""
+        until = self.config.group(kind)["until_epoch"]
+        return until is None or step < until * self.steps_per_epoch
+
     def step(self, scaler: torch.amp.GradScaler) -> None:
         """Apply the gradients; with a scaler in use, skip every optimizer whose gradients overflowed."""
         for optimizer in self.all:

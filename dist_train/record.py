@@ -6,7 +6,8 @@
   optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the global batch,
   `correct` of `images` were classified right in training mode.
 - `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}`, with
-  `val_loss` and `val_accuracy` where there is a validation set. Accuracies are fractions from 0 to 1.
+  `val_loss` and `val_accuracy` where there is a validation set; in the last one also `*_tta`, with test-time
+  augmentation, where that was asked for. Accuracies are fractions from 0 to 1.
 - `{"kind": "weights", "step", "digests"}` before the evaluation: by each tensor's name, in the network's
   order, the first 16 hexadecimal digits of the SHA-256 of its bytes after `step`.
 
@@ -210,8 +211,7 @@ class Recorder:
         epoch: int,
         test_loss: float,
         test_accuracy: float,
-        val_loss: float | None = None,
-        val_accuracy: float | None = None,
+        **others: float,
     ) -> Row:
         """Record an evaluation after `step` and return its line.
 
@@ -231,8 +231,7 @@ class Recorder:
             "train_accuracy": self._sums.accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            **({} if val_loss is None else {"val_loss": val_loss}),
-            **({} if val_accuracy is None else {"val_accuracy": val_accuracy}),
+            **others,
         }
         row: Row = _finite({"kind": "eval", "step": step, "epoch": epoch, **metrics})
         self._append(row)

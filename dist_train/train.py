@@ -19,7 +19,7 @@ from dist_train.checkpoint import CheckpointConfig, Writer
 from dist_train.data import Data
 from dist_train.distributed import Ranks, gather_shares
 from dist_train.errors import DivergedError
-from dist_train.evaluate import evaluate
+from dist_train.evaluate import EvaluateConfig, evaluate
 from dist_train.model import BatchNorm, BlockNetwork, ModelConfig, whiten
 from dist_train.optim import Optimizers
 from dist_train.randomness import derive
@@ -28,6 +28,7 @@ from dist_train.reduction import FixedOrderSum
 from dist_train.stopping import StopRequest
 
 Positive = Annotated[int, Field(gt=0)]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WHITENING_IMAGES = 5000
 
 
@@ -67,6 +68,7 @@ def build_model(architecture: ModelConfig, settings: TrainConfig, data: Data) ->
 
 def train(
     settings: TrainConfig,
+    testing: EvaluateConfig,
     saving: CheckpointConfig,
     model: BlockNetwork,
     optimizers: Optimizers,
@@ -95,8 +97,7 @@ def train(
         torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # tells the compiler too
         compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)
-    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
-    autocast = torch.autocast(ranks.device.type, dtype, enabled=settings.precision != "fp32")
+    autocast = torch.autocast(ranks.device.type, DTYPES[settings.precision], enabled=settings.precision != "fp32")
     meter = _Meter(settings, ranks, data, recorder)
     log_every = settings.log_every or (20 if ranks.device.type == "cuda" else 1)
     slots = torch.arange(settings.microbatches, device=ranks.device)
@@ -106,6 +107,7 @@ def train(
     while step < total_steps and not stopped:
         ranks.begin(step + 1)
         rate = optimizers.set_rates(step)
+        model.stem_learns = optimizers.learns("stem", step)
         for index, batch in enumerate(next(steps)):
             # dropout draws from torch's global generator
             torch.manual_seed(derive(settings.seed, "microbatch", step, batch.slot))
@@ -132,10 +134,10 @@ def train(
             _gather_batch_norm(model, ranks)
         if digest and recorder is not None:
             recorder.weights(step=step, digests=tensor_digests(model))
-        if within == 0:
+        if step == total_steps or (within == 0 and epoch % testing.every == 0):
             if recorder is not None:
                 recorder.say("evaluating")
-            found = evaluate(compiled, data, ranks, autocast)
+            found = evaluate(compiled, data, ranks, autocast, testing.tta if step == total_steps else "none")
             if recorder is not None:
                 recorder.eval(step=step, epoch=epoch, **found)
         if save and writer is not None:

@@ -56,7 +56,7 @@ DAMAGES = ("truncated", "altered a byte of", "removed the checksum of", "appende
 # What a summary says besides times and places.
 RESULTS = (
     *("weights_sha256", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best_test_accuracy"),
-    *("best_epoch", "epochs", "steps", "parameters", "flops_per_image"),
+    *("best_epoch", "epochs", "steps", "parameters", "flops_per_image", "train_flops"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import data_prep
 from dist_train.data import Data, DataConfig, augment, manifest
@@ -101,6 +103,74 @@ def test_augmentation_is_a_mirrored_crop_of_the_reflected_image(
             shifts = range(2 * translate + 1)
             candidates += [padded[r : r + side, c : c + side + 1] for r in shifts for c in shifts]
         assert any(np.array_equal(result, candidate) for candidate in candidates)
+
+
+def slow_augment(config: DataConfig, image: Tensor, index: int, seed: int, epoch: int) -> Tensor:
+    """What augment does to one image, pixel by pixel."""
+    height, width, _ = image.shape
+    mirrored = across = down = 0
+    sample = torch.tensor(index)
+    if config.flip != "none":
+        numbers = (epoch,) if config.flip == "random" else ()
+        mirrored = int(sample_bits(sample, derive(seed, "flip", *numbers)) & 1)
+        if config.flip == "alternate":
+            mirrored = (mirrored + epoch) % 2
+    if config.translate:
+        bits = sample_bits(sample, derive(seed, "translate", epoch))
+        across = int(uniform_integers(bits, 2 * config.translate + 1)) - config.translate
+        down = int(uniform_integers(bits >> 32, 2 * config.translate + 1)) - config.translate
+    result = torch.empty_like(image)
+    for row in range(height):
+        for column in range(width):
+            source = (width - 1 - column if mirrored else column) + across
+            result[row, column] = image[reflected(row + down, height), reflected(source, width)]
+    return result
+
+
+def reflected(position: int, size: int) -> int:
+    position = abs(position)
+    return 2 * (size - 1) - position if position >= size else position
+
+
+@pytest.mark.parametrize("flip", ["none", "random", "alternate"])
+@pytest.mark.parametrize("translate", [0, 2, 4])
+def test_augmentation_is_that_of_the_slow_reference(
+    flip: Literal["none", "random", "alternate"], translate: int
+) -> None:
+    images = torch.randint(0, 256, (20, 5, 7, 3), dtype=torch.uint8)
+    indices = torch.randperm(1000)[:20]
+    config = DataConfig(flip=flip, translate=translate)
+    for epoch in (0, 3):
+        found = augment(config, images, indices, 11, epoch)
+        expected = [slow_augment(config, *pair, 11, epoch) for pair in zip(images, indices.tolist(), strict=True)]
+        assert torch.equal(found, torch.stack(expected))
+
+
+def test_normalising_and_cutting_out_are_those_of_the_plain_formulas(digits: Path) -> None:
+    data = loaded(digits, flip="none", translate=0, cutout=3)
+    plain = loaded(digits, flip="none", translate=0)
+    batch, whole = next(data.steps(2))[1], next(plain.steps(2))[1]
+    pixels = torch.from_numpy(data_prep.read_split(digits, "train")[0])[whole.indices]
+    assert torch.equal(whole.images, (pixels * data.scale + data.shift).permute(0, 3, 1, 2))
+    bits = sample_bits(batch.indices, derive(3, "cutout", 2 // data.steps_per_epoch))
+    for image, kept, word in zip(batch.images, whole.images, bits, strict=True):
+        _, height, width = image.shape
+        row = int(uniform_integers(word, height)) - 1
+        column = int(uniform_integers(word >> 32, width)) - 1
+        kept[:, max(row, 0) : row + 3, max(column, 0) : column + 3] = 0
+        assert torch.equal(image.view(torch.int32), kept.view(torch.int32))  # nor a zero with a sign
+
+
+def test_a_stream_that_is_left_early_ends_its_thread(digits: Path) -> None:
+    data = loaded(digits, loader="stream", batch_size=64)
+    steps = data.steps(0)
+    next(steps)
+    threads = [thread for thread in threading.enumerate() if type(thread).__name__ == "EpochIterator"]
+    assert threads
+    del steps
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_alternate_flip_mirrors_every_image_every_other_epoch() -> None:

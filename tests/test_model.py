@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.errors import UserError
-from dist_train.mixing import weighted_sum
 from dist_train.model import (
     BatchNorm,
     BatchNormConfig,
@@ -28,9 +27,10 @@ from dist_train.model import (
     Output,
     Stem,
     Where,
-    flops_per_image,
+    flops,
     parameter_kind,
     shapes,
+    training_flops,
     whiten,
 )
 
@@ -195,29 +195,6 @@ def test_block_gradients_are_the_formulas(case: tuple[int, int, Block], seed: in
         assert float(tensor.grad[where]) == pytest.approx(slope, rel=2e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64])
-def test_weighted_sum_under_autocast_dtypes(coefficient_dtype: torch.dtype) -> None:
-    a = torch.randn(4, 2, dtype=coefficient_dtype, requires_grad=True)
-    branches = [torch.randn(4, 3, 5, 5, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
-    total = weighted_sum(a, branches)
-    assert total.dtype == torch.bfloat16
-    total.float().square().sum().backward()
-    exact = [b.detach().double() for b in branches]
-    expected = sum(a.detach().double()[:, i, None, None, None] * b for i, b in enumerate(exact))
-    assert isinstance(expected, Tensor)
-    torch.testing.assert_close(total.double(), expected, rtol=0.03, atol=0.03)
-    dots = torch.stack([(2 * expected * b).sum((1, 2, 3)) for b in exact], 1)
-    assert a.grad is not None
-    assert a.grad.dtype == coefficient_dtype
-    torch.testing.assert_close(a.grad.double(), dots, rtol=0.03, atol=0.5)
-
-
-def test_weighted_sum_passes_gradcheck() -> None:
-    a = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    branches = [torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    assert torch.autograd.gradcheck(lambda a, *b: weighted_sum(a, list(b)), (a, *branches))
-
-
 def simple(**fields: Any) -> Block:
     return Block(**{"channels": 4, "convolutions": [Convolution(), Convolution(kernel=1)], **fields})
 
@@ -271,6 +248,46 @@ def test_whitened_patches_are_uncorrelated() -> None:
     torch.testing.assert_close(stem.weight[12:], -stem.weight[:12])
 
 
+def counted_flops(network: BlockNetwork, image_shape: tuple[int, int, int]) -> int:
+    """Operations of the convolutions and matrix products of one image's forward and backward pass, as they run."""
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, *image_shape), torch.tensor([0])).sum().backward()
+    return int(counter.get_total_flops()) // 2
+
+
+@pytest.mark.parametrize("kind", ["none", "conv", "whiten"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_training_flops_are_those_that_run(kind: Any, learns: bool) -> None:
+    config = ModelConfig(blocks=[simple(), simple()], stem=Stem(kind=kind))
+    network = BlockNetwork(config, (3, 9, 9), 10, 1)
+    network.stem_learns = learns
+    assert counted_flops(network, (3, 9, 9)) == training_flops(config, (3, 9, 9), 10, learns)
+
+
+def test_a_stem_that_learns_no_more_leaves_every_other_gradient_as_it_was() -> None:
+    config = ModelConfig(blocks=[simple(), simple()], stem=Stem(kind="conv"))
+    network = BlockNetwork(config, (3, 9, 9), 10, 1)
+    images = torch.randn(4, 3, 9, 9)
+    network(images, torch.tensor([0])).square().sum().backward()
+    before = {name: p.grad for name, p in network.named_parameters()}
+    network.zero_grad()
+    network.stem_learns = False
+    network(images, torch.tensor([0])).square().sum().backward()
+    for name, p in network.named_parameters():
+        assert p.grad is not None
+        assert before[name] is not None
+        expected = torch.zeros_like(p) if name.startswith("stem.") else before[name]
+        torch.testing.assert_close(p.grad, expected, rtol=0, atol=0)
+
+
+def test_pooling_all_takes_images_of_any_size() -> None:
+    blocks = [simple(pool="all", pool_at="sum", channels=6)]
+    network = BlockNetwork(ModelConfig(blocks=blocks), (3, 9, 9), 10, 1).eval()
+    assert shapes(ModelConfig(blocks=blocks), (3, 9, 9))[-1] == (6, 1, 1)
+    for size in (5, 8):
+        assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
 def test_shapes_flops_and_parameter_kinds() -> None:
     config = ModelConfig(
         blocks=[
@@ -282,8 +299,9 @@ def test_shapes_flops_and_parameter_kinds() -> None:
     )
     assert shapes(config, (3, 16, 16)) == [(4, 16, 16), (4, 8, 8), (6, 6, 6)]
     network = BlockNetwork(config, (3, 16, 16), 10, 1)
-    multiply_adds = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 2 * 4 + 6 * 5 + 5 * 10
-    assert flops_per_image(network.eval(), (3, 16, 16)) == 2 * multiply_adds
+    macs = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 2 * 4 + 6 * 5 + 5 * 10
+    assert sum(map(sum, flops(config, (3, 16, 16), 10))) == 2 * macs
+    assert counted_flops(network, (3, 16, 16)) == training_flops(config, (3, 16, 16), 10, True)
     kinds = {name: parameter_kind(name, p) for name, p in network.named_parameters()}
     assert kinds["stem.bias"] == "stem"
     assert kinds["blocks.0.mixing.fc.weight"] == "mixing"

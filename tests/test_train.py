@@ -17,13 +17,16 @@ Train = Callable[..., dict[str, Any]]
 
 
 def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Train, tmp_path: Path) -> None:
-    alone = train("1")  # in bf16; the faults of test_faults.py come to runs in fp32, too
+    # in bf16; the faults of test_faults.py come to runs in fp32, too
+    phases = ["evaluate.tta=shift", "data.smaller=[{size=20, until_epoch=0.6}]", "optim.stem.until_epoch=1.2"]
+    alone = train("1", *phases)
+    assert 0 < alone["test_accuracy_tta"] < 1
     for name, ranks, loader in (("2", 2, "stream"), ("3", 3, "resident"), ("8", 8, "resident")):
-        other = train(name, f"loader={loader}", ranks=ranks)
+        other = train(name, *phases, f"loader={loader}", ranks=ranks)
         assert other["world_size"] == ranks
         assert other["weights_sha256"] == alone["weights_sha256"]
         assert lines(tmp_path / name) == lines(tmp_path / "1")
-    assert train("seeded", "seed=1")["weights_sha256"] != alone["weights_sha256"]
+    assert train("seeded", *phases, "seed=1")["weights_sha256"] != alone["weights_sha256"]
 
 
 def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -> None:
@@ -42,8 +45,9 @@ def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -
     assert summary["dataset"] == "digits"
     assert summary["test_accuracy"] == evals[-1]["test_accuracy"]
     assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in evals)
-    for key in ("seconds", "train_seconds", "images_per_second", "parameters", "flops_per_image"):
+    for key in ("seconds", "train_seconds", "images_per_second", "parameters", "flops_per_image", "train_flops"):
         assert summary[key] > 0
+    assert 0 < summary["mfu"] < 1
     assert summary["versions"]["torch"]
     repeated = trainer("--config", folder / "config.toml", "--run-dir", tmp_path / "repeated")
     assert repeated.returncode == 0, repeated.stderr
@@ -91,6 +95,7 @@ def test_bad_input_is_answered_in_one_sentence(digits: Path, tmp_path: Path) -> 
     assert "does not split into train.microbatches = 8" in refused(*base, "batch_size=250")
     assert "there is no such folder" in refused(*base, f"data.dir={tmp_path}/absent")
     assert "holds digits, but data.dataset = cifar10" in refused(*base, "data.dataset=cifar10")
+    assert "data.smaller: size = 33 is larger" in refused(*base, "data.smaller=[{size=33, until_epoch=1}]")
     assert "torch sees no GPU" in refused(*base, "device=cuda") or shutil.which("nvidia-smi")
     file = tmp_path / "file"
     file.write_text("")

@@ -1,0 +1,1 @@
+"""Measurements whose results are in RESULTS.md; each module is a command."""

@@ -1,0 +1,172 @@
+"""How many augmented training images a second the loaders give, against torchvision's DataLoader, on two cores.
+
+    python -m benchmarks.loading [--data data/cifar10] [--cifar10 DIR] [--rounds 9] [--out FILE]
+
+Mirrored, shifted by up to two pixels, normalised float32 images on the CPU, in batches of 250. Every loader has
+processes of its own, with one thread of torch each; all are measured in turns. Prints a Markdown table with medians
+(quartiles) over the rounds, the ratio to torchvision's best number of workers in the same round, and the seconds from
+building the loader to its first batch, where ffcv compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import data_prep
+from dist_train.data import Data, DataConfig
+from dist_train.distributed import Ranks
+
+BATCH, MICROBATCHES = 2000, 8  # of the preset block94
+SIZE = BATCH // MICROBATCHES
+SLOW = 2500  # images in an epoch of torchvision's; the others' have 50,000
+
+Loader = Literal["resident", "stream"]
+Epoch = Callable[[], Iterator[int]]  # begins an epoch and gives the number of images in each of its batches
+
+
+def torchvision_loader(folder: str, manifest: data_prep.Manifest, workers: int) -> Epoch:
+    from torch.utils.data import DataLoader, Subset
+    from torchvision import datasets, transforms
+
+    steps = [
+        transforms.RandomCrop(32, padding=2, padding_mode="reflect"),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(manifest.mean, manifest.std),
+    ]
+    images = Subset(datasets.CIFAR10(folder, transform=transforms.Compose(steps)), range(SLOW))
+    loader = DataLoader(images, SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: (len(labels) for _, labels in loader)
+
+
+def ffcv_loader(folder: str, manifest: data_prep.Manifest) -> Epoch:
+    """ffcv with its own augmentations; its RandomTranslate leaves a border of one colour where ours reflects."""
+    data_prep.betons.import_ffcv()
+    import ffcv.loader
+    import numpy as np
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, RandomTranslate, ToTensor, ToTorchImage
+
+    mean, std = (255 * np.array(values) for values in (manifest.mean, manifest.std))
+    images = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=2, fill=tuple(mean.astype(int)))]
+    images += [NormalizeImage(mean, std, np.float32), ToTensor(), ToTorchImage()]
+    loader = ffcv.loader.Loader(
+        str(Path(folder) / manifest.splits["train"].file),
+        batch_size=SIZE,
+        num_workers=len(os.sched_getaffinity(0)),
+        os_cache=True,
+        order=ffcv.loader.OrderOption.RANDOM,
+        seed=0,
+        pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
+    )
+    return lambda: (len(labels) for _, labels in loader)
+
+
+def our_loader(folder: str, manifest: data_prep.Manifest, loader: Loader, rank: int, world_size: int) -> Epoch:
+    config = DataConfig(manifest.dataset, folder, loader=loader, flip="random")
+    cpu = torch.device("cpu")
+    data = Data(config, manifest, Ranks(rank, world_size, cpu, cpu), BATCH, MICROBATCHES, seed=0)
+    steps = data.steps(0)
+
+    def epoch() -> Iterator[int]:
+        for _ in range(data.steps_per_epoch):
+            for microbatch in next(steps):
+                yield len(microbatch.labels)
+
+    return epoch
+
+
+def serve(make: Callable[[], Epoch], pipe: Connection) -> None:
+    """In a process of its own: say the seconds until the first batch, then run an epoch whenever asked to, and say
+    how many images it had and when it began and ended."""
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    epoch = make()
+    batches = epoch()
+    next(batches)
+    pipe.send(time.perf_counter() - begin)
+    sum(batches)
+    with suppress(EOFError):  # all is measured, or another process failed
+        while pipe.recv():
+            begin = time.perf_counter()
+            images = sum(epoch())
+            pipe.send((images, begin, time.perf_counter()))
+
+
+def rate(pipes: list[Connection]) -> float:
+    """Images a second of an epoch by all these processes at once."""
+    for pipe in pipes:
+        pipe.send(True)
+    images, begins, ends = zip(*(pipe.recv() for pipe in pipes), strict=True)
+    return float(sum(images) / (max(ends) - min(begins)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/cifar10", help="folder of the betons")
+    parser.add_argument("--cifar10", default=os.environ.get("CIFAR10_DIR"), help="folder of cifar-10-batches-py")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="append the table to this file")
+    args = parser.parse_args()
+    manifest = data_prep.check(Path(args.data))
+    kinds: dict[str, list[Callable[[], Epoch]]] = {}
+    if args.cifar10:
+        for workers in (0, 1, 2):
+            kinds[f"torchvision, num_workers={workers}"] = [
+                partial(torchvision_loader, args.cifar10, manifest, workers)
+            ]
+    kinds["ffcv with its own augmentations, num_workers=2"] = [partial(ffcv_loader, args.data, manifest)]
+    loaders: tuple[Loader, ...] = ("resident", "stream")
+    for loader in loaders:
+        for count in (1, 2):
+            name = f"`{loader}`, {count} process" + "es" * (count > 1)
+            kinds[name] = [partial(our_loader, args.data, manifest, loader, rank, count) for rank in range(count)]
+
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, list[Connection]] = {name: [] for name in kinds}
+    starts: dict[str, float] = {}
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    try:
+        for name, makes in kinds.items():
+            for make in makes:
+                ours, theirs = context.Pipe()
+                pipes[name].append(ours)
+                context.Process(target=serve, args=(make, theirs)).start()
+                theirs.close()
+            starts[name] = max(pipe.recv() for pipe in pipes[name])
+        for _ in range(args.rounds):
+            for name in kinds:
+                rates[name].append(rate(pipes[name]))
+    finally:
+        for some in pipes.values():
+            for pipe in some:
+                pipe.close()
+
+    peers = [values for name, values in rates.items() if name.startswith("torchvision")]
+    best = max(peers, key=statistics.median, default=None)
+    lines = ["| loader | images/s | times torchvision's best | first batch after, s |", "| --- | --- | --- | --- |"]
+    for name, values in rates.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        ratio = statistics.median(a / b for a, b in zip(values, best, strict=True)) if best else float("nan")
+        lines.append(f"| {name} | {middle:,.0f} ({low:,.0f}..{high:,.0f}) | {ratio:.2f} | {starts[name]:.1f} |")
+    table = "\n".join([f"n = {args.rounds}\n", *lines])
+    print(table)
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(f"\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What mixing L convolutions costs: every form of a block, against its L convolutions on their own.
+
+    python -m benchmarks.mixing [--rounds 7] [--out FILE]
+
+Forward and backward pass with all gradients, the coefficients' and their layer's included, in bf16 autocast and
+channels_last on one CPU thread; the kinds in turns. CPU time of the process, so that others on the machine count less.
+Prints a Markdown row for each block: the milliseconds of the convolutions, each on its own, and ratios to their sum
+taken within one round, as median (quartiles). --out appends the table to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.distributed import _keep_memory
+from dist_train.mixing import Form, average, choose, mix
+
+FORMS: list[Form] = ["outputs", "inputs", "kernels"]
+Case = tuple[str, int, int, int, int, list[tuple[int, int]]]  # name, images, c, channels, size, (kernel, dilation) * L
+MIXED, THREE = [(3, 1), (1, 1)], [(3, 1)] * 3
+CASES: list[Case] = [
+    ("block94, 1", 250, 24, 64, 31, MIXED),
+    ("block94, 2", 250, 64, 64, 15, MIXED),
+    ("block94, 3", 250, 64, 256, 15, MIXED),
+    ("block94, 4 and 5", 250, 256, 256, 7, MIXED),
+    ("block94, 6", 250, 256, 256, 3, MIXED),
+    ("digits, 1", 16, 16, 32, 16, MIXED),
+    ("digits, 2", 16, 32, 64, 8, [(3, 1), (3, 2), (1, 1)]),
+    *(("three 3x3", n, c, c, 16, THREE) for n, c in ((125, 64), (250, 64), (125, 128))),
+    *(("three 3x3", n, c, c, 8, THREE) for n, c in ((125, 64), (500, 64), (125, 128), (250, 128), (125, 256))),
+]
+
+
+def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
+    """What is timed, by name, and the form that is chosen."""
+    _, n, c, channels, size, branches = case
+    x = torch.randn(n, c, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    direction = torch.randn(n, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
+    convolutions = [
+        nn.Conv2d(c, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
+        for kernel, dilation in branches
+    ]
+    fc = nn.Linear(c, len(branches))
+    modules = nn.ModuleList([fc, *convolutions]).to(memory_format=torch.channels_last)
+
+    def backward(images: Callable[[], Tensor]) -> None:
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            found = images()
+        found.backward(direction)
+
+    def alone() -> None:
+        modules.zero_grad()
+        for convolution in convolutions:
+            backward(lambda convolution=convolution: convolution(x))  # type: ignore[misc]
+
+    def block(form: Form) -> Tensor:
+        averages, same = average(x, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            coefficients = fc(averages)
+        return mix(coefficients, same, convolutions, form)
+
+    def mixed(form: Form) -> Callable[[], None]:
+        def run() -> None:
+            modules.zero_grad()
+            backward(lambda: block(form))
+
+        return run
+
+    found: dict[str, Callable[[], None]] = {"alone": alone}
+    for form in FORMS:
+        try:
+            mixed(form)()
+        except ValueError:
+            continue
+        found[form] = mixed(form)
+    return found, choose(x.shape, convolutions, "cpu")
+
+
+def shown(values: list[float], digits: int) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def row(case: Case, rounds: int) -> str:
+    name, n, c, channels, size, branches = case
+    functions, chosen = kinds(case)
+    seconds: dict[str, list[float]] = {kind: [] for kind in functions}
+    for count in range(rounds + 1):
+        for kind, function in functions.items():
+            begin = time.process_time()
+            function()
+            if count:  # the first round warms up
+                seconds[kind].append(time.process_time() - begin)
+    ratios = {form: [a / b for a, b in zip(seconds[form], seconds["alone"], strict=True)] for form in functions}
+    best = min(statistics.median(ratios[form]) for form in FORMS if form in ratios)
+    cells = [
+        name,
+        f"{n} x {c} -> {channels} @ {size}: " + " + ".join(f"{k}x{k}" + f" d{d}" * (d > 1) for k, d in branches),
+        shown([1000 * value for value in seconds["alone"]], 1),
+        *(shown(ratios[form], 2) if form in ratios else "" for form in FORMS),
+        chosen,
+        f"**{statistics.median(ratios[chosen]):.2f}**",
+        f"{statistics.median(ratios[chosen]) / best:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    _keep_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    headers = ["block", "shape", "alone, ms", *FORMS, "chosen", "its ratio", "to the best form"]
+    lines = [f"n = {options.rounds}\n", f"| {' | '.join(headers)} |", "| --- " * len(headers) + "|"]
+    print("\n".join(lines))
+    for case in CASES:
+        lines.append(row(case, options.rounds))
+        print(lines[-1], flush=True)
+    if options.out:
+        with options.out.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

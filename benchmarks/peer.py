@@ -1,0 +1,229 @@
+"""Runs another project's training script from its own clone, a step at a time, for benchmarks.speed.
+
+Nothing of the scripts is kept here. A script's definitions are executed, a few names in them replaced (the loader's
+iteration, which waits for its turn before each batch; the evaluation, which is not timed), then its own main block,
+until it has run the steps that are needed. They are written for CUDA and float16: without a GPU the text is changed
+first as _FOR_CPU says, and float16, at which a CPU is slow, becomes bfloat16. A warm-up run of its own is left out: the
+first steps of each kind are not counted instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import re
+import sys
+import time
+import types
+from collections.abc import Iterator
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.turns import EnoughError, Pacer
+from dist_train.distributed import _keep_memory
+
+_FOR_CPU = [
+    (r"torch\.cuda\.", "cuda."),  # a stand-in of that name
+    (r"\.cuda\(\)", ""),
+    (r"\"cuda\"|'cuda'", "'cpu'"),
+    (r"\.half\(\)", ".bfloat16()"),
+    (r"torch\.half\b", "torch.bfloat16"),
+    (r"\.pin_memory\(\)", ""),
+]
+_EPOCHS = 4  # that the steps run here are spread over: the loader prepares its images anew in each
+_COUNT = 50_000  # training images
+_IMAGES, _FIRST_IMAGES = "images of an epoch", "images of the first epoch"
+
+
+class Event:
+    """Takes the place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1000 * (later.at - self.at)
+
+
+class Script(Protocol):
+    def __init__(self, text: str, count: int, warm_up: int) -> None:
+        """count: steps of each kind to measure, after `warm_up` that are not counted. Raises SystemExit when the
+        text is not the script that this was written for."""
+
+    text: str
+
+    def attach(self, names: dict[str, Any], pacer: Pacer) -> None:
+        """Replace what is needed in the names that the script has defined."""
+
+
+class ByEpoch:
+    """airbench94_muon.py and cifar10_speedrun.py. Their step changes once the whitening's bias no longer learns, after
+    a number of steps that is set here; the next epoch begins as soon as enough steps of one have been run."""
+
+    def __init__(self, text: str, count: int, warm_up: int) -> None:
+        self.epochs = self._factor(text, "total_train_steps")
+        self.learning = self._factor(text, "whiten_bias_train_steps")
+        self.count, self.warm_up = count, warm_up
+        self.text = re.sub(r"(?<=whiten_bias_train_steps = )ceil\(.*\)", str(count + warm_up), text)
+
+    @staticmethod
+    def _factor(text: str, name: str) -> float:
+        found = re.findall(rf"{name} = ceil\(([\d.]+) \* len\(train_loader\)\)\n", text)
+        if len(found) != 1:
+            raise SystemExit(f"the script does not set {name} as it was expected to")
+        return float(found[0])
+
+    def attach(self, names: dict[str, Any], pacer: Pacer) -> None:
+        main = names["main"]
+        names["main"] = lambda run, *rest: None if run == "warmup" else main(run, *rest)
+        names["evaluate"] = lambda *_, **__: 0.0
+        loader = names["CifarLoader"]
+        original = loader.__iter__
+        each = self.count + self.warm_up
+        taken = 0
+
+        def batches(self_: Any) -> Iterator[Any]:
+            nonlocal taken
+            per_epoch = len(self_)
+            total, learning = ceil(self.epochs * per_epoch), ceil(self.learning * per_epoch)
+            if 2 * each >= total:
+                raise SystemExit(f"{self.count} steps of each kind are too many: the script has {total} in all")
+            part = min(per_epoch, ceil(2 * each / _EPOCHS))
+            if not taken:
+                epochs = ceil(total / per_epoch)
+                steps = {"bias learns": learning, "bias fixed": total - learning}
+                pacer.plan(
+                    {**steps, _FIRST_IMAGES: 1, _IMAGES: epochs - 1},
+                    ceil(2 * each / pacer.turn) + ceil(2 * each / part),
+                )
+            inner = original(self_)
+            with pacer.once(_IMAGES if taken else _FIRST_IMAGES):
+                first = next(inner)
+            for number in range(part):
+                if taken == 2 * each:
+                    raise pacer.done()
+                label = "bias fixed" if taken >= each else "bias learns"
+                pacer.step(None if taken % each < self.warm_up else label)
+                taken += 1
+                yield next(inner) if number else first
+            pacer.close()
+
+        loader.__iter__ = batches
+
+
+class Masked:
+    """airbench96_faster.py. A small network goes through all batches first and chooses the half of each that the large
+    one then learns; every fourth step of the small one is a training step. Both load all images. The switch to a fixed
+    bias, of which the script has a model, never happens: it compares an epoch with a number of steps."""
+
+    def __init__(self, text: str, count: int, warm_up: int) -> None:
+        self.text = text if "TORCHDYNAMO_DISABLE" not in os.environ else text.replace("._orig_mod", "")
+        self.count, self.warm_up = count, warm_up
+
+    def attach(self, names: dict[str, Any], pacer: Pacer) -> None:
+        names["evaluate"] = lambda *_, **__: 0.0
+        settings = names["hyp"]["opt"]
+        loader = names["InfiniteCifarLoader"]
+        original, crop = loader.__iter__, names["batch_crop"]
+        each = self.count + self.warm_up
+        epochs, runs, cropped = settings["train_epochs"], 0, False
+
+        def marked_crop(*arguments: Any) -> Any:
+            nonlocal cropped
+            cropped = True
+            return crop(*arguments)
+
+        def batches(self_: Any) -> Iterator[Any]:
+            nonlocal runs, cropped
+            runs += 1
+            total = ceil(_COUNT // self_.batch_size * epochs)
+            prepared = ceil(total * self_.batch_size / _COUNT)
+            if runs == 1:
+                learning = ceil(total / 4)
+                kinds = {"small, learns": learning, "small, chooses": total - learning, "large": total}
+                pacer.plan({**kinds, _FIRST_IMAGES: 2, _IMAGES: 2 * (prepared - 1)}, 5 * each + 2 * _EPOCHS)
+            inner = original(self_)
+            with pacer.once(_FIRST_IMAGES):
+                batch = next(inner)
+            small = runs == 1
+            steps, warm_up = (4 * each, 4 * self.warm_up) if small else (each, self.warm_up)
+            try:
+                for step in range(steps):
+                    if step and step % ceil(steps / _EPOCHS) == 0:
+                        with pacer.once(_IMAGES) as clock:  # batches go by unused until the next epoch begins
+                            cropped = False
+                            while not cropped:
+                                clock.restart()
+                                batch = next(inner)
+                            clock.stop()
+                    label = "large" if not small else "small, chooses" if step % 4 else "small, learns"
+                    pacer.step(None if step < warm_up else label)
+                    yield batch
+                    batch = next(inner)  # belongs to the step before, which goes on until the next one
+                raise pacer.done()
+            finally:  # the small network's loop ends itself
+                pacer.close()
+
+        # both loops end after as many steps as the small network needs
+        settings["train_epochs"] = Fraction(4 * each, _COUNT // settings["batch_size"])
+        names["batch_crop"] = marked_crop
+        loader.__iter__ = batches
+
+
+SCRIPTS: dict[str, type[Script]] = {
+    "airbench94_muon.py": ByEpoch,
+    "airbench96_faster.py": Masked,
+    "cifar10_speedrun.py": ByEpoch,
+}
+
+
+def run(path: Path, device: str, count: int, warm_up: int, pacer: Pacer) -> None:
+    script = SCRIPTS[path.name](path.read_text(), count, warm_up)
+    text = script.text
+    if device == "cpu":
+        for pattern, replacement in _FOR_CPU:
+            text = re.sub(pattern, replacement, text)
+    *definitions, main = ast.parse(text, str(path)).body
+    assert isinstance(main, ast.If)
+    module = types.ModuleType(path.stem)
+    sys.modules[path.stem] = module  # where the compiler looks for it
+    sys.argv = [str(path)]  # the script reads itself
+    nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache", "_sleep")}
+    module.__dict__["cuda"] = types.SimpleNamespace(Event=Event, **nothing)
+    exec(compile(ast.Module(definitions, []), str(path), "exec"), module.__dict__)
+    script.attach(module.__dict__, pacer)
+    with contextlib.suppress(EnoughError):
+        exec(compile(ast.Module(main.body, []), str(path), "exec"), module.__dict__)
+
+
+def main() -> None:
+    """Run in a folder with cifar10/train.pt and test.pt, as the script's loader keeps them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peer", description=__doc__)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--warm-up", type=int, required=True)
+    parser.add_argument("--turn", type=int, required=True)
+    parser.add_argument("--threads", type=int, help="also what the allocator keeps is set as for our ranks")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        if args.device == "cpu":
+            _keep_memory()
+    pacer = Pacer(args.address, args.name, args.device, args.turn)
+    run(args.script, args.device, args.count, args.warm_up, pacer)
+
+
+if __name__ == "__main__":
+    main()

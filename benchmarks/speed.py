@@ -1,0 +1,269 @@
+"""The time of a training beside that of other projects' scripts: on the same device, in one run, in turns.
+
+    python -m benchmarks.speed --airbench DIR [--hiverge DIR] [--compile-peer] [--peer-as-is] [key=value ...]
+    python -m benchmarks.speed --one-rank     # ours on as many ranks as cores, against one rank of as many threads
+
+DIR are clones of github.com/KellerJordan/cifar10-airbench and github.com/hiverge/cifar10-speedrun. Their scripts run
+from there, unchanged on a GPU, with a few words replaced on a CPU (benchmarks/peer.py): airbench94_muon.py, or
+airbench96_faster.py with --preset block96. Ours is dist_train.train.train itself, under torchrun, on as many ranks of
+one thread as there are cores, or on one GPU; key=value are its settings. All get the images of our betons (data.dir).
+
+One program computes at a time: a step (or --turn of them) of one, then of another. A schedule has several kinds of
+steps, by the images' size and by whether the stem still learns. The first of each kind are not counted; --steps of
+each then are. A training takes the median of each kind times its number in the whole schedule, added up. n counts
+turns. "CPU s", likewise a median, is of all threads and ranks, and nearly free of what else the machine does. What the
+peers' loaders do with all images at once for every epoch counts; evaluation, checkpoints, the initial whitening and
+our record (one line a step) count for nobody.
+
+On a CPU a peer runs eagerly, with a thread for each core, and with our allocator's settings; --compile-peer adds a row
+with its own torch.compile, --peer-as-is one as its README starts it: compiled, and with nothing set. On a GPU it is
+always the last. With more than one step in a turn less time is lost where the device waits for the first of them.
+All programs stay in memory: on a CPU about 5 GB for each peer, and 4 GB for two of our ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import data_prep
+from benchmarks.table import append, command, measured_on, quartiles, spread, table
+from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
+from dist_train import config
+from dist_train.data import Data, Microbatch, manifest
+from dist_train.distributed import ranks, useful_world_size
+from dist_train.errors import UserError, say
+from dist_train.model import BlockNetwork, shapes
+from dist_train.optim import Optimizers
+from dist_train.stopping import StopRequest
+from dist_train.train import build_model, train
+
+PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
+_ROOT = Path(__file__).resolve().parent.parent
+_HEADER = ["what", "kind of step", "n", "s: median (quartiles)", "CPU s", "in a run", "training, s", "ours / this"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Steps of a schedule that cost the same. first: the first of them, counted from 0."""
+
+    label: str
+    first: int
+    count: int
+
+
+def kinds(data: Data, optimizers: Optimizers) -> list[Kind]:
+    """The kinds of steps of a schedule, in order."""
+
+    def kind(step: int) -> str:
+        height, width = data.image_size(step)
+        return f"{height}x{width}, stem {'learns' if optimizers.learns('stem', step) else 'fixed'}"
+
+    runs = [(label, list(steps)) for label, steps in itertools.groupby(range(optimizers.total_steps), kind)]
+    return [Kind(label, steps[0], len(steps)) for label, steps in runs]
+
+
+class PacedData(Data):
+    """Data whose steps wait for their turn, and which ends the training after enough of them."""
+
+    pacer: Pacer
+    kind: Kind
+    warm_up: int
+    counted: int
+
+    def steps(self, first: int) -> Iterator[list[Microbatch]]:
+        steps = super().steps(first)
+        for number in range(self.warm_up + self.counted):
+            self.pacer.step(self.kind.label if number >= self.warm_up else None)
+            yield next(steps)
+        self.pacer.close()
+        raise EnoughError
+
+
+def be_ours(args: argparse.Namespace) -> None:
+    """Be one of our ranks."""
+    settings = config.load(args.preset, None, args.settings)
+    t = settings.train
+    testing = dataclasses.replace(settings.evaluate, every=10**9)  # none before the last step, which is not reached
+    with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+        data = PacedData(settings.data, manifest(settings.data), here, t.batch_size, t.microbatches, t.seed)
+        total_steps = t.epochs * data.steps_per_epoch
+
+        def new() -> tuple[BlockNetwork, Optimizers]:
+            model = build_model(settings.model, t, data).to(here.device)
+            return model, Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
+
+        schedule = kinds(data, new()[1])
+        data.pacer, data.warm_up = Pacer(args.ours, args.name, here.device.type, args.turn), args.warm_up
+        turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
+        data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule))
+        for kind in schedule:
+            data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)
+            if data.counted < 1:
+                raise UserError(f"{kind.count} steps of the kind {kind.label} are too few to be measured")
+            model, optimizers = new()
+            scaler = torch.amp.GradScaler(here.device.type, enabled=t.precision == "fp16")
+            start = {
+                "step": kind.first,
+                "model": model.state_dict(),
+                "optimizers": optimizers.state(),
+                "scaler": scaler.state_dict(),
+            }
+            with contextlib.suppress(EnoughError):
+                train(t, testing, settings.checkpoint, model, optimizers, data, here, start, StopRequest(), None, None)
+        data.pacer.done()
+
+
+def prepare_images(settings: config.Config, folder: Path) -> None:
+    """Write the betons' images as the peers' loaders keep them."""
+    found = manifest(settings.data)
+    folder.mkdir()
+    for split in ("train", "test"):
+        images, labels = (torch.from_numpy(array) for array in data_prep.read_split(settings.data.folder, split))
+        torch.save({"images": images, "labels": labels, "classes": found.classes}, folder / f"{split}.pt")
+
+
+def programs(args: argparse.Namespace, device: str, cores: int, work: Path) -> list[Program]:
+    """Ours, and each peer in each way that was asked for."""
+    settings = config.load(args.preset, None, args.settings)
+    address = str(work / "turns")
+    numbers = ["--warm-up", str(args.warm_up), "--turn", str(args.turn)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+    processes = useful_world_size(settings.train.microbatches, cores) if device == "cpu" else 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    mine = ["-m", "benchmarks.speed", "--ours", address, "--steps", str(args.steps), "--preset", args.preset, *numbers]
+    command = [sys.executable, *torchrun, *mine, *args.settings]
+    found = [Program("ours", command, processes, work / "ours.log", environment)]
+    if args.one_rank:
+        name = f"ours, 1 rank of {cores} threads"
+        command = [sys.executable, *mine, "--name", name, *args.settings, f"train.threads={cores}"]
+        found.append(Program(name, command, 1, work / "one-rank.log", environment))
+    ways = {"eager": device == "cpu", "compiled": device == "cpu" and args.compile_peer}
+    ways["as is"] = device == "cuda" or args.peer_as_is
+    for script in scripts(args):
+        for way in [way for way, wanted in ways.items() if wanted]:
+            name = f"{script.stem}, {way}"
+            command = [sys.executable, "-m", "benchmarks.peer", str(script.resolve()), "--address", address]
+            command += ["--name", name, "--device", device, "--count", str(args.steps), *numbers]
+            command += [] if way == "as is" else ["--threads", str(cores)]
+            own = environment | ({"TORCHDYNAMO_DISABLE": "1"} if way == "eager" else {})
+            found.append(Program(name, command, 1, work / f"{name}.log", own, folder=work))
+    return found
+
+
+def scripts(args: argparse.Namespace) -> list[Path]:
+    found = []
+    if args.airbench:
+        found.append(args.airbench / PEERS.get(args.preset, "airbench94_muon.py"))
+    if args.hiverge:
+        found.append(args.hiverge / "cifar10_speedrun.py")
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; give the folder of the clone")
+    return found
+
+
+def rows(found: list[Program]) -> Iterator[list[str]]:
+    """Of each program: one for every kind of step, and one for a whole training."""
+    ours = whole(found[0])
+    for program in found:
+        for label, count in program.steps.items():
+            steps = program.measured[label]
+            seconds, cpu = [step.seconds for step in steps], statistics.median(step.cpu for step in steps)
+            cells = [program.name, label, f"{len(steps)}", spread(seconds, 4), f"{cpu:.4f}", f"{count}"]
+            yield [*cells, f"{count * statistics.median(seconds):.2f}", ""]
+        theirs = whole(program)
+        ratio = "" if program is found[0] else f"**{ours[1] / theirs[1]:.3f}** (CPU {ours[3] / theirs[3]:.3f})"
+        low, middle, high, cpu = theirs
+        name = f"**{program.name}**"
+        yield [name, "training", "", "", f"{cpu:.1f}", "", f"**{middle:.2f}** ({low:.2f}..{high:.2f})", ratio]
+
+
+def whole(program: Program) -> tuple[float, float, float, float]:
+    """Seconds of a whole training if every step took the lower quartile, the median, the upper quartile of its kind;
+    and of CPU, by the medians."""
+    low = middle = high = cpu = 0.0
+    for label, count in program.steps.items():
+        steps = program.measured[label]
+        quarter, half, three = quartiles([step.seconds for step in steps])
+        low, middle, high = low + count * quarter, middle + count * half, high + count * three
+        cpu += count * statistics.median(step.cpu for step in steps)
+    return low, middle, high, cpu
+
+
+def tell(name: str, label: str, step: Step) -> None:
+    print(f"{name}: {label}: {step.seconds:.3f} s", file=sys.stderr, flush=True)
+
+
+def commit_of(clone: Path) -> str:
+    git = ["git", "-C", str(clone), "log", "-1", "--format=%h"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{clone.resolve().name} at {found or 'no commit'}"
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    described.add_argument("--airbench", metavar="DIR", type=Path, help="clone of cifar10-airbench")
+    described.add_argument("--hiverge", metavar="DIR", type=Path, help="clone of cifar10-speedrun")
+    described.add_argument("--preset", default="block94", help="ours (default: block94)")
+    described.add_argument("--steps", metavar="N", type=int, default=10, help="counted, of each kind (default: 10)")
+    described.add_argument("--warm-up", metavar="N", type=int, help="not counted (default: 2, on a GPU 5)")
+    described.add_argument("--turn", metavar="N", type=int, default=1, help="steps in one turn (default: 1)")
+    described.add_argument("--compile-peer", action="store_true", help="also with the peer's own torch.compile")
+    described.add_argument("--peer-as-is", action="store_true", help="also as the peer's README starts it")
+    described.add_argument("--out", metavar="FILE", type=Path, help="append the table to this file")
+    described.add_argument("--one-rank", action="store_true", help="also ours on one rank with a thread for each core")
+    described.add_argument("--name", default="ours", help=argparse.SUPPRESS)
+    described.add_argument("--ours", metavar="ADDRESS", help=argparse.SUPPRESS)
+    described.add_argument("settings", metavar="key=value", nargs="*", help="settings over our preset")
+    return described
+
+
+def main() -> None:
+    args = parser().parse_intermixed_args()
+    if args.ours:
+        be_ours(args)
+        sys.stdout.flush()
+        os._exit(0)  # as dist_train.main does
+    settings = config.load(args.preset, None, args.settings)
+    device = "cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    channels = manifest(settings.data).image_shape[2]
+    for smaller in settings.data.smaller:
+        shapes(settings.model, (channels, smaller.size, smaller.size))  # refuses what the network cannot take
+    args.warm_up = args.warm_up or (5 if device == "cuda" else 2)
+    cores = len(os.sched_getaffinity(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the programs end with this one
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_images(settings, Path(folder) / "cifar10")
+        found = programs(args, device, cores, Path(folder))
+        take_turns(found, Path(folder) / "turns", tell)
+    clones = [commit_of(clone) for clone in (args.airbench, args.hiverge) if clone]
+    where = measured_on(torch.device(device), cores, *clones)
+    text = f"{where}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(found))}\n"
+    print(text)
+    if args.out:
+        append(args.out, text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, data_prep.DataError) as error:
+        say(str(error))
+        sys.exit(2)

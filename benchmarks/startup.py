@@ -1,0 +1,145 @@
+"""Seconds from the command to the end of the first step, by part.
+
+    python -m benchmarks.startup [--ranks 2] [--rounds 3] [--cold] [--out FILE] [trainer arguments]
+
+The trainer runs as it is, with a clock around its parts; it is stopped after the first step. `--cold` empties the
+page cache before each start (root), and gives each start a compile cache of its own. Rank 0 of the ranks is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PARTS = {
+    "launcher": "until the rank's process starts: torchrun",
+    "imports": "Python, torch, this package",
+    "process group": "the ranks find each other",
+    "data": "ffcv's import, betons checked and decoded onto the device",
+    "model": "network, whitening, optimizers",
+    "record": "run folder, W&B's process",
+    "DDP": "wrapping the network",
+    "first step": "its computing, compilation included",
+    "rest": "configuration, checks, exchange between ranks",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args, trainer = parser.parse_known_args()
+    if args.child:
+        _child(args.child, trainer)
+        return
+    rows: list[dict[str, float]] = []
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(_start(Path(folder), args.ranks, args.cold, trainer))
+    import torch
+
+    from benchmarks.table import append, command, measured_on, spread, table
+
+    head = ["part", "seconds, median (quartiles)", "what"]
+    total = {"sum": "command to the end of the first step"}
+    found = table(
+        head, [[part, spread([row[part] for row in rows], 2), what] for part, what in {**PARTS, **total}.items()]
+    )
+    kind = "cold" if args.cold else "warm"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = measured_on(device, os.cpu_count() or 1)
+    text = f"{kind} caches, n = {args.rounds}; {where}\n\n```bash\n{command('benchmarks.startup')}\n```\n\n{found}\n"
+    print(text)
+    if args.out:
+        append(args.out, text)
+
+
+def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if cold:
+        subprocess.run(["sync"], check=True)
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        environment |= {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    out = folder / "seconds.json"
+    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launch, "benchmarks.startup", "--child", out, *trainer]
+    command += ["--run-dir", folder / "run", "log_every=1", "record.quiet=true"]
+    begin = time.time()
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    if not out.exists():
+        sys.exit(done.stderr)
+    row: dict[str, float] = json.loads(out.read_text())
+    row["launcher"] = row.pop("started") - begin
+    row["sum"] = row.pop("ended") - begin
+    row["rest"] = row["sum"] - sum(row.get(part, 0.0) for part in PARTS)
+    return {part: row.get(part, 0.0) for part in (*PARTS, "sum")}
+
+
+def _child(out: Path, trainer: list[str]) -> None:
+    """The trainer, as a rank."""
+    boot = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    started = boot + ticks / os.sysconf("SC_CLK_TCK")
+    import torch.distributed
+
+    from dist_train import main, record, train
+
+    seconds = {"started": started, "imports": time.time() - started}
+    open_parts: list[str] = []
+
+    def timed(owner: Any, name: str, part: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.time()
+            open_parts.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                open_parts.pop()
+                spent = time.time() - begin
+                seconds[part] = seconds.get(part, 0.0) + spent
+                if open_parts:  # counted once, in the innermost part
+                    seconds[open_parts[-1]] = seconds.get(open_parts[-1], 0.0) - spent
+
+        setattr(owner, name, call)
+
+    timed(torch.distributed, "init_process_group", "process group")
+    for name, part in (("manifest", "data"), ("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
+        timed(main, name, part)
+    for name in ("open_folder", "Keeper"):
+        timed(main, name, "record")
+    timed(train, "FixedOrderSum", "DDP")
+
+    step = record.Recorder.step
+    begin = train._Meter.__init__
+
+    def begins(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        seconds["begun"] = time.time()
+
+    def ends(self: Any, **values: Any) -> None:
+        step(self, **values)
+        seconds["ended"] = time.time()
+        seconds["first step"] = seconds["ended"] - seconds.pop("begun")
+        out.write_text(json.dumps(seconds))
+        os._exit(0)  # the others are ended by the launcher
+
+    train._Meter.__init__ = begins  # type: ignore[method-assign]
+    record.Recorder.step = ends  # type: ignore[method-assign]
+    main.main(trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Markdown tables, and results files that say what their figures were measured on."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dist_train.environment import device_name, git_commit
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, middle, last = statistics.quantiles(values, n=4, method="inclusive")
+    return first, middle, last
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median and quartiles."""
+    first, middle, last = quartiles(values)
+    return f"{middle:.{digits}f} ({first:.{digits}f}..{last:.{digits}f})"
+
+
+def row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
+    return "\n".join([row(header), row("---" for _ in header), *map(row, rows)])
+
+
+def measured_on(device: torch.device, cores: int, *more: str) -> str:
+    """Day, commit, hardware and versions, in one line. more: commits of what else was run."""
+    commit = git_commit() or "none"
+    parts = [
+        time.strftime("%Y-%m-%d"),
+        f"commit {commit[:7]}{'+' * commit.endswith('+')}",
+        device_name(device) + f", {cores} cores" * (device.type == "cpu"),
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+    ]
+    return "; ".join([*parts, *more])
+
+
+def command(module: str) -> str:
+    """The command line that this process was started with."""
+    return f"python -m {module} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text + "\n")

@@ -1,0 +1,220 @@
+"""Several programs on one machine, of which one at a time may compute: each says what its turns took.
+
+A program may have several processes (ranks), which all take the same turns; a turn lasts until the slowest is done.
+They talk to the process that gives the turns over a Unix socket, one JSON object a line: `ready` before a turn, its
+report after it, `done` instead of another one.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class EnoughError(BaseException):
+    """A program has run all the steps that were asked for. Not an Exception: nobody may take it for a failure."""
+
+
+class Pacer:
+    """A program's side."""
+
+    def __init__(self, address: str, name: str, device: str, turn: int = 1) -> None:
+        """device: whose queue is waited for at the ends of a turn. turn: steps in one turn at most."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address)
+        self.lines, self.name, self.turn = connection.makefile("rw"), name, turn
+        self.wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.label: str | None = None
+        self.taken, self.clock = 0, Clock(self.wait)
+
+    def plan(self, steps: dict[str, int], turns: int) -> None:
+        """Say how many steps of each kind a whole run has, and about how many turns will be taken here."""
+        self._send({"name": self.name, "steps": steps, "turns": turns})
+
+    def step(self, label: str | None) -> None:
+        """Begin a step of this kind, which ends where the next one begins or at `close`. None: not counted."""
+        if self.taken and (label != self.label or self.taken == self.turn):
+            self.close()
+        if not self.taken:
+            self._begin()
+        self.label = label
+        self.taken += 1
+
+    def close(self) -> None:
+        """End the turn, if there is one."""
+        if self.taken:
+            self._report(self.label, self.taken)
+
+    @contextmanager
+    def once(self, label: str) -> Iterator[Clock]:
+        """A turn of its own. What is timed of it is up to the caller; unless said, all of it."""
+        self.close()
+        self._begin()
+        yield self.clock
+        self._report(label, 1)
+
+    def done(self) -> EnoughError:
+        self.close()
+        self._send({"done": True})
+        return EnoughError()
+
+    def _begin(self) -> None:
+        self._send({"ready": True})
+        if not self.lines.readline():
+            raise SystemExit("whoever gives the turns has left")
+        self.clock = Clock(self.wait)
+
+    def _report(self, label: str | None, steps: int) -> None:
+        self.taken = 0
+        self.clock.stop()
+        self._send({"label": label, "seconds": self.clock.seconds / steps, "cpu": self.clock.cpu / steps})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self.lines.write(json.dumps(message) + "\n")
+        self.lines.flush()
+
+
+class Clock:
+    """Measures a turn or a part of it: from the last `restart` to the first `stop`."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        """wait: until the device has done all that was asked of it."""
+        self.wait = wait
+        self.restart()
+
+    def restart(self) -> None:
+        self.wait()
+        self.seconds, self.cpu = -time.perf_counter(), -time.process_time()
+        self.running = True
+
+    def stop(self) -> None:
+        if self.running:
+            self.wait()
+            self.seconds += time.perf_counter()
+            self.cpu += time.process_time()
+            self.running = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """seconds: until the slowest process was done. cpu: seconds of CPU of all of them."""
+
+    seconds: float
+    cpu: float
+
+
+@dataclass
+class Program:
+    """One that takes turns. processes: how many of it will connect. log: what it prints."""
+
+    name: str
+    command: list[str]
+    processes: int
+    log: Path
+    environment: dict[str, str]
+    folder: Path | None = None
+    steps: dict[str, int] = field(default_factory=dict)  # of a whole run, by kind
+    measured: dict[str, list[Step]] = field(default_factory=dict)  # by kind
+    _lines: list[Any] = field(default_factory=list)
+    _process: subprocess.Popen[bytes] | None = None
+    _planned: int = 1
+    _taken: int = 0
+    _done: bool = False
+
+    def start(self) -> None:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder
+            )
+
+    def joined(self, lines: Any, hello: dict[str, Any]) -> None:
+        self._lines.append(lines)
+        self.steps, self._planned = hello["steps"], hello["turns"]
+
+    @property
+    def complete(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise SystemExit(self.failed())
+        return len(self._lines) == self.processes
+
+    @property
+    def share(self) -> float:
+        """How much of its turns it has had."""
+        return (self._taken + 0.5) / self._planned
+
+    def ready(self) -> bool:
+        """Wait until it is ready for a turn. Returns whether it wants one."""
+        self._done = any("done" in message for message in self._read())
+        return not self._done
+
+    def take(self) -> tuple[str | None, Step]:
+        """Give it a turn, and wait for its end. Returns the kind of its steps, None when they do not count, and one
+        of them (of several in a turn their average)."""
+        for lines in self._lines:
+            lines.write("go\n")
+            lines.flush()
+        reports = list(self._read())
+        self._taken += 1
+        step = Step(max(report["seconds"] for report in reports), sum(report["cpu"] for report in reports))
+        label: str | None = reports[0]["label"]
+        if label is not None:
+            self.measured.setdefault(label, []).append(step)
+        return label, step
+
+    def end(self) -> None:
+        """It has no more to do, or something else has failed."""
+        if self._process is not None:
+            if not self._done:
+                self._process.terminate()
+            self._process.wait()
+
+    def failed(self) -> str:
+        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+        return f"{self.name} has ended too early; the last lines that it printed:\n{tail}"
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        for lines in self._lines:
+            if not (line := lines.readline()):
+                raise SystemExit(self.failed())
+            yield json.loads(line)
+
+
+def take_turns(programs: list[Program], address: Path, took: Callable[[str, str, Step], None]) -> None:
+    """Start the programs, which connect to `address`, and give each its turns, spread evenly over the time that all of
+    them take together. took: called after every turn with the program's name, the kind of step and a step."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(address))
+        server.listen()
+        server.settimeout(1.0)
+        try:
+            for program in programs:
+                program.start()
+            while [program for program in programs if not program.complete]:
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    continue
+                connection.setblocking(True)
+                lines = connection.makefile("rw")
+                hello = json.loads(lines.readline())
+                next(program for program in programs if program.name == hello["name"]).joined(lines, hello)
+            waiting = [program for program in programs if program.ready()]
+            while waiting:
+                program = min(waiting, key=lambda program: program.share)
+                label, step = program.take()
+                took(program.name, label or "not counted", step)
+                if not program.ready():
+                    waiting.remove(program)
+        finally:
+            for program in programs:
+                program.end()
