@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import signal
 import statistics
@@ -99,7 +100,7 @@ def be_ours(args: argparse.Namespace) -> None:
     testing = dataclasses.replace(settings.evaluate, every=10**9)  # none before the last step, which is not reached
     with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         data = PacedData(settings.data, manifest(settings.data), here, t.batch_size, t.microbatches, t.seed)
-        total_steps = t.epochs * data.steps_per_epoch
+        total_steps = math.ceil(t.epochs * data.steps_per_epoch)
 
         def new() -> tuple[BlockNetwork, Optimizers]:
             model = build_model(settings.model, t, data).to(here.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -119,7 +120,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         for smaller in settings.data.smaller:
             shapes(settings.model, (channels, smaller.size, smaller.size))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
-        total_steps = t.epochs * data.steps_per_epoch
+        total_steps = math.ceil(t.epochs * data.steps_per_epoch)
         newest = on_main(here, lambda: open_folder(run_dir, settings, held))
         if newest and checkpoint.step_of(newest) == total_steps and (run_dir / "summary.json").exists():
             outcome.code = DONE
@@ -201,7 +202,7 @@ def _announce(
     print(
         f"{found.dataset}: {found.splits['train'].count:,} training and {found.splits['test'].count:,} test images; "
         f"{here.world_size} rank{'s' * (here.world_size > 1)} on {device}, {settings.train.precision}; "
-        f"{total_steps} steps in {settings.train.epochs} epochs; run folder {run_dir}",
+        f"{total_steps} steps in {settings.train.epochs:g} epochs; run folder {run_dir}",
         flush=True,
     )
     if step:

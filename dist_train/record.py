@@ -208,7 +208,7 @@ class Recorder:
         self,
         *,
         step: int,
-        epoch: int,
+        epoch: float,
         test_loss: float,
         test_accuracy: float,
         **others: float,
@@ -358,13 +358,13 @@ class Recorder:
         self._stuck = failure is not None
         return failure
 
-    def _table_row(self, epoch: int, metrics: Row) -> None:
+    def _table_row(self, epoch: float, metrics: Row) -> None:
         lines = []
         if self._header_due:
             lines.append("epoch  train loss  train acc  test loss  test acc  images/s  elapsed s")
             self._header_due = False
         lines.append(
-            f"{epoch:5d}  {metrics['train_loss']:10.4f}  {100 * metrics['train_accuracy']:7.2f} %"
+            f"{epoch:5g}  {metrics['train_loss']:10.4f}  {100 * metrics['train_accuracy']:7.2f} %"
             f"  {metrics['test_loss']:9.4f}  {100 * metrics['test_accuracy']:6.2f} %"
             f"  {self._sums.rate:8.0f}  {time.monotonic() - self._start:9.1f}"
         )

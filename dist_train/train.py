@@ -34,14 +34,14 @@ _WHITENING_IMAGES = 5000
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
-    """microbatches: the fixed parts of a global batch, spread over the ranks; any world size up to it gives the
+    """epochs: may be a fraction. microbatches: the fixed parts of a global batch, spread over the ranks; any world size up to it gives the
     same weights. deterministic: all that bit-identity needs of the device: deterministic kernels and fixed choices
     of cuDNN and cuBLAS (TF32 is off in any case). threads: CPU threads of a rank; they are part of what the weights
     depend on. backend: NCCL between GPUs and gloo between CPUs, unless given; with gloo ranks can share a GPU.
     timeout: seconds after which a rank that is waited for counts as lost. log_every: steps whose losses are fetched
     from the device, and after which stop signals are obeyed, at once; 0 takes 1 on a CPU and 20 on a GPU."""
 
-    epochs: Positive = 10
+    epochs: Annotated[float, Field(gt=0)] = 10
     batch_size: Positive = 2000
     microbatches: Positive = 8
     seed: int = 0
@@ -139,7 +139,7 @@ def train(
                 recorder.say("evaluating")
             found = evaluate(compiled, data, ranks, autocast, testing.tta if step == total_steps else "none")
             if recorder is not None:
-                recorder.eval(step=step, epoch=epoch, **found)
+                recorder.eval(step=step, epoch=step / steps_per_epoch if within else epoch, **found)
         if save and writer is not None:
             writer.write(step, state.dump(step))
         meter.restart_clock(save or digest)

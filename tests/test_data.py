@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import data_prep
-from dist_train.data import Data, DataConfig, augment, manifest
+from dist_train.data import Data, DataConfig, Smaller, augment, manifest
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
 from dist_train.randomness import derive, sample_bits, uniform_integers
@@ -201,3 +201,40 @@ def test_a_batch_that_does_not_split_or_is_too_large_is_refused(digits: Path) ->
         loaded(digits, batch_size=250)
     with pytest.raises(UserError, match=r"holdout = 1400 .* 1437 training images"):
         loaded(digits, holdout=1400)
+
+
+def test_smaller_images_are_the_middle_or_the_whole_scaled_down(digits: Path) -> None:
+    phases = [Smaller(size=20, until_epoch=0.2, how="crop"), Smaller(size=13, until_epoch=0.5, how="scale")]
+    plain, data = loaded(digits).steps(0), loaded(digits, smaller=phases)
+    assert [data.image_size(step) for step in range(4)] == [(20, 20), (13, 13), (13, 13), (32, 32)]
+    steps = data.steps(0)
+    # each new pixel is an average of old ones with weights that fall linearly with the distance
+    distance = (np.arange(13)[:, None] + 0.5) * 32 / 13 - (np.arange(32)[None] + 0.5)
+    weights = np.clip(1 - np.abs(distance) * 13 / 32, 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    for step in range(4):
+        for whole, smaller in zip(next(plain), next(steps), strict=True):
+            images = whole.images
+            if step < 1:
+                images = images[:, :, 6:26, 6:26]
+            elif step < 3:
+                images = torch.from_numpy(np.einsum("ih,nchw,jw->ncij", weights, images.double().numpy(), weights))
+            torch.testing.assert_close(smaller.images, images.float(), rtol=0, atol=1e-5 if 0 < step < 3 else 0)
+            assert torch.equal(whole.indices, smaller.indices)
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ([Smaller(size=24, until_epoch=2), Smaller(size=28, until_epoch=1)], "until_epoch must rise"),
+        ([Smaller(size=40, until_epoch=2)], "size = 40 is larger than the images of digits"),
+    ],
+)
+def test_impossible_sizes_are_refused(digits: Path, phases: list[Smaller], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        loaded(digits, smaller=phases)
+
+
+def test_a_shift_out_of_sight_is_refused(digits: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.translate = 32 .* use 31 at most"):
+        loaded(digits, translate=32)
