@@ -3,14 +3,15 @@
     python -m benchmarks.mixing [--rounds 7] [--out FILE]
 
 Forward and backward pass with all gradients, the coefficients' and their layer's included, in bf16 autocast and
-channels_last on one CPU thread; the kinds in turns. CPU time of the process, so that others on the machine count less.
-Prints a Markdown row for each block: the milliseconds of the convolutions, each on its own, and ratios to their sum
-taken within one round, as median (quartiles). --out appends the table to a file.
+channels_last, on a GPU or one CPU thread; the kinds in turns. On a CPU its own time is taken, so that others on the
+machine count less. Prints a Markdown row for each block: the milliseconds of the convolutions, each on its own, and
+ratios to their sum taken within one round, as median (quartiles). --out appends the table to a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,18 +20,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_train.distributed import _keep_memory
+from benchmarks.table import append, command, measured_on, spread, table
+from benchmarks.table import row as line
+from dist_train.distributed import keep_memory
 from dist_train.mixing import Form, average, choose, mix
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS: list[Form] = ["outputs", "inputs", "kernels"]
 Case = tuple[str, int, int, int, int, list[tuple[int, int]]]  # name, images, c, channels, size, (kernel, dilation) * L
-MIXED, THREE = [(3, 1), (1, 1)], [(3, 1)] * 3
+ONE, MIXED, THREE = [(3, 1)], [(3, 1), (1, 1)], [(3, 1)] * 3
 CASES: list[Case] = [
-    ("block94, 1", 250, 24, 64, 31, MIXED),
+    ("block94, 1", 250, 24, 64, 31, ONE),
     ("block94, 2", 250, 64, 64, 15, MIXED),
-    ("block94, 3", 250, 64, 256, 15, MIXED),
+    ("block94, 3", 250, 64, 256, 15, ONE),
     ("block94, 4 and 5", 250, 256, 256, 7, MIXED),
     ("block94, 6", 250, 256, 256, 3, MIXED),
+    ("3x3 and 1x1", 250, 24, 64, 31, MIXED),
+    ("3x3 and 1x1", 250, 64, 256, 15, MIXED),
     ("digits, 1", 16, 16, 32, 16, MIXED),
     ("digits, 2", 16, 32, 64, 8, [(3, 1), (3, 2), (1, 1)]),
     *(("three 3x3", n, c, c, 16, THREE) for n, c in ((125, 64), (250, 64), (125, 128))),
@@ -41,19 +47,22 @@ CASES: list[Case] = [
 def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
     """What is timed, by name, and the form that is chosen."""
     _, n, c, channels, size, branches = case
-    x = torch.randn(n, c, size, size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    direction = torch.randn(n, channels, size, size).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    def images(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    x, direction = images(n, c, size, size).requires_grad_(), images(n, channels, size, size)
     convolutions = [
         nn.Conv2d(c, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
         for kernel, dilation in branches
     ]
     fc = nn.Linear(c, len(branches))
-    modules = nn.ModuleList([fc, *convolutions]).to(memory_format=torch.channels_last)
+    modules = nn.ModuleList([fc, *convolutions]).to(DEVICE).to(memory_format=torch.channels_last)
 
-    def backward(images: Callable[[], Tensor]) -> None:
+    def backward(output: Callable[[], Tensor]) -> None:
         x.grad = None
-        with torch.autocast("cpu", torch.bfloat16):
-            found = images()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            found = output()
         found.backward(direction)
 
     def alone() -> None:
@@ -63,7 +72,7 @@ def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
 
     def block(form: Form) -> Tensor:
         averages, same = average(x, torch.float32)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE.type, enabled=False):
             coefficients = fc(averages)
         return mix(coefficients, same, convolutions, form)
 
@@ -81,36 +90,38 @@ def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
         except ValueError:
             continue
         found[form] = mixed(form)
-    return found, choose(x.shape, convolutions, "cpu")
+    return found, choose(x.shape, convolutions, DEVICE.type)
 
 
-def shown(values: list[float], digits: int) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+def clock() -> float:
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def row(case: Case, rounds: int) -> str:
+def measured(case: Case, rounds: int) -> list[str]:
+    """The cells of a row."""
     name, n, c, channels, size, branches = case
     functions, chosen = kinds(case)
     seconds: dict[str, list[float]] = {kind: [] for kind in functions}
     for count in range(rounds + 1):
         for kind, function in functions.items():
-            begin = time.process_time()
+            begin = clock()
             function()
             if count:  # the first round warms up
-                seconds[kind].append(time.process_time() - begin)
+                seconds[kind].append(clock() - begin)
     ratios = {form: [a / b for a, b in zip(seconds[form], seconds["alone"], strict=True)] for form in functions}
     best = min(statistics.median(ratios[form]) for form in FORMS if form in ratios)
-    cells = [
+    return [
         name,
         f"{n} x {c} -> {channels} @ {size}: " + " + ".join(f"{k}x{k}" + f" d{d}" * (d > 1) for k, d in branches),
-        shown([1000 * value for value in seconds["alone"]], 1),
-        *(shown(ratios[form], 2) if form in ratios else "" for form in FORMS),
+        spread([1000 * value for value in seconds["alone"]], 1),
+        *(spread(ratios[form], 2) if form in ratios else "" for form in FORMS),
         chosen,
         f"**{statistics.median(ratios[chosen]):.2f}**",
         f"{statistics.median(ratios[chosen]) / best:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -118,18 +129,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    _keep_memory()
+    keep_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    headers = ["block", "shape", "alone, ms", *FORMS, "chosen", "its ratio", "to the best form"]
-    lines = [f"n = {options.rounds}\n", f"| {' | '.join(headers)} |", "| --- " * len(headers) + "|"]
-    print("\n".join(lines))
+    rows = []
     for case in CASES:
-        lines.append(row(case, options.rounds))
-        print(lines[-1], flush=True)
+        rows.append(measured(case, options.rounds))
+        print(line(rows[-1]), flush=True)
+    headers = ["block", "shape", "alone, ms", *FORMS, "chosen", "its ratio", "to the best form"]
+    where = f"n = {options.rounds}; {measured_on(DEVICE, os.cpu_count() or 1)}"
+    text = f"{where}\n\n```bash\n{command('benchmarks.mixing')}\n```\n\n{table(headers, rows)}\n"
+    print(f"\n{text}")
     if options.out:
-        with options.out.open("a") as file:
-            file.write("\n".join(lines) + "\n")
+        append(options.out, text)
 
 
 if __name__ == "__main__":

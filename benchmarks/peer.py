@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.turns import EnoughError, Pacer
-from dist_train.distributed import _keep_memory
+from dist_train.distributed import keep_memory
 
 _FOR_CPU = [
     (r"torch\.cuda\.", "cuda."),  # a stand-in of that name
@@ -220,7 +220,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
         if args.device == "cpu":
-            _keep_memory()
+            keep_memory()
     pacer = Pacer(args.address, args.name, args.device, args.turn)
     run(args.script, args.device, args.count, args.warm_up, pacer)
 

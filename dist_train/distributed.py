@@ -109,7 +109,7 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     else:
-        _keep_memory()
+        keep_memory()
     torch.set_num_threads(threads)
     _set_arithmetic(deterministic)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -167,7 +167,7 @@ def _stop_with_launcher() -> None:
         raise LostPeerError("the launcher has ended while this rank was starting")
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have glibc keep freed memory: pages of large activations are else faulted in anew at every layer."""
     for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 512 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         _libc("mallopt", parameter, value)

@@ -34,12 +34,13 @@ _WHITENING_IMAGES = 5000
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainConfig:
-    """epochs: may be a fraction. microbatches: the fixed parts of a global batch, spread over the ranks; any world size up to it gives the
-    same weights. deterministic: all that bit-identity needs of the device: deterministic kernels and fixed choices
-    of cuDNN and cuBLAS (TF32 is off in any case). threads: CPU threads of a rank; they are part of what the weights
-    depend on. backend: NCCL between GPUs and gloo between CPUs, unless given; with gloo ranks can share a GPU.
-    timeout: seconds after which a rank that is waited for counts as lost. log_every: steps whose losses are fetched
-    from the device, and after which stop signals are obeyed, at once; 0 takes 1 on a CPU and 20 on a GPU."""
+    """epochs: may be a fraction. microbatches: the fixed parts of a global batch, spread over the ranks; any world
+    size up to it gives the same weights. deterministic: all that bit-identity needs of the device: deterministic
+    kernels and fixed choices of cuDNN and cuBLAS (TF32 is off in any case). threads: CPU threads of a rank; they
+    are part of what the weights depend on. backend: NCCL between GPUs and gloo between CPUs, unless given; with
+    gloo ranks can share a GPU. timeout: seconds after which a rank that is waited for counts as lost. log_every:
+    steps whose losses are fetched from the device, and after which stop signals are obeyed, at once; 0 takes 1 on a
+    CPU and 20 on a GPU."""
 
     epochs: Annotated[float, Field(gt=0)] = 10
     batch_size: Positive = 2000
