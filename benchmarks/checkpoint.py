@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.table import spread
 from dist_train import checkpoint, config
 from dist_train.model import BlockNetwork
 from dist_train.optim import Optimizers
@@ -72,10 +73,9 @@ def main() -> None:
         "| checkpoint | step, s: median (quartiles) | of it before computing, ms | ratio |\n| --- | --- | --- | --- |"
     )
     for kind, values in seconds.items():
-        low, middle, high = statistics.quantiles(values, n=4)
         begins = 1000 * statistics.median(calls[kind])
-        ratio = middle / statistics.median(seconds["none"])
-        print(f"| {kind} | {middle:.3f} ({low:.3f}-{high:.3f}) | {begins:.1f} | {ratio:.3f} |")
+        ratio = statistics.median(values) / statistics.median(seconds["none"])
+        print(f"| {kind} | {spread(values, 3)} | {begins:.1f} | {ratio:.3f} |")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 import data_prep
+from benchmarks.table import append, command, measured_on, spread, table
 from dist_train.data import Data, DataConfig
 from dist_train.distributed import Ranks
 
@@ -156,16 +157,16 @@ def main() -> None:
 
     peers = [values for name, values in rates.items() if name.startswith("torchvision")]
     best = max(peers, key=statistics.median, default=None)
-    lines = ["| loader | images/s | times torchvision's best | first batch after, s |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, values in rates.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        ratio = statistics.median(a / b for a, b in zip(values, best, strict=True)) if best else float("nan")
-        lines.append(f"| {name} | {middle:,.0f} ({low:,.0f}..{high:,.0f}) | {ratio:.2f} | {starts[name]:.1f} |")
-    table = "\n".join([f"n = {args.rounds}\n", *lines])
-    print(table)
+        ratios = [a / b for a, b in zip(values, best, strict=True)] if best else []
+        rows.append([name, spread(values, 0), spread(ratios, 1) if ratios else "", f"{starts[name]:.1f}"])
+    headers = ["loader", "images/s", "times torchvision's best", "first batch after, s"]
+    where = f"n = {args.rounds}; {measured_on(torch.device('cpu'), os.cpu_count() or 1)}"
+    text = f"{where}\n\n```bash\n{command('benchmarks.loading')}\n```\n\n{table(headers, rows)}\n"
+    print(text)
     if args.out:
-        with args.out.open("a") as file:
-            file.write(f"\n{table}\n")
+        append(args.out, text)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.table import spread
 from dist_train import config
 from dist_train.distributed import Ranks, ranks, share
 from dist_train.model import BlockNetwork
@@ -256,12 +257,6 @@ def print_times(world_sizes: list[int], steps: int, preset: str) -> None:
             cells.append(spread([mine.seconds / other.seconds for mine, other in pairs], 2))
             cells.append(spread([mine.cpu / other.cpu for mine, other in pairs], 2))
             print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median and quartiles."""
-    first, middle, last = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.{digits}f} ({first:.{digits}f}..{last:.{digits}f})"
 
 
 def print_bytes(world_sizes: list[int], steps: int, elements: int | None) -> None:

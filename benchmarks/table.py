@@ -25,7 +25,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def spread(values: list[float], digits: int) -> str:
     """Median and quartiles."""
     first, middle, last = quartiles(values)
-    return f"{middle:.{digits}f} ({first:.{digits}f}..{last:.{digits}f})"
+    return f"{middle:,.{digits}f} ({first:,.{digits}f}..{last:,.{digits}f})"
 
 
 def row(cells: Iterable[object]) -> str:

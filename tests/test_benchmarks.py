@@ -1,0 +1,58 @@
+"""The benchmarks' commands, in short, on the handwritten digits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPOSITORY, environment
+
+
+def cells(*command: object) -> list[list[str]]:
+    """The table that a benchmark appends to its --out file."""
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    text = Path(str(command[command.index("--out") + 1])).read_text()
+    assert f"python -m {command[0]} " in text
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return [rows[0], *rows[2:]]
+
+
+def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path: Path) -> None:
+    sizes = "data.smaller=[{size=16, until_epoch=1}]"
+    header, *rows = cells(
+        *("benchmarks.speed", "--preset", "digits", "--one-rank", "--steps", 2, "--warm-up", 1),
+        *("--out", tmp_path / "table.md", f"data.dir={digits}", "train.device=cpu", "epochs=2", sizes),
+    )
+    name, kind, n, in_a_run, training = (
+        header.index(title) for title in ("what", "kind of step", "n", "in a run", "training, s")
+    )
+    for program in ("ours", rows[-1][name]):
+        mine = [row for row in rows if row[name] == program]
+        assert [row[kind] for row in mine] == ["16x16, stem learns", "32x32, stem learns", "training"]
+        assert [row[in_a_run] for row in mine[:2]] == ["11", "11"]  # 1437 // 128 steps in an epoch
+        assert {row[n] for row in mine[:2]} == {"2"}
+        parts, whole = [float(row[training]) for row in mine[:2]], float(mine[2][training].split()[0].strip("*"))
+        assert abs(sum(parts) - whole) < 0.02
+    assert float(rows[-1][-1].split()[0].strip("*")) > 0
+
+
+def test_startup_takes_the_time_to_the_first_step_apart(digits: Path, tmp_path: Path) -> None:
+    _, *rows = cells(
+        *("benchmarks.startup", "--ranks", 1, "--rounds", 1, "--out", tmp_path / "table.md"),
+        *("--preset", "digits", f"data.dir={digits}", "train.device=cpu", "record.wandb=disabled"),
+    )
+    seconds = {row[0]: float(row[1].split()[0]) for row in rows}
+    total = seconds.pop("sum")
+    assert abs(sum(seconds.values()) - total) < 0.1
+    for part in ("imports", "data", "first step"):
+        assert seconds[part] > 0.01
+    assert seconds["rest"] > -0.05
