@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
+from queue import Empty
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -314,6 +316,9 @@ class _Stream:
                 yield self._on_device(some), labels.index_select(0, chosen), chosen
         finally:
             images.close()  # ends ffcv's thread, also if not all was asked for
+            with suppress(Empty):
+                while True:  # it would wait for ever to say that it has ended
+                    images.output_queue.get_nowait()
 
     def _on_device(self, images: Tensor) -> Tensor:
         if self.copying is None:

@@ -37,8 +37,8 @@ def test_only_what_reaches_the_weights_binds_a_run() -> None:
     free = ["record.wandb=offline", "checkpoint.keep=9", "data.dir=/elsewhere", "loader=stream", "timeout=9"]
     assert config.difference(base, config.load("block94", None, free)) == []
     assert config.digest(base) == config.digest(config.load("block94", None, free))
-    other = config.load("block94", None, ["seed=1", "model.blocks.0.convolutions.1.kernel=5"])
-    assert config.difference(base, other) == ["model.blocks.0.convolutions.1.kernel", "train.seed"]
+    other = config.load("block94", None, ["seed=1", "model.blocks.1.convolutions.1.kernel=5"])
+    assert config.difference(base, other) == ["model.blocks.1.convolutions.1.kernel", "train.seed"]
     assert config.digest(base) != config.digest(other)
 
 
@@ -58,7 +58,7 @@ def test_only_what_reaches_the_weights_binds_a_run() -> None:
         ),
         (["train.epochs=many"], 'train.epochs = "many": '),
         (["train.epochs=0"], "train.epochs = 0: input should be greater than 0"),
-        (["train.epochs=2.5"], "train.epochs = 2.5: "),
+        (["train.microbatches=2.5"], "train.microbatches = 2.5: "),
         (["precision=int8"], "train.precision = \"int8\": input should be 'bf16', 'fp16' or 'fp32'"),
         (["lr=0.1"], "lr: this could be optim.default.lr or optim.kernels.lr"),
         (["train.epochs"], "train.epochs: settings are written key=value"),
@@ -75,7 +75,7 @@ def test_mistakes_are_answered_in_one_sentence(settings: list[str], words: str) 
 
 def test_unknown_presets_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean block94"):
-        config.load("block93", None, [])
+        config.load("blok94", None, [])
     with pytest.raises(UserError, match=r"absent\.toml: cannot be read"):
         config.load(None, tmp_path / "absent.toml", [])
     broken = tmp_path / "broken.toml"
