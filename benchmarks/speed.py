@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import signal
 import statistics
@@ -49,7 +48,7 @@ from dist_train.errors import UserError, say
 from dist_train.model import BlockNetwork, shapes
 from dist_train.optim import Optimizers
 from dist_train.stopping import StopRequest
-from dist_train.train import build_model, train
+from dist_train.train import build_model, total_steps, train
 
 PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +99,11 @@ def be_ours(args: argparse.Namespace) -> None:
     testing = dataclasses.replace(settings.evaluate, every=10**9)  # none before the last step, which is not reached
     with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         data = PacedData(settings.data, manifest(settings.data), here, t.batch_size, t.microbatches, t.seed)
-        total_steps = math.ceil(t.epochs * data.steps_per_epoch)
+        steps = total_steps(t, data)
 
         def new() -> tuple[BlockNetwork, Optimizers]:
             model = build_model(settings.model, t, data).to(here.device)
-            return model, Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
+            return model, Optimizers(model, settings.optim, steps, data.steps_per_epoch)
 
         schedule = kinds(data, new()[1])
         data.pacer, data.warm_up = Pacer(args.ours, args.name, here.device.type, args.turn), args.warm_up

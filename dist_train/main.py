@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -37,7 +36,7 @@ from dist_train.record import best_eval, read_metrics
 from dist_train.run_folder import Keeper, open_folder
 from dist_train.startup import leave_out_compiler
 from dist_train.stopping import StopRequest
-from dist_train.train import DTYPES, build_model, train, weights_digest
+from dist_train.train import DTYPES, build_model, total_steps, train, weights_digest
 
 # Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -120,9 +119,9 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         for smaller in settings.data.smaller:
             shapes(settings.model, (channels, smaller.size, smaller.size))
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
-        total_steps = math.ceil(t.epochs * data.steps_per_epoch)
+        steps = total_steps(t, data)
         newest = on_main(here, lambda: open_folder(run_dir, settings, held))
-        if newest and checkpoint.step_of(newest) == total_steps and (run_dir / "summary.json").exists():
+        if newest and checkpoint.step_of(newest) == steps and (run_dir / "summary.json").exists():
             outcome.code = DONE
             if here.main:
                 print(f"{run_dir} is finished already")
@@ -131,11 +130,11 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         state = checkpoint.load(newest) if newest else None
         step = state["step"] if state else 0
         model = build_model(settings.model, t, data).to(here.device)
-        optimizers = Optimizers(model, settings.optim, total_steps, data.steps_per_epoch)
+        optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
         keeper = None
         if here.main:
-            _announce(run_dir, settings, found, here, step, total_steps)
-            keeper = Keeper(run_dir, settings, here, found.dataset, total_steps, state)
+            _announce(run_dir, settings, found, here, step, steps)
+            keeper = Keeper(run_dir, settings, here, found.dataset, steps, state)
             held.callback(lambda: keeper.close(outcome.code, outcome.reason))
         try:
             step, stopped = train(

@@ -57,6 +57,11 @@ class TrainConfig:
     log_every: Annotated[int, Field(ge=0)] = 0
 
 
+def total_steps(settings: TrainConfig, data: Data) -> int:
+    """Steps of the whole run; the last epoch's fraction is rounded up to whole ones."""
+    return math.ceil(settings.epochs * data.steps_per_epoch)
+
+
 def build_model(architecture: ModelConfig, settings: TrainConfig, data: Data) -> BlockNetwork:
     """The network with its initial weights, a function of the seed and the data set, on the CPU."""
     height, width, channels = data.manifest.image_shape
@@ -89,7 +94,7 @@ def train(
     steps, and what stopped the run before the last, "" for nothing; a checkpoint of it is being written then.
     Raises DivergedError when the loss or a gradient is no longer finite.
     """
-    steps_per_epoch, total_steps = data.steps_per_epoch, optimizers.total_steps
+    steps_per_epoch, last_step = data.steps_per_epoch, optimizers.total_steps
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.precision == "fp16")
     state = _State(model, optimizers, scaler)
     step = state.load(start) if start else 0
@@ -105,7 +110,7 @@ def train(
 
     steps = data.steps(step)
     stopped = ""
-    while step < total_steps and not stopped:
+    while step < last_step and not stopped:
         ranks.begin(step + 1)
         rate = optimizers.set_rates(step)
         model.stem_learns = optimizers.learns("stem", step)
@@ -125,20 +130,20 @@ def train(
         meter.end_step(rate)
 
         epoch, within = divmod(step, steps_per_epoch)
-        save = step == total_steps or saving.due(step, steps_per_epoch)
-        digest = within == 0 or (digest_every > 0 and step % digest_every == 0)
+        save = step == last_step or saving.due(step, steps_per_epoch)
+        digest = within == 0 or step == last_step or (digest_every > 0 and step % digest_every == 0)
         if save or digest or step % log_every == 0:
             # stops the run before what is not finite reaches a checkpoint
-            stopped = meter.flush(step, stop.received if step < total_steps else 0)
+            stopped = meter.flush(step, stop.received if step < last_step else 0)
             save = save or bool(stopped)
         if save or digest:
             _gather_batch_norm(model, ranks)
         if digest and recorder is not None:
             recorder.weights(step=step, digests=tensor_digests(model))
-        if step == total_steps or (within == 0 and epoch % testing.every == 0):
+        if step == last_step or (within == 0 and epoch % testing.every == 0):
             if recorder is not None:
                 recorder.say("evaluating")
-            found = evaluate(compiled, data, ranks, autocast, testing.tta if step == total_steps else "none")
+            found = evaluate(compiled, data, ranks, autocast, testing.tta if step == last_step else "none")
             if recorder is not None:
                 recorder.eval(step=step, epoch=step / steps_per_epoch if within else epoch, **found)
         if save and writer is not None:
