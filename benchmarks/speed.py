@@ -43,7 +43,7 @@ from benchmarks.table import append, command, measured_on, quartiles, spread, ta
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config
 from dist_train.data import Data, Microbatch, manifest
-from dist_train.distributed import ranks, useful_world_size
+from dist_train.distributed import ranks, ranks_per_node
 from dist_train.errors import UserError, say
 from dist_train.model import BlockNetwork, shapes
 from dist_train.optim import Optimizers
@@ -141,7 +141,7 @@ def programs(args: argparse.Namespace, device: str, cores: int, work: Path) -> l
     address = str(work / "turns")
     numbers = ["--warm-up", str(args.warm_up), "--turn", str(args.turn)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
-    processes = useful_world_size(settings.train.microbatches, cores) if device == "cpu" else 1
+    processes = ranks_per_node(settings.train.microbatches, cores) if device == "cpu" else 1
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     mine = ["-m", "benchmarks.speed", "--ours", address, "--steps", str(args.steps), "--preset", args.preset, *numbers]
     command = [sys.executable, *torchrun, *mine, *args.settings]

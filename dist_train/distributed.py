@@ -87,9 +87,11 @@ def check_world_size(microbatches: int) -> None:
         )
 
 
-def useful_world_size(microbatches: int, workers: int) -> int:
-    """The fewest ranks that are as fast as `workers` of them: a step takes as long as the largest share."""
-    return -(-microbatches // -(-microbatches // workers))
+def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
+    """The fewest ranks on each of `nodes` nodes, no more than there are microbatches, that are as fast as `workers` on
+    each: a step takes as long as the largest share."""
+    share = -(-microbatches // (nodes * min(workers, microbatches // nodes)))
+    return -(-microbatches // (nodes * share))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 import data_prep
 from dist_train import config
-from dist_train.distributed import useful_world_size
+from dist_train.distributed import ranks_per_node
 from dist_train.errors import UserError
 from dist_train.main import parser, resolve
 
@@ -43,7 +43,7 @@ def main() -> int:
     train = settings.train
     gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
     units = gpus or max(1, len(os.sched_getaffinity(0)) // train.threads)
-    ranks = useful_world_size(train.microbatches, units)
+    ranks = ranks_per_node(train.microbatches, units)
     os.environ.setdefault("OMP_NUM_THREADS", str(train.threads))
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["-m", "dist_train.main", *arguments]

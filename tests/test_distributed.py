@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.distributed import check_world_size, launched_as, useful_world_size
+from dist_train.distributed import check_world_size, launched_as, ranks_per_node
 from dist_train.errors import UserError
 
 
@@ -33,4 +33,7 @@ def test_world_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "9")
     with pytest.raises(UserError, match="8 ranks at most, but 9 were started"):
         check_world_size(8)
-    assert [useful_world_size(8, workers) for workers in range(1, 11)] == [1, 2, 3, 4, 4, 4, 4, 8, 8, 8]
+    assert [ranks_per_node(8, workers) for workers in range(1, 11)] == [1, 2, 3, 4, 4, 4, 4, 8, 8, 8]
+    assert [ranks_per_node(8, workers, 2) for workers in range(1, 6)] == [1, 2, 2, 4, 4]
+    assert [ranks_per_node(8, workers, 3) for workers in range(1, 6)] == [1, 2, 2, 2, 2]  # 6 ranks: no more than 8
+    assert ranks_per_node(8, 4, 8) == 1

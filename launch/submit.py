@@ -1,0 +1,412 @@
+"""Submit one training, or an array of them over seeds and settings, to Slurm through submitit; or run it here.
+
+    python -m launch.submit --nodes 2 --preset block94 epochs=12
+    python -m launch.submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
+    python -m launch.submit --local --preset digits
+
+Whatever is not listed below is for python -m dist_train.main, as is. Options that are not given are those of
+slurm/train.sh. In Python:
+
+    from launch import submit
+    job = submit.train(["--preset", "block94", "epochs=12"], nodes=2)
+    print(job.result().test_accuracy)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from dist_train.errors import UserError, say
+from dist_train.files import write_atomic
+from dist_train.main import parser as trainer_parser
+from dist_train.main import resolve
+from dist_train.record import SUMMARY
+from launch import cluster, table
+from launch.node import Training, local_ranks, place
+
+_POLL = 2.0  # seconds between two looks at a job
+_FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
+_PRINTABLE = re.compile(r"[ -~]+")
+
+
+class JobError(RuntimeError):
+    """A job ended without the training being done. The message has its state and the end of its log."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a job asks of the cluster; what is None is as slurm/train.sh says.
+
+    gpus_per_node, cpus_per_node: of each node; without either, whole nodes. time: as Slurm writes it. more: any other
+    option of sbatch, by long name, True where it has no value.
+    """
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    job_name: str | None = None
+    more: dict[str, str | bool] | None = None
+
+    def sbatch(self) -> dict[str, str | bool]:
+        """All options by sbatch's names, those of slurm/train.sh included. Raises UserError."""
+        given = {
+            "nodes": self.nodes,
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_node,  # one task a node
+            "partition": self.partition,
+            "account": self.account,
+            "time": self.time,
+            "job-name": self.job_name,
+        }
+        found = cluster.options()
+        if self.gpus_per_node is not None or self.cpus_per_node is not None:
+            found.pop("exclusive", None)
+        found |= {name: str(value) for name, value in given.items() if value is not None} | (self.more or {})
+        for name, value in found.items():
+            if not isinstance(value, bool) and not _PRINTABLE.fullmatch(value):
+                raise UserError(f"--{name} {value!r}: an option of sbatch is one line of printable characters")
+        for name in ("nodes", "gpus-per-node", "cpus-per-task"):
+            if name in found and not str(found[name]).isdigit():
+                raise UserError(f"--{name} {found[name]}: give a whole number")
+        return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gave. Accuracies are fractions from 0 to 1, of the last epoch; summary: all of summary.json."""
+
+    run_dir: Path
+    test_accuracy: float
+    test_accuracy_tta: float | None
+    train_seconds: float
+    weights_sha256: str
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Result:
+        """Raises OSError for a run that is not done."""
+        summary = json.loads((run_dir / SUMMARY).read_text())
+        keys = ("test_accuracy", "train_seconds", "weights_sha256")
+        tta = summary.get("test_accuracy_tta")
+        return cls(run_dir=run_dir, test_accuracy_tta=tta, summary=summary, **{key: summary[key] for key in keys})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted training. id: Slurm's, NUMBER_INDEX in an array. log: of its first node."""
+
+    id: str
+    run_dir: Path
+    log: Path
+    handle: submitit.Job[str]
+
+    def state(self) -> str:
+        """In Slurm's words (PENDING, RUNNING, COMPLETED, ...), "" for one that Slurm has forgotten."""
+        if isinstance(self.handle, submitit.SlurmJob):
+            return cluster.state(self.id)
+        if not self.handle.done():
+            return "RUNNING"
+        return "COMPLETED" if (self.run_dir / SUMMARY).exists() else "FAILED"
+
+    def wait(self) -> str:
+        """Wait until it has ended for good, through any number of requeues. Returns its last state."""
+        forgotten = 0
+        while (state := self.state()) not in cluster.ENDED and forgotten < _FORGOTTEN:
+            forgotten = 0 if state else forgotten + 1
+            time.sleep(_POLL)
+        return state
+
+    def result(self) -> Result:
+        """Wait for the end, and read what came out. Raises JobError."""
+        state = self.wait()
+        # not submitit's own result: it takes the loss of a node for the end, although Slurm starts the job again
+        if state in ("COMPLETED", "") and (self.run_dir / SUMMARY).exists():
+            return Result.read(self.run_dir)
+        tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
+        raise JobError("\n".join([f"job {self.id} ended as {state or 'unknown'}; the end of {self.log}:", *tail]))
+
+
+def train(arguments: Sequence[str], *, local: bool = False, **options: Any) -> Job:
+    """Submit one training, and return at once.
+
+    arguments: of `python -m dist_train.main`. local: on this machine instead of Slurm. options: fields of Options.
+    Raises UserError before anything is submitted."""
+    return _submit([("", list(arguments))], Options(**options), local, 1)[0]
+
+
+def array(members: dict[str, Sequence[str]], *, at_most: int = 0, local: bool = False, **options: Any) -> list[Job]:
+    """Submit several trainings as one array, and return at once; with `local`, when the last has begun.
+
+    members: for each its name and arguments, which name no --run-dir: that is the name, in the array's folder. at_most:
+    how many run at a time, 0 for all. options: fields of Options. Raises UserError before anything is submitted."""
+    return _submit([(name, list(arguments)) for name, arguments in members.items()], Options(**options), local, at_most)
+
+
+def members(arguments: Sequence[str], seeds: str, grid: Sequence[str]) -> dict[str, Sequence[str]]:
+    """The members of an array: every value of every KEY=V1,V2,... of the grid with every seed. Raises UserError."""
+    axes = []
+    for axis in grid:
+        key, found, values = axis.partition("=")
+        if not found or not values:
+            raise UserError(f"--grid {axis}: write it as KEY=VALUE,VALUE,...")
+        axes.append([(f"{key.rpartition('.')[2]}{value}", f"{key}={value}") for value in values.split(",")])
+    if seeds:
+        axes.append([(f"seed{seed}", f"train.seed={seed}") for seed in _numbers(seeds)])
+    found_members: dict[str, Sequence[str]] = {}
+    for chosen in itertools.product(*axes):
+        name = "-".join(re.sub(r"[^A-Za-z0-9.]", "_", name) for name, _ in chosen)
+        if name in found_members:
+            raise UserError(f"--grid, --seeds: two members would be called {name}; leave out what is there twice")
+        found_members[name] = [*arguments, *(setting for _, setting in chosen)]
+    return found_members
+
+
+def _numbers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is to be submitted, checked."""
+
+    trainings: list[Training]
+    folder: Path  # of submitit's files; may hold %j or %A
+    sbatch: dict[str, str | bool]
+    local: bool
+    at_most: int
+
+    def executor(self) -> submitit.Executor:
+        options = dict(self.sbatch)
+        delay = re.fullmatch(r"(?:[A-Z]+:)?\w+@(\d+)", str(options.pop("signal", "")))
+        timeout = cluster.minutes(str(options.pop("time", "60")))
+        common = {"signal_delay_s": int(delay[1]) if delay else 120, "stderr_to_stdout": True}
+        if self.local:
+            executor: submitit.Executor = submitit.LocalExecutor(self.folder)
+            executor.update_parameters(timeout_min=timeout, gpus_per_node=_gpus_here(self.sbatch), **common)
+            return executor
+        # as often as it takes: each start goes on where the last one stopped
+        executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6)
+        options.pop("open-mode", None)
+        executor.update_parameters(
+            job_name=options.pop("job-name", "train"),
+            time=timeout,
+            nodes=int(options.pop("nodes", 1)),
+            ntasks_per_node=1,
+            array_parallelism=self.at_most or len(self.trainings),
+            setup=cluster.set_up(),
+            srun_args=["--kill-on-bad-exit=1"],
+            additional_parameters=options,
+            **common,
+        )
+        return executor
+
+
+def _gpus_here(sbatch: dict[str, str | bool]) -> int:
+    import torch
+
+    return int(sbatch.get("gpus-per-node", torch.cuda.device_count()))
+
+
+def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> _Plan:
+    """Check everything. named: the members' names and arguments; a single training has the name "". Raises
+    UserError."""
+    sbatch = options.sbatch()
+    nodes, gpus = int(sbatch.get("nodes", 1)), int(sbatch.get("gpus-per-node", 0))
+    given = {trainer_parser().parse_intermixed_args(arguments).run_dir for _, arguments in named}
+    name = str(sbatch.get("job-name", "train")).replace("/", "-")
+    if local:
+        default = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    else:
+        default = Path("runs") / f"{name}-{'%A' if len(named) > 1 else '%j'}"
+    folder = given.pop() or default
+    if given:
+        raise UserError("--run-dir: the members of an array share one; give it once")
+    trainings = []
+    for member, arguments in named:
+        _, settings = resolve(trainer_parser().parse_intermixed_args(arguments))
+        if gpus * nodes > settings.train.microbatches:
+            raise UserError(
+                f"--nodes {nodes} with --gpus-per-node {gpus}: train.microbatches = {settings.train.microbatches} "
+                f"gives work to no more than that many ranks; ask for less, or raise train.microbatches"
+            )
+        if local:
+            local_ranks(settings.train, 1, place().cpus)
+        elif nodes > settings.train.microbatches:
+            local_ranks(settings.train, nodes, 1)
+        trainings.append(Training(_without_run_dir(arguments), folder / member, group=bool(member)))
+    if local:
+        if nodes > 1:
+            raise UserError(f"--nodes {nodes}: --local is one machine; leave it out")
+    else:
+        limit = cluster.minutes(str(sbatch.get("time", "0")))
+        cpus = int(sbatch.get("cpus-per-task", 0))
+        there = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
+        cluster.check_shared(folder, there)
+    return _Plan(trainings, (folder / "slurm").absolute(), sbatch, local, at_most)
+
+
+def _without_run_dir(arguments: Sequence[str]) -> list[str]:
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--run-dir":
+            next(rest)
+        elif not argument.startswith("--run-dir="):
+            kept.append(argument)
+    return kept
+
+
+def _submit(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> list[Job]:
+    return _start(_plan(named, options, local, at_most))
+
+
+def _start(plan: _Plan) -> list[Job]:
+    executor = plan.executor()
+    jobs: list[Job] = []
+    try:
+        if plan.local:
+            group = plan.folder.parent
+            _expect(plan, group)
+            for training in plan.trainings:
+                while plan.at_most and sum(not job.handle.done() for job in jobs) >= plan.at_most:
+                    time.sleep(_POLL / 10)
+                jobs.append(_job(executor.submit(training), training))
+            return jobs
+        handles = executor.submit_array(plan.trainings)
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
+    jobs = [_job(handle, training) for handle, training in zip(handles, plan.trainings, strict=True)]
+    _expect(plan, jobs[0].run_dir.parent)
+    return jobs
+
+
+def _expect(plan: _Plan, group: Path) -> None:
+    """Note the members, so that the table knows which are missing."""
+    if any(training.group for training in plan.trainings):
+        group.mkdir(parents=True, exist_ok=True)
+        expected = {training.run_dir.name: training.arguments for training in plan.trainings}
+        write_atomic(group / table.MEMBERS, (json.dumps(expected, indent=1) + "\n").encode())
+
+
+def _job(handle: submitit.Job[str], training: Training) -> Job:
+    number = handle.job_id.split("_")[0]
+    run_dir = Path(str(training.run_dir).replace("%A", number).replace("%j", number))
+    return Job(handle.job_id, run_dir, handle.paths.stdout, handle)
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(
+        prog="python -m launch.submit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = described.add_argument
+    add("--nodes", metavar="N", type=int)
+    add("--gpus-per-node", metavar="N", type=int, help="without it and the next, whole nodes")
+    add("--cpus-per-node", metavar="N", type=int)
+    add("--partition", metavar="NAME")
+    add("--account", metavar="NAME")
+    add("--time", metavar="LIMIT", help="minutes, H:M:S or D-H:M:S; at the limit a job is saved, queued, and goes on")
+    add("--job-name", metavar="NAME", help="also of the run folder: runs/NAME-JOB unless --run-dir is given")
+    add("--sbatch", metavar="NAME[=VALUE]", action="append", default=[], help="any other option of sbatch's")
+    add("--seeds", metavar="LIST", default="", help="an array over seeds: 0-4 or 0,2,5")
+    add("--grid", metavar="KEY=V,V", action="append", default=[], help="an array over a setting's values; repeatable")
+    add("--at-most", metavar="M", type=int, default=0, help="members that run at a time (default: all; --local: 1)")
+    add("--wait", action="store_true", help="wait for the end, and print the accuracy or the table")
+    add("--local", action="store_true", help="on this machine, without Slurm")
+    add("--dry-run", action="store_true", help="check all, print what would be submitted, submit nothing")
+    return described
+
+
+def main() -> int:
+    args, arguments = parser().parse_known_args()
+    try:
+        more: dict[str, str | bool] = {}
+        for option in args.sbatch:
+            name, given, value = option.lstrip("-").partition("=")
+            more[name] = value if given else True
+        names = ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "time", "job_name")
+        options = Options(**{name: getattr(args, name) for name in names}, more=more)
+        is_array = bool(args.seeds or args.grid)
+        named = members(arguments, args.seeds, args.grid) if is_array else {"": arguments}
+        at_most = args.at_most or (1 if args.local else 0)
+        plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
+        if args.dry_run:
+            print(_described(plan))
+            return 0
+        jobs = _start(plan)
+    except UserError as error:
+        say(str(error))
+        return 2
+    _follow(jobs, plan)
+    return _finish(jobs, is_array) if args.wait or args.local else 0
+
+
+def _described(plan: _Plan) -> str:
+    lines = []
+    for training in plan.trainings:
+        lines += [shlex.join(["dist_train.main", *training.arguments, "--run-dir", str(training.run_dir)])]
+    if plan.local:
+        return "\n".join(lines)
+    executor: Any = plan.executor()
+    if len(plan.trainings) > 1:
+        executor.parameters["map_count"] = len(plan.trainings)
+    return "\n".join([executor._make_submission_file_text(executor._submitit_command_str, ""), "", *lines])
+
+
+def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
+    first, slurm = jobs[0], not plan.local
+    number = first.id.split("_")[0]
+    array = len(jobs) > 1
+    group = plan.trainings[0].group
+    folder = first.run_dir.parent if group else first.run_dir
+    what = f"job {number}" + (f", {len(jobs)} members" if array else "") if slurm else f"{len(jobs)} on this machine"
+    print(f"{what}; run folder{'s in' * group} {folder}")
+    print(f"its log: tail -F {shlex.quote(str(first.log))}")
+    if slurm:
+        print(f"its state: squeue -j {number}; to end it: scancel {number}")
+    if group:
+        print(f"its table: python -m launch.table {shlex.quote(str(folder))}", flush=True)
+
+
+def _finish(jobs: Sequence[Job], is_array: bool) -> int:
+    """Wait for all, and print what came out. Returns the exit code."""
+    failed = 0
+    for job in jobs:
+        try:
+            result = job.result()
+        except JobError as error:
+            print(error, file=sys.stderr, flush=True)
+            failed = 1
+            continue
+        tta = f" ({100 * result.test_accuracy_tta:.2f} % with TTA)" if result.test_accuracy_tta is not None else ""
+        print(f"{job.run_dir}: test accuracy {100 * result.test_accuracy:.2f} %{tta}", flush=True)
+    if is_array:
+        print(table.write(jobs[0].run_dir.parent), end="", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
