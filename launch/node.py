@@ -98,7 +98,7 @@ def torchrun(arguments: Sequence[str], per_node: int, here: Place, meeting: str 
             f"--master-addr={host}",
             f"--master-port={port}",
         ]
-    start = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={per_node}"]
+    start = [sys.executable, "-m", "launch.agent", *where, f"--nproc-per-node={per_node}"]
     return [*start, "-m", "dist_train.main", *arguments]
 
 
@@ -152,7 +152,7 @@ class Training:
                 if here.main and self.group:
                     print(table.write(self.run_dir.parent), flush=True)
                 return DONE
-        return PREEMPTED if self.stopping or _preempted(self.run_dir, known) else FAILED
+        return PREEMPTED if _preempted(self.run_dir, known, self.stopping) else FAILED
 
     def stop(self) -> None:
         """Have the ranks finish their step, save it and leave, and wait for it. Safe in a signal handler."""
@@ -220,16 +220,20 @@ def _named(path: str) -> str:
     return path.replace("%j", job).replace("%A", job)
 
 
-def _preempted(run_dir: Path, known: int) -> bool:
-    """Whether the run has ended by a stop on request, as said after the `known` lines of its history. torchrun says of
-    any end but the good one only that it failed, and rank 0 may be on another node."""
+def _preempted(run_dir: Path, known: int, stopping: bool) -> bool:
+    """Whether a training that is not done was stopped on request: by what its history says after the `known` lines, or,
+    where it says nothing, because it was asked to before it began. torchrun says of any end only that it failed, and
+    rank 0 may be on another node."""
     deadline = time.monotonic() + _END
-    while time.monotonic() < deadline:
-        last = read_history(run_dir)[known:][-1:]
-        if last and last[0]["event"] == "end":
-            return bool(last[0]["outcome"] == "preempted")
+    while True:
+        said = read_history(run_dir)[known:]
+        if said and said[-1]["event"] == "end":
+            return bool(said[-1]["outcome"] == "preempted")
+        if not said and stopping:
+            return True
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
-    return False
 
 
 def _children(pid: int) -> set[int]:
@@ -259,15 +263,17 @@ def _member() -> tuple[Path, list[str]]:
     return Path("runs") / f"{name}-%j", []
 
 
-def _requeue(run_dir: Path, step: int) -> bool:
+def _requeue(run_dir: Path, step: int, asked: Sequence[int]) -> bool:
     """Put this job back into the queue, unless somebody has cancelled it. step: of the newest checkpoint when it
-    started. Returns whether it will run again."""
+    started. asked: the signals that it was stopped by. Returns whether it will run again."""
     job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times and made no progress in the last; it is not queued again")
         return False
     shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
-    if " JobState=RUNNING " not in shown.stdout:
+    # a plain SIGTERM is a preemption's, or it is srun's, which ends the other nodes when one has failed
+    plain = {*asked} == {signal.SIGTERM} and " PreemptTime=None " in shown.stdout
+    if " JobState=RUNNING " not in shown.stdout or plain:
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -310,7 +316,7 @@ def main() -> int:
         return BAD_INPUT
     slurm = "SLURM_JOB_ID" in os.environ and asked[:1] != [signal.SIGINT]
     # only the first node speaks to Slurm; one that left before would have srun end the others
-    if code == PREEMPTED and slurm and (not here.main or _requeue(training.run_dir, step)):
+    if code == PREEMPTED and slurm and (not here.main or _requeue(training.run_dir, step, asked)):
         time.sleep(_REQUEUED)
     return code
 

@@ -11,16 +11,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "unshare")
 NODES = ("n1", "n2", "n3", "n4", "g1")
-_PORT = 16817
 _CONF = """
 ClusterName=lab
 SlurmctldHost=localhost
@@ -28,7 +28,7 @@ SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={port}
 AuthType=auth/munge
-AuthInfo=socket={at}/munge.socket,cred_expire=2
+AuthInfo=socket={at}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={at}/state
 SlurmctldPidFile={at}/slurmctld.pid
@@ -106,9 +106,9 @@ class Cluster:
         for device in ("gpu0", "gpu1"):
             os.mknod(at / device, 0o20666, os.makedev(1, 3))
         (at / "gres.conf").write_text(f"NodeName=g1 Name=gpu File={at}/gpu[0-1]\n")
-        first = _PORT + 1
-        last = first + len(NODES) - 2
-        conf = _CONF.format(at=at, port=_PORT, first=first, last=last, gpu=last + 1)
+        port = _free_ports(1 + len(NODES))
+        last = port + len(NODES) - 1
+        conf = _CONF.format(at=at, port=port, first=port + 1, last=last, gpu=last + 1)
         (at / "slurm.conf").write_text(conf)
         names = "".join(f"127.0.1.{number} {node}\n" for number, node in enumerate(NODES, 1))
         (at / "hosts").write_text(f"127.0.0.1 localhost {os.uname().nodename}\n{names}")
@@ -117,7 +117,7 @@ class Cluster:
         self._daemon(["slurmctld", "-c"])
         for node in NODES:
             self.power_on(node)
-        self.wait(lambda: self.states().count("idle") == len(NODES), "the nodes to be idle")
+        self.wait(self._idle, "the nodes to be idle")
 
     def _daemon(self, command: Sequence[str]) -> None:
         subprocess.run(command, check=True, env=self.environment, start_new_session=True)
@@ -163,8 +163,10 @@ class Cluster:
             done.check_returncode()
         return done.stdout.strip()
 
-    def states(self) -> list[str]:
-        return self.run("sinfo", "--noheader", "--Node", "--partition=main,gpu", "--format=%T").split()
+    def _idle(self) -> bool:
+        asked = ["sinfo", "--noheader", "--Node", "--partition=main,gpu", "--format=%T"]
+        done = subprocess.run(asked, env=self.environment, capture_output=True, text=True, check=False)
+        return done.stdout.split().count("idle") == len(NODES)  # fails until slurmctld is there
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job: JobState, NodeList, Restarts, ..."""
@@ -190,7 +192,14 @@ class Cluster:
             time.sleep(0.3)
 
 
-@contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as found:
-        yield found
+def _free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody uses."""
+    for first in range(16817, 32768, count):
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    held.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+            return first
+    raise OSError("no ports are free")
