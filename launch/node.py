@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -214,6 +215,11 @@ class Training:
         )
 
 
+def as_name(text: str) -> str:
+    """The text as a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]", "_", text)
+
+
 def _named(path: str) -> str:
     """Put the job's number in a path."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
@@ -256,7 +262,7 @@ def _send(pid: int, number: int) -> None:
 def _member() -> tuple[Path, list[str]]:
     """The run folder, and the settings, that Slurm's variables give to a job without --run-dir: each member of an
     array is a seed."""
-    name = os.environ.get("SLURM_JOB_NAME", "train").replace("/", "-")
+    name = as_name(os.environ.get("SLURM_JOB_NAME", "train"))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         seed = os.environ["SLURM_ARRAY_TASK_ID"]
         return Path("runs") / f"{name}-%A" / f"seed{seed}", [f"train.seed={seed}"]

@@ -34,7 +34,7 @@ from dist_train.main import parser as trainer_parser
 from dist_train.main import resolve
 from dist_train.record import SUMMARY
 from launch import cluster, table
-from launch.node import Training, local_ranks, place
+from launch.node import Training, as_name, local_ranks, place
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
@@ -169,7 +169,7 @@ def members(arguments: Sequence[str], seeds: str, grid: Sequence[str]) -> dict[s
         axes.append([(f"seed{seed}", f"train.seed={seed}") for seed in _numbers(seeds)])
     found_members: dict[str, Sequence[str]] = {}
     for chosen in itertools.product(*axes):
-        name = "-".join(re.sub(r"[^A-Za-z0-9.]", "_", name) for name, _ in chosen)
+        name = "-".join(as_name(name) for name, _ in chosen)
         if name in found_members:
             raise UserError(f"--grid, --seeds: two members would be called {name}; leave out what is there twice")
         found_members[name] = [*arguments, *(setting for _, setting in chosen)]
@@ -234,7 +234,7 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     sbatch = options.sbatch()
     nodes, gpus = int(sbatch.get("nodes", 1)), int(sbatch.get("gpus-per-node", 0))
     given = {trainer_parser().parse_intermixed_args(arguments).run_dir for _, arguments in named}
-    name = str(sbatch.get("job-name", "train")).replace("/", "-")
+    name = as_name(str(sbatch.get("job-name", "train")))
     if local:
         default = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     else:

@@ -54,9 +54,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=4000
-NodeName=g1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={gpu} CPUs=2 RealMemory=4000 Gres=gpu:2
-NodeName=far1 NodeAddr=192.0.2.1 Port={first} CPUs=2 RealMemory=4000 State=DOWN
+NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1 RealMemory=4000
+NodeName=g1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={gpu} CPUs=1 RealMemory=4000 Gres=gpu:2
+NodeName=far1 NodeAddr=192.0.2.1 Port={first} CPUs=1 RealMemory=4000 State=DOWN
 PartitionName=main Nodes=n[1-4] Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=30
 PartitionName=urgent Nodes=n[1-4] MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=gpu Nodes=g1 MaxTime=60 State=UP
@@ -153,10 +153,11 @@ class Cluster:
                 os.kill(int(pid.read_text()), signal.SIGKILL)
         shutil.rmtree(self.at, ignore_errors=True)
 
-    def run(self, *command: object, cwd: Path | None = None) -> str:
+    def run(self, *command: object, cwd: Path | None = None, **variables: str) -> str:
         """Run a command, and return what it prints. Raises CalledProcessError."""
+        environment = {**self.environment, **variables}
         done = subprocess.run(
-            [*map(str, command)], env=self.environment, cwd=cwd, capture_output=True, text=True, check=False
+            [*map(str, command)], env=environment, cwd=cwd, capture_output=True, text=True, check=False
         )
         if done.returncode:
             print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
@@ -171,6 +172,10 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job: JobState, NodeList, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job, "--oneliner")))
+
+    def nodes(self, job: str) -> list[str]:
+        """The names of the nodes that a job has or had."""
+        return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
