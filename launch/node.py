@@ -93,12 +93,8 @@ def torchrun(arguments: Sequence[str], per_node: int, here: Place, meeting: str 
         where = ["--standalone"]
     else:
         host, _, port = meeting.rpartition(":")
-        where = [
-            f"--nnodes={here.nodes}",
-            f"--node-rank={here.index}",
-            f"--master-addr={host}",
-            f"--master-port={port}",
-        ]
+        where = [f"--nnodes={here.nodes}", f"--node-rank={here.index}"]
+        where += [f"--master-addr={host}", f"--master-port={port}"]
     start = [sys.executable, "-m", "launch.agent", *where, f"--nproc-per-node={per_node}"]
     return [*start, "-m", "dist_train.main", *arguments]
 
@@ -108,8 +104,8 @@ class Training:
     """One training, of which each node of a job runs its part. submitit pickles it, calls it, and calls `checkpoint` on
     the first node when the job is to be stopped.
 
-    arguments: of dist_train.main. run_dir: may name the job by %j, an array of jobs by %A. group: W&B's group, and the
-    folder above the run's in which the members' table is kept.
+    arguments: of dist_train.main. run_dir: goes before theirs; may name the job by %j, an array of jobs by %A. group:
+    whether the folder above is a group's, of which W&B has the name, and in which the members' table is kept.
     """
 
     arguments: list[str]
@@ -138,7 +134,7 @@ class Training:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
-        arguments = [*self.arguments, "--run-dir", str(self.run_dir)]
+        arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # the last one counts
         known = len(read_history(self.run_dir))
         if not self.stopping:
             # In a session of its own: signals to the job's processes must not reach torchrun, which gives its ranks
@@ -222,7 +218,7 @@ def as_name(text: str) -> str:
 
 def _named(path: str) -> str:
     """Put the job's number in a path."""
-    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or "alone"
     return path.replace("%j", job).replace("%A", job)
 
 
@@ -299,9 +295,6 @@ def main() -> int:
     arguments = sys.argv[1:]
     given = parser().parse_intermixed_args(arguments)
     run_dir, extra = (given.run_dir, []) if given.run_dir else _member()
-    if given.run_dir:
-        at = next(index for index, argument in enumerate(arguments) if argument.split("=")[0] == "--run-dir")
-        del arguments[at : at + (1 if "=" in arguments[at] else 2)]
     training = Training([*arguments, *extra], run_dir, group="SLURM_ARRAY_TASK_ID" in os.environ)
     asked: list[int] = []
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import sys
 
-import torch
-
 import data_prep
 from dist_train import config
-from dist_train.distributed import ranks_per_node
 from dist_train.errors import UserError
 from dist_train.main import parser, resolve
+from launch.node import Place, local_ranks, torchrun
 
 
 def main() -> int:
@@ -37,17 +35,13 @@ def main() -> int:
             arguments = ["--preset", "digits", *arguments]
             settings = config.load("digits", None, args.settings)
             data_prep.prepare(settings.data.dataset, settings.data.folder)
+        here = Place(0, 1, len(os.sched_getaffinity(0)), "alone")
+        command = torchrun(arguments, local_ranks(settings.train, 1, here.cpus), here)
     except (UserError, data_prep.DataError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
-    train = settings.train
-    gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
-    units = gpus or max(1, len(os.sched_getaffinity(0)) // train.threads)
-    ranks = ranks_per_node(train.microbatches, units)
-    os.environ.setdefault("OMP_NUM_THREADS", str(train.threads))
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "dist_train.main", *arguments]
-    return os.execv(sys.executable, [sys.executable, *command])
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
+    return os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from dist_train.main import parser as trainer_parser
 from dist_train.main import resolve
 from dist_train.record import SUMMARY
 from launch import cluster, table
-from launch.node import Training, as_name, local_ranks, place
+from launch.node import Training, as_name
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
@@ -245,16 +245,13 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     trainings = []
     for member, arguments in named:
         _, settings = resolve(trainer_parser().parse_intermixed_args(arguments))
-        if gpus * nodes > settings.train.microbatches:
+        if nodes * max(gpus, 1) > settings.train.microbatches:
             raise UserError(
-                f"--nodes {nodes} with --gpus-per-node {gpus}: train.microbatches = {settings.train.microbatches} "
-                f"gives work to no more than that many ranks; ask for less, or raise train.microbatches"
+                f"--nodes {nodes}{f' with --gpus-per-node {gpus}' * bool(gpus)}: train.microbatches = "
+                f"{settings.train.microbatches} gives work to no more than that many ranks; ask for less, or raise "
+                f"train.microbatches"
             )
-        if local:
-            local_ranks(settings.train, 1, place().cpus)
-        elif nodes > settings.train.microbatches:
-            local_ranks(settings.train, nodes, 1)
-        trainings.append(Training(_without_run_dir(arguments), folder / member, group=bool(member)))
+        trainings.append(Training(arguments, folder / member, group=bool(member)))
     if local:
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: --local is one machine; leave it out")
@@ -264,17 +261,6 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
         there = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
         cluster.check_shared(folder, there)
     return _Plan(trainings, (folder / "slurm").absolute(), sbatch, local, at_most)
-
-
-def _without_run_dir(arguments: Sequence[str]) -> list[str]:
-    kept = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--run-dir":
-            next(rest)
-        elif not argument.startswith("--run-dir="):
-            kept.append(argument)
-    return kept
 
 
 def _submit(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> list[Job]:
