@@ -108,7 +108,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted training. id: Slurm's, NUMBER_INDEX in an array. log: of its first node."""
+    """A submitted training. id: Slurm's, NUMBER_INDEX in an array. log: of all of its nodes."""
 
     id: str
     run_dir: Path
@@ -205,6 +205,10 @@ class _Plan:
             executor: submitit.Executor = submitit.LocalExecutor(self.folder)
             executor.update_parameters(timeout_min=timeout, gpus_per_node=_gpus_here(self.sbatch), **common)
             return executor
+        # one log for all nodes, in place of submitit's one for each
+        log = str(submitit.core.utils.JobPaths(self.folder).stdout).replace("%t", "0")
+        if len(self.trainings) > 1:
+            log = log.replace("%j", "%A_%a")
         # as often as it takes: each start goes on where the last one stopped
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6)
         options.pop("open-mode", None)
@@ -215,7 +219,7 @@ class _Plan:
             ntasks_per_node=1,
             array_parallelism=self.at_most or len(self.trainings),
             setup=cluster.set_up(),
-            srun_args=["--kill-on-bad-exit=1"],
+            srun_args=["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}"],
             additional_parameters=options,
             **common,
         )

@@ -33,8 +33,8 @@ if why := missing():
 
 @dataclass(frozen=True)
 class Lab:
-    """The cluster and a folder to submit from. long: arguments of a training of some 20 seconds, a checkpoint twice a
-    second; undisturbed: its run on one rank, without Slurm."""
+    """The cluster and a folder to submit from. long: arguments of a training of 330 steps, with a checkpoint every 20;
+    undisturbed: its run on one rank, without Slurm."""
 
     cluster: Cluster
     folder: Path
@@ -68,7 +68,7 @@ def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     (folder / ".venv").symlink_to(Path(sys.prefix))
     common = ["--preset", "digits", f"data.dir={digits}", "record.wandb=disabled", "record.quiet=true"]
     common += ["train.device=cpu", "batch_size=128"]
-    long = [*common, "train.epochs=60", "every_steps=20"]
+    long = [*common, "train.epochs=30", "every_steps=20"]
     undisturbed = folder / "undisturbed"
     assert trainer(*long, "--run-dir", undisturbed).returncode == 0
     with Cluster() as cluster, pytest.MonkeyPatch.context() as patch:
@@ -95,10 +95,38 @@ def left_behind(run_dir: Path) -> list[str]:
     return [line for line in shown.splitlines() if str(run_dir) in line and "dist_train" in line]
 
 
+# read by every Python that is started with its folder in PYTHONPATH
+SLOW = """
+import os
+if "RANK" in os.environ:
+    import time
+    from dist_train.optim import Optimizers
+    step = Optimizers.step
+    def slow(self, scaler):
+        time.sleep(0.3)
+        step(self, scaler)
+    Optimizers.step = slow
+"""
+FAILING = """
+import os
+if os.environ.get("RANK") == "1":
+    from dist_train.optim import Optimizers
+    step, steps = Optimizers.step, []
+    def fail(self, scaler):
+        steps.append(0)
+        if len(steps) == 4:
+            raise ValueError("out of luck on purpose")
+        step(self, scaler)
+    Optimizers.step = fail
+"""
+
+
 @pytest.fixture(scope="module")
-def limited(lab: Lab) -> str:
-    """A job that meets its time limit, in whose shadow the others run: Slurm's limits are whole minutes."""
-    return lab.sbatch(["--time=2", "--signal=USR1@75"], [*lab.common, "train.epochs=300", "every_steps=200"])
+def limited(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A job that meets its time limit, while the other tests run: Slurm's limits are whole minutes."""
+    slow = tmp_path_factory.mktemp("slow")
+    (slow / "sitecustomize.py").write_text(SLOW)
+    return lab.sbatch(["--time=2", "--signal=USR1@75"], lab.long, PYTHONPATH=str(slow))
 
 
 def test_sbatch_on_two_nodes(lab: Lab, limited: str) -> None:
@@ -146,20 +174,6 @@ def test_cancel_ends_it_for_good(lab: Lab, limited: str) -> None:
     lab.same_bits(lab.run_dir(job))
 
 
-FAILING = """
-import os
-if os.environ.get("RANK") == "1":
-    from dist_train.optim import Optimizers
-    step, steps = Optimizers.step, []
-    def fail(self, scaler):
-        steps.append(0)
-        if len(steps) == 4:
-            raise ValueError("out of luck on purpose")
-        step(self, scaler)
-    Optimizers.step = fail
-"""
-
-
 def test_a_failing_rank_fails_the_job(lab: Lab, limited: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     job = lab.sbatch(["--nodes=2"], lab.long, PYTHONPATH=str(tmp_path))
@@ -190,17 +204,6 @@ def test_a_node_dies(lab: Lab, limited: str) -> None:
     lab.same_bits(job.run_dir)
 
 
-def test_the_time_limit(lab: Lab, limited: str) -> None:
-    assert lab.cluster.ended(limited, 240) == "COMPLETED", lab.log(limited)
-    ends = outcomes(lab.run_dir(limited))
-    assert len(ends) > 1
-    assert set(ends[:-1]) == {"preempted"}
-    assert ends[-1] == "done"
-    assert int(lab.cluster.job(limited)["Restarts"]) >= len(ends) - 1
-    reasons = [row["reason"] for row in read_history(lab.run_dir(limited)) if row["event"] == "end"]
-    assert reasons[0].startswith("SIGUSR1")
-
-
 # submitit
 
 
@@ -222,7 +225,7 @@ def test_submitit_says_why_it_failed(lab: Lab, limited: str, tmp_path: Path, mon
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = submit.train(lab.long, nodes=2)
-    with pytest.raises(submit.JobError, match="ended as FAILED"):
+    with pytest.raises(submit.JobError, match=r"(?s)ended as FAILED.*ValueError: out of luck on purpose"):
         job.result()
     assert not left_behind(job.run_dir)
 
@@ -259,6 +262,18 @@ def test_sbatch_array_is_over_seeds(lab: Lab, limited: str) -> None:
     assert "| 2 |" in (group / "table.md").read_text()
 
 
+def test_the_time_limit(lab: Lab, limited: str) -> None:
+    assert lab.cluster.ended(limited, 240) == "COMPLETED", lab.log(limited)
+    ends = outcomes(lab.run_dir(limited))
+    assert len(ends) > 1
+    assert set(ends[:-1]) == {"preempted"}
+    assert ends[-1] == "done"
+    assert int(lab.cluster.job(limited)["Restarts"]) >= len(ends) - 1
+    reasons = [row["reason"] for row in read_history(lab.run_dir(limited)) if row["event"] == "end"]
+    assert reasons[0].startswith("SIGUSR1")
+    lab.same_bits(lab.run_dir(limited))
+
+
 # before anything is submitted
 
 
@@ -293,6 +308,15 @@ def test_gpus_that_torch_does_not_see(lab: Lab) -> None:
     assert lab.cluster.job(job)["ExitCode"] == "2:0"
     assert "Slurm gave 2 GPUs of g1 to this job, but torch sees none there" in lab.log(job)
     assert "Traceback" not in lab.log(job)
+
+
+def test_an_array_on_this_machine(lab: Lab) -> None:
+    arguments = ["--local", "--seeds", "0,1", *lab.common, "train.epochs=1", "--run-dir", str(lab.folder / "here")]
+    command = [sys.executable, "-m", "launch.submit", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith((lab.folder / "here" / "table.md").read_text())
+    assert "| 2 | **" in done.stdout
 
 
 def test_dry_run_submits_nothing(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
