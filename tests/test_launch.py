@@ -1,0 +1,116 @@
+"""What surrounds a submission and needs no Slurm: options and limits, members of an array, the table of a group."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from dist_train import config
+from dist_train.errors import UserError
+from dist_train.record import append_history
+from launch import cluster, submit, table
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:30", 91), ("1:30:00", 90), ("2-0", 2880), ("1-2:30", 1590), ("1-2:30:59", 1591)],
+)
+def test_minutes(text: str, expected: int) -> None:
+    assert cluster.minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1-", "-5"])
+def test_not_minutes(text: str) -> None:
+    with pytest.raises(UserError, match="not a time limit"):
+        cluster.minutes(text)
+
+
+def test_options_and_set_up_of_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    lines = [
+        "#SBATCH --partition=gpu",
+        "##SBATCH --account=mine",
+        "#SBATCH -t 1:00:00  # an hour",
+        "#SBATCH --exclusive",
+    ]
+    script.write_text("\n".join([*lines, "# set-up: of the nodes", "module load cuda", "# end of set-up", "exec srun"]))
+    assert cluster.options(script) == {"partition": "gpu", "time": "1:00:00", "exclusive": True}
+    assert cluster.set_up(script) == ["module load cuda"]
+    script.write_text("#SBATCH -Z what\n")
+    with pytest.raises(UserError, match="#SBATCH -Z what: cannot be read"):
+        cluster.options(script)
+    with pytest.raises(UserError, match="between a line # set-up"):
+        cluster.set_up(script)
+
+
+def test_the_script_that_comes_with_the_project() -> None:
+    options = cluster.options()
+    assert options["requeue"] is True
+    assert str(options["signal"]).startswith("USR1@")
+    assert any("activate" in line for line in cluster.set_up())
+    subprocess.run(["bash", "-n", str(cluster.SCRIPT)], check=True)
+
+
+def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"there is no Slurm here .* --local"):
+        submit.train(["--preset", "digits"])
+
+
+def test_members() -> None:
+    found = submit.members(["--preset", "digits"], "0-1,7", ["optim.default.lr=0.1,0.2"])
+    assert list(found) == [f"lr{lr}-seed{seed}" for lr in (0.1, 0.2) for seed in (0, 1, 7)]
+    assert found["lr0.2-seed7"] == ["--preset", "digits", "optim.default.lr=0.2", "train.seed=7"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "grid", "sentence"),
+    [("a", [], "--seeds a: write it as"), ("", ["lr"], "--grid lr: write it as"), ("1,1", [], "would be called seed1")],
+)
+def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        submit.members([], seeds, grid)
+
+
+def test_interval() -> None:
+    assert table.interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3))  # t for two degrees of freedom
+    assert table.interval([1.0]) == math.inf
+
+
+def test_table_survives_missing_members(tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    for lr in (0.001, 0.002):
+        for seed in (2, 10):
+            folder = group / f"lr{lr}-seed{seed}"
+            folder.mkdir(parents=True)
+            settings = config.load("digits", None, [f"optim.default.lr={lr}", f"seed={seed}"])
+            (folder / "config.toml").write_text(config.to_toml(settings))
+            if (lr, seed) == (0.002, 10):
+                append_history(folder, "start", step=0)
+                append_history(folder, "end", outcome="preempted", step=7, reason="")
+            else:
+                summary = {"test_accuracy": 0.9 + seed / 1000, "train_seconds": 10.0}
+                (folder / "summary.json").write_text(json.dumps(summary))
+    expected: dict[str, list[str]] = {path.name: [] for path in group.iterdir()} | {"lr0.002-seed11": []}
+    (group / table.MEMBERS).write_text(json.dumps(expected))
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.table", str(group)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (group / "table.md").read_text()
+    header, _, low, high, _, missing = done.stdout.splitlines()
+    assert header == "| optim.default.lr | n | test accuracy, % | training, s |"
+    half = table.interval([90.2, 91.0])
+    assert low == f"| 0.001 | 2 | **90.60** ± 0.57 (95 %: {90.6 - half:.2f} to {90.6 + half:.2f}) | 10.0 |"
+    assert high == "| 0.002 | 1 of 2 | 90.20 | 10.0 |"
+    assert missing == "missing: lr0.002-seed10: preempted at step 7, lr0.002-seed11: not begun"
+
+
+def test_table_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no runs"):
+        table.write(tmp_path)
