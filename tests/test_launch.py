@@ -97,7 +97,8 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
             else:
                 summary = {"test_accuracy": 0.9 + seed / 1000, "train_seconds": 10.0}
                 (folder / "summary.json").write_text(json.dumps(summary))
-    expected: dict[str, list[str]] = {path.name: [] for path in group.iterdir()} | {"lr0.002-seed11": []}
+    expected: dict[str, list[str]] = {path.name: [] for path in group.iterdir()}
+    expected["lr0.002-seed11"] = []
     (group / table.MEMBERS).write_text(json.dumps(expected))
     done = subprocess.run(
         [sys.executable, "-m", "launch.table", str(group)], cwd=REPOSITORY, capture_output=True, text=True, check=True
