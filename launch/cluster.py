@@ -123,7 +123,8 @@ def check(partition: str, nodes: int, gpus: int, cpus: int, time: int) -> list[N
 
 def check_shared(folder: Path, nodes: Sequence[Node]) -> None:
     """Raises UserError when `folder` is on a disk of this machine's, and one of the nodes is another machine."""
-    elsewhere = [node for node in nodes if not _is_here(node.address)]
+    mine = _own_names()
+    elsewhere = [node for node in nodes if node.address not in mine and not node.address.startswith("127.")]
     kind = _file_system(folder)
     if elsewhere and kind in _LOCAL_DISKS:
         raise UserError(
@@ -132,10 +133,10 @@ def check_shared(folder: Path, nodes: Sequence[Node]) -> None:
         )
 
 
-def _is_here(address: str) -> bool:
+def _own_names() -> set[str]:
+    """The names and addresses of this machine."""
     shown = subprocess.run(["hostname", "--all-ip-addresses"], capture_output=True, text=True, check=False).stdout
-    names = {os.uname().nodename, os.uname().nodename.split(".")[0], "localhost", *shown.split()}
-    return address in names or address.startswith("127.")
+    return {os.uname().nodename, os.uname().nodename.split(".")[0], "localhost", *shown.split()}
 
 
 def _file_system(folder: Path) -> str:

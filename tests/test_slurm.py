@@ -253,13 +253,16 @@ def test_an_array_of_seeds_and_its_table(lab: Lab, limited: str) -> None:
 
 
 def test_sbatch_array_is_over_seeds(lab: Lab, limited: str) -> None:
-    job = lab.sbatch(["--array=3-4", "--job-name=both"], [*lab.common, "train.epochs=2"])
+    arguments = [*lab.common, "train.epochs=2", "record.wandb=offline"]
+    job = lab.sbatch(["--array=3-4", "--job-name=both"], arguments)
     for task in (3, 4):
         assert lab.cluster.ended(f"{job}_{task}") == "COMPLETED"
     group = lab.folder / "runs" / f"both-{job}"
     assert sorted(path.name for path in group.glob("*/summary.json")) == ["summary.json"] * 2
     assert [member.name for member in table.members(group)] == ["seed3", "seed4"]
     assert "| 2 |" in (group / "table.md").read_text()
+    runs = [record["run"] for record in offline_records(group / "seed3") if record["type"] == "run"]
+    assert {run["run_group"] for run in runs} == {group.name}
 
 
 def test_the_time_limit(lab: Lab, limited: str) -> None:
