@@ -1,37 +1,69 @@
-"""torchrun, with its own options, that leaves the last word to the ranks.
+"""torchrun, with its own options, that leaves stopping and the last word to the ranks.
 
     python -m launch.agent --nnodes=2 --node-rank=0 ... -m dist_train.main ...
 
-torchrun ends every failure, and every stop, with tracebacks of its own. A rank that fails has said why; only of one
-that could not, a signal having ended it, something is left to say.
+It passes stop signals on to the ranks and waits for them, however long they take to save: torchrun would kill them
+after 30 seconds, and SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. Where torchrun
+ends with tracebacks of its own, this says nothing: a rank that fails has said why, unless a signal ended it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
-from signal import Signals
+from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from dist_train.errors import say
 
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
 
 def main() -> int:
-    """Returns 0 when all ranks have done their work, 1 when one failed, 128 and the signal's number after a signal."""
+    """Returns 0 when all ranks have done their work, otherwise 1; 128 and a signal's number when that came before
+    them."""
+    stopped = False
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopped
+        stopped = True
+        ranks = _children()
+        for pid in ranks:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        if not ranks:
+            raise SystemExit(128 + number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    args = parse_args(sys.argv[1:])
+    args.signals_to_handle = "SIGQUIT"  # of torchrun's own handlers; one it must have
     try:
-        run(parse_args(sys.argv[1:]))
-    except SignalException as error:
-        return 128 + int(error.sigval)
+        run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            say(f"rank {rank} (process {failure.pid}) was ended by {Signals(-failure.exitcode).name}")
+        if failure.exitcode < 0 and not stopped:
+            ended = signal.Signals(-failure.exitcode).name
+            say(f"rank {rank} (process {failure.pid}) was ended by {ended}")
         return 1
     return 0
+
+
+def _children() -> set[int]:
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").glob("*/children"):
+        try:
+            found.update(map(int, thread.read_text().split()))
+        except OSError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

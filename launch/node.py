@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from dist_train.main import BAD_INPUT, DONE, FAILED, PREEMPTED, parser, resolve
 from dist_train.record import read_history
 from dist_train.train import TrainConfig
 from launch import table
+from launch.agent import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
 _REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
 _END = 5.0  # seconds for rank 0, which may be on another node, to say how the run has ended
@@ -137,10 +138,7 @@ class Training:
         arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # the last one counts
         known = len(read_history(self.run_dir))
         if not self.stopping:
-            # In a session of its own: signals to the job's processes must not reach torchrun, which gives its ranks
-            # no more than 30 seconds.
-            command = torchrun(arguments, per_node, here, meeting)
-            self.process = subprocess.Popen(command, start_new_session=True)
+            self.process = subprocess.Popen(torchrun(arguments, per_node, here, meeting))
             if self.stopping:  # meanwhile
                 self.stop()
             while not self._ended():
@@ -154,15 +152,11 @@ class Training:
     def stop(self) -> None:
         """Have the ranks finish their step, save it and leave, and wait for it. Safe in a signal handler."""
         self.stopping = True
-        told: set[int] = set()
-        while self.process is not None and not self._ended():
-            if ranks := _children(self.process.pid):
-                for pid in ranks - told:
-                    _send(pid, signal.SIGUSR1)
-                told |= ranks
-            elif not told:
-                _send(self.process.pid, signal.SIGTERM)  # it has started none yet
-            time.sleep(0.1)
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGUSR1)  # not Popen.send_signal, which polls
+            while not self._ended():
+                time.sleep(0.1)
 
     def checkpoint(self) -> Any:
         """submitit's protocol: stop, and return what to run when the job starts again."""
@@ -236,23 +230,6 @@ def _preempted(run_dir: Path, known: int, stopping: bool) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
-
-
-def _children(pid: int) -> set[int]:
-    found: set[int] = set()
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found.update(map(int, thread.read_text().split()))
-        except OSError:
-            continue
-    return found
-
-
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def _member() -> tuple[Path, list[str]]:
