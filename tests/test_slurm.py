@@ -103,7 +103,7 @@ if "RANK" in os.environ:
     from dist_train.optim import Optimizers
     step = Optimizers.step
     def slow(self, scaler):
-        time.sleep(0.3)
+        time.sleep(0.1)
         step(self, scaler)
     Optimizers.step = slow
 """
@@ -179,7 +179,7 @@ def test_a_failing_rank_fails_the_job(lab: Lab, limited: str, tmp_path: Path) ->
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     job = lab.sbatch(["--nodes=2"], lab.long, PYTHONPATH=str(tmp_path))
     assert lab.cluster.ended(job) == "FAILED"
-    assert lab.cluster.job(job) | {"Restarts": "0", "ExitCode": "1:0"} == lab.cluster.job(job)
+    assert lab.cluster.job(job)["Restarts"] == "0"
     end = lab.log(job).splitlines()[-12:]
     assert any(line.endswith("ValueError: out of luck on purpose") for line in end), lab.log(job)
     assert "SignalException" not in lab.log(job)
