@@ -116,16 +116,23 @@ class Training:
     stopping: bool = False
 
     def __call__(self) -> str:
-        """Returns the run folder. Raises RuntimeError when the training fails, UserError, data_prep.DataError."""
+        """Returns the run folder of a training that is done, and otherwise leaves with its exit code."""
         code = self.run()
         if code == PREEMPTED:  # the first node is in `checkpoint`, and speaks to the scheduler
             time.sleep(_REQUEUED)
         if code:
-            raise RuntimeError(f"the training in {self.run_dir} {'was stopped' if code == PREEMPTED else 'failed'}")
+            sys.exit(code)  # no exception: the log's end belongs to the rank that failed
         return str(self.run_dir)
 
     def run(self) -> int:
-        """Train until all is done or stopped. Returns the exit code. Raises UserError, data_prep.DataError."""
+        """Train until all is done or stopped. Returns the exit code."""
+        try:
+            return self._run()
+        except (UserError, data_prep.DataError) as error:
+            say(str(error))
+            return BAD_INPUT
+
+    def _run(self) -> int:
         here = place()
         self.run_dir = Path(_named(str(self.run_dir))).absolute()
         _, settings = resolve(parser().parse_intermixed_args(self.arguments))
@@ -285,11 +292,7 @@ def main() -> int:
     step = _newest(Path(_named(str(run_dir))))
     if here.main:
         print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
-    try:
-        code = training.run()
-    except (UserError, data_prep.DataError) as error:
-        say(str(error))
-        return BAD_INPUT
+    code = training.run()
     slurm = "SLURM_JOB_ID" in os.environ and asked[:1] != [signal.SIGINT]
     # only the first node speaks to Slurm; one that left before would have srun end the others
     if code == PREEMPTED and slurm and (not here.main or _requeue(training.run_dir, step, asked)):

@@ -138,7 +138,8 @@ class Job:
         if state in ("COMPLETED", "") and (self.run_dir / SUMMARY).exists():
             return Result.read(self.run_dir)
         tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
-        raise JobError("\n".join([f"job {self.id} ended as {state or 'unknown'}; the end of {self.log}:", *tail]))
+        ended = f"ended as {state}" if state else "has ended, and Slurm no longer knows how"
+        raise JobError("\n".join([f"job {self.id} {ended}; the end of {self.log}:", *tail]))
 
 
 def train(arguments: Sequence[str], *, local: bool = False, **options: Any) -> Job:

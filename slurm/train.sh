@@ -24,7 +24,11 @@
 
 set -euo pipefail
 
-# set-up: on every node before the trainer
+# set-up
+# What the job has on a node is for its one step there: of itself srun would bind all ranks to one CPU, and take no GPU of
+# a whole node.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
+if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then export SLURM_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}; fi
 cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate
 # module load cuda
@@ -32,6 +36,4 @@ source .venv/bin/activate
 # export WANDB_MODE=offline
 # end of set-up
 
-# srun does not take over the number of CPUs by itself, and without it would bind all ranks to one
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 python -u -m launch.node "$@"
