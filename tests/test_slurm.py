@@ -197,7 +197,7 @@ def test_a_node_dies(lab: Lab, limited: str) -> None:
         assert node not in lab.cluster.nodes(job.id)
     finally:
         lab.cluster.power_on(node)
-        lab.cluster.run("scontrol", "update", f"nodename={node}", "state=idle")
+        lab.cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
     assert job.state() == "COMPLETED"
     assert len(starts(job.run_dir)) == 2
     assert starts(job.run_dir)[1]["step"] > 0
