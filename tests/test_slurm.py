@@ -33,7 +33,7 @@ if why := missing():
 
 @dataclass(frozen=True)
 class Lab:
-    """The cluster and a folder to submit from. long: arguments of a training of 330 steps, with a checkpoint every 20;
+    """The cluster and a folder to submit from. long: arguments of a training of 165 steps, with a checkpoint every 20;
     undisturbed: its run on one rank, without Slurm."""
 
     cluster: Cluster
@@ -68,7 +68,7 @@ def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     (folder / ".venv").symlink_to(Path(sys.prefix))
     common = ["--preset", "digits", f"data.dir={digits}", "record.wandb=disabled", "record.quiet=true"]
     common += ["train.device=cpu", "batch_size=128"]
-    long = [*common, "train.epochs=30", "every_steps=20"]
+    long = [*common, "train.epochs=15", "every_steps=20"]
     undisturbed = folder / "undisturbed"
     assert trainer(*long, "--run-dir", undisturbed).returncode == 0
     with Cluster() as cluster, pytest.MonkeyPatch.context() as patch:
@@ -103,7 +103,7 @@ if "RANK" in os.environ:
     from dist_train.optim import Optimizers
     step = Optimizers.step
     def slow(self, scaler):
-        time.sleep(0.1)
+        time.sleep(0.3)
         step(self, scaler)
     Optimizers.step = slow
 """
