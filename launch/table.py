@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from data_prep.files import locked
 from dist_train import config
 from dist_train.errors import UserError, say
@@ -65,6 +63,8 @@ def _member(folder: Path) -> Member:
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the mean's 95 % interval by Student's t, infinite for one value."""
+    from scipy.stats import t as student  # a second, which not every node of a job has to spend
+
     n = len(values)
     if n < 2:
         return math.inf
