@@ -154,10 +154,12 @@ def _file_system(folder: Path) -> str:
 
 
 def state(job: str) -> str:
-    """A job's state in Slurm's words, "" for one that Slurm no longer knows."""
+    """A job's state in Slurm's words, "" for one that Slurm no longer knows, UNKNOWN while Slurm does not answer."""
     shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
     if match := re.search(r"\bJobState=(\w+)", shown.stdout):
         return match[1]
+    if not re.search("not found|Invalid job id", shown.stdout + shown.stderr):
+        return "UNKNOWN"
     asked = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"]
     try:
         known = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()

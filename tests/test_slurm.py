@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from test_record import expected_rows, offline_records, own
 from dist_train.diff import main as diff
 from dist_train.errors import UserError
 from dist_train.record import read_history
+from launch import cluster as slurm
 from launch import submit, table
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
@@ -276,6 +278,14 @@ def test_the_time_limit(lab: Lab, limited: str) -> None:
     reasons = [row["reason"] for row in read_history(lab.run_dir(limited)) if row["event"] == "end"]
     assert reasons[0].startswith("SIGUSR1")
     lab.same_bits(lab.run_dir(limited))
+
+
+def test_a_slurm_that_does_not_answer_is_no_end(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm.state("999999") == ""
+    text = (lab.cluster.at / "slurm.conf").read_text()
+    (tmp_path / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", text))
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert slurm.state("999999") == "UNKNOWN"
 
 
 # before anything is submitted
