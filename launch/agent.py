@@ -13,14 +13,14 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from dist_train.errors import say
-
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+from dist_train.stopping import SIGNALS
 
 
 def main() -> int:
@@ -33,14 +33,12 @@ def main() -> int:
         stopped = True
         ranks = _children()
         for pid in ranks:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
         if not ranks:
             raise SystemExit(128 + number)
 
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, stop)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     args = parse_args(sys.argv[1:])
@@ -59,10 +57,8 @@ def main() -> int:
 def _children() -> set[int]:
     found: set[int] = set()
     for thread in Path("/proc/self/task").glob("*/children"):
-        try:
+        with suppress(OSError):
             found.update(map(int, thread.read_text().split()))
-        except OSError:
-            continue
     return found
 
 

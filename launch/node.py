@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import data_prep
 from dist_train import checkpoint
 from dist_train.distributed import ranks_per_node
@@ -31,9 +33,9 @@ from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
 from dist_train.main import BAD_INPUT, DONE, FAILED, PREEMPTED, parser, resolve
 from dist_train.record import read_history
+from dist_train.stopping import SIGNALS
 from dist_train.train import TrainConfig
 from launch import table
-from launch.agent import STOP_SIGNALS
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
 _REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
@@ -71,8 +73,6 @@ def place() -> Place:
 
 def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
     """How many ranks to start on each of `nodes` nodes like this one. Raises UserError where there can be none."""
-    import torch
-
     gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if not gpus and train.device != "cpu" and given.isdigit() and int(given):
@@ -286,7 +286,7 @@ def main() -> int:
         asked.append(number)
         training.stop()
 
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, stop)
     here = place()
     step = _newest(Path(_named(str(run_dir))))

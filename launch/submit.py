@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+import torch
 
 from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
@@ -228,8 +229,6 @@ class _Plan:
 
 
 def _gpus_here(sbatch: dict[str, str | bool]) -> int:
-    import torch
-
     return int(sbatch.get("gpus-per-node", torch.cuda.device_count()))
 
 
