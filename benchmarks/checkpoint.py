@@ -50,7 +50,7 @@ def main() -> None:
     step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        writer = checkpoint.Writer(path, 2, {}, before=lambda: None, failed=lambda *_: None)
+        writer = checkpoint.Writer(path, 2, {}, before=lambda: None, written=lambda _: None, failed=lambda *_: None)
         kinds: dict[str, Callable[[], Any]] = {
             "none": lambda: None,
             "in a thread": lambda: writer.write(1, state()),

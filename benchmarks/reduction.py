@@ -70,7 +70,7 @@ class Step:
     sent: int
 
 
-Way = Callable[[], None]
+Way = Callable[[], object]
 
 
 class Given(nn.Module):

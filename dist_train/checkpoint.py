@@ -45,12 +45,14 @@ class Writer:
         stamp: dict[str, Any],
         *,
         before: Callable[[], None],
+        written: Callable[[Path], None],
         failed: Callable[[int, OSError], None],
     ) -> None:
-        """stamp: what every checkpoint carries besides the state. before: called ahead of each file, in the
-        thread. failed: told the step and the reason when a checkpoint could not be written, in the thread too; the
-        ones before it stay."""
-        self.folder, self.keep, self.stamp, self.before, self.failed = folder, keep, stamp, before, failed
+        """stamp: what every checkpoint carries besides the state. In the thread are called: before, ahead of each
+        file; written, with each file that is whole; failed, with the step and the reason when one could not be
+        written, while the ones before it stay."""
+        self.folder, self.keep, self.stamp = folder, keep, stamp
+        self.before, self.written, self.failed = before, written, failed
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
 
@@ -73,10 +75,12 @@ class Writer:
         self.error = None
         try:
             self.before()
-            save(self.folder, step, state, self.keep)
+            path = save(self.folder, step, state, self.keep)
         except OSError as error:
             self.error = error
             self.failed(step, error)
+        else:
+            self.written(path)
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -169,15 +169,29 @@ class Data:
         there = (s for s in self.config.smaller if step < s.until_epoch * self.steps_per_epoch)
         return next(there, None)
 
-    def evaluation(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of `test` or `holdout`, as (images, labels) like a Microbatch's. The split is cut
-        into the same batches on any number of ranks, and each is on exactly one of them."""
+    def evaluated(self) -> list[tuple[str, str]]:
+        """What there is to evaluate on: the name of its figures and the split."""
+        return [("test", "test"), *([("val", "holdout")] if self.config.holdout else [])]
+
+    def evaluation(self, split: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """This rank's share of `test`, `holdout` or `train`: each batch's place in the split, and (images, labels)
+        like a Microbatch's, not augmented. The split is cut into the same batches on any number of ranks, and each
+        is on exactly one of them."""
         source = self.sources["test" if split == "test" else "train"]
-        chunks = self.indices[split].split(self.config.eval_batch)
+        size = self.config.eval_batch
+        chunks = self.indices[split].split(size)
         mine = chunks[self.ranks.rank :: self.ranks.world_size]
         if mine:
-            for images, labels, _ in source.batches(torch.cat(mine), self.config.eval_batch):
-                yield self._normalised(images), labels
+            first = self.ranks.rank * size
+            for images, labels, _ in source.batches(torch.cat(mine), size):
+                yield slice(first, first + len(labels)), self._normalised(images), labels
+                first += self.ranks.world_size * size
+
+    def pixels(self, split: str, positions: Tensor) -> Tensor:
+        """The images at some places of a split as they are: (n, H, W, C) uint8, on the CPU."""
+        source = self.sources["test" if split == "test" else "train"]
+        wanted = self.indices[split][positions]
+        return next(source.batches(wanted, len(wanted)))[0].to("cpu", copy=True)
 
     def sample_indices(self, step: int, slot: int) -> list[int]:
         """Indices in the training set of the images in one microbatch of a step, counted from 0."""

@@ -30,7 +30,7 @@ from dist_train.distributed import Ranks, check_world_size, on_main, ranks, sum_
 from dist_train.environment import device_name, git_commit, matrix_rate, versions
 from dist_train.errors import DivergedError, LostPeerError, UserError, say
 from dist_train.files import write_atomic
-from dist_train.model import BlockNetwork, flops, shapes, training_flops
+from dist_train.model import BlockNetwork, flops, shapes
 from dist_train.optim import Optimizers
 from dist_train.record import best_eval, read_metrics
 from dist_train.run_folder import Keeper, open_folder
@@ -131,10 +131,11 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         step = state["step"] if state else 0
         model = build_model(settings.model, t, data).to(here.device)
         optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
+        rate = _matrix_rate(here, t.precision)
         keeper = None
         if here.main:
             _announce(run_dir, settings, found, here, step, steps)
-            keeper = Keeper(run_dir, settings, here, found.dataset, steps, state)
+            keeper = Keeper(run_dir, settings, here, found, steps, rate, state)
             held.callback(lambda: keeper.close(outcome.code, outcome.reason))
         try:
             step, stopped = train(
@@ -156,8 +157,6 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
             raise
 
-        rate = 0 if stopped else _matrix_rate(here, t.precision)
-
         def finish() -> str:
             """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
             assert keeper is not None
@@ -165,7 +164,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 return missing
             if stopped:
                 return ""
-            summary = _summary(settings, model, optimizers, data, here, rate, run_dir)
+            summary = _summary(settings, model, data, here, rate, run_dir)
             return keeper.finish({**summary, "seconds": time.perf_counter() - start})
 
         missing = on_main(here, finish)
@@ -211,7 +210,6 @@ def _announce(
 def _summary(
     settings: config.Config,
     model: BlockNetwork,
-    optimizers: Optimizers,
     data: Data,
     here: Ranks,
     rate: int,
@@ -224,10 +222,7 @@ def _summary(
     train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
     height, width, channels = data.manifest.image_shape
     classes = len(data.manifest.classes)
-    train_flops = settings.train.batch_size * sum(
-        training_flops(settings.model, (channels, *data.image_size(step)), classes, optimizers.learns("stem", step))
-        for step in range(len(steps))
-    )
+    train_flops = sum(row["flops"] for row in steps)
     return {
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],

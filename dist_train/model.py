@@ -47,6 +47,12 @@ class Convolution:
     padding: Annotated[int, Field(ge=0)] | Literal["same"] = "same"
     bias: bool = False
 
+    @property
+    def name(self) -> str:
+        """For people, such as `3x3`, or `5x5 d2 g8 s2` with another dilation, groups or stride than 1."""
+        others = ((self.dilation, "d"), (self.groups, "g"), (self.stride, "s"))
+        return " ".join([f"{self.kernel}x{self.kernel}", *(f"{letter}{n}" for n, letter in others if n > 1)])
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Block:
@@ -181,6 +187,13 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
     return found
 
 
+def summed(block: Block, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The (C, H, W) of the images that a block sums, and only then pools, from that of its input."""
+    conv, (_, height, width) = block.convolutions[0], shape
+    how = conv.kernel, conv.dilation, conv.stride, _padding(conv, "")
+    return block.channels, _convolved(height, *how), _convolved(width, *how)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation whose running statistics are one row per microbatch slot.
 
@@ -256,6 +269,11 @@ class MixedBlock(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(config.channels, slots, batch_norm) for _ in range(norms))
         self.activation = _ACTIVATIONS[config.activation]
 
+    @property
+    def branches(self) -> list[str]:
+        """A short name for each convolution."""
+        return [conv.name for conv in self.config.convolutions]
+
     def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
         config = self.config
         averages, x = average(x, self.mixing.fc.weight.dtype)
@@ -323,6 +341,7 @@ class BlockNetwork(nn.Module):
         super().__init__()
         entry, *left = shapes(config, image_shape)
         stem = config.stem
+        self.config, self.channels, self.classes = config, image_shape[0], classes
         self.stem_activation = _ACTIVATIONS[stem.activation]
         self.stem = (
             nn.Conv2d(image_shape[0], entry[0], stem.kernel, stem.stride, stem.padding) if stem.kind != "none" else None
@@ -339,6 +358,7 @@ class BlockNetwork(nn.Module):
                 if isinstance(module, nn.Conv2d):
                     _dirac(module)
         self.stem_learns = True  # to be set to False once its rate is 0 for good
+        self._flops: dict[tuple[int, int, bool], int] = {}
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, slot: Tensor | None = None) -> Tensor:
@@ -356,6 +376,14 @@ class BlockNetwork(nn.Module):
             # DDP waits for a gradient of every parameter: here it is 0
             logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
         return logits
+
+    def training_flops(self, height: int, width: int) -> int:
+        """Operations of the forward and backward pass of one image of that size, as the network learns now."""
+        phase = height, width, self.stem_learns
+        if phase not in self._flops:
+            shape = self.channels, height, width
+            self._flops[phase] = training_flops(self.config, shape, self.classes, self.stem_learns)
+        return self._flops[phase]
 
 
 def _dirac(convolution: nn.Conv2d) -> None:
@@ -407,13 +435,11 @@ def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) 
     stem = config.stem
     before = [image_shape, *shapes(config, image_shape)]
     found = [[2 * math.prod(before[1]) * image_shape[0] * stem.kernel**2] if stem.kind != "none" else []]
-    for (channels, height, width), block in zip(before[1:], config.blocks, strict=False):
+    for shape, block in zip(before[1:], config.blocks, strict=False):
         of_block = []
         for conv in block.convolutions:
-            pad = _padding(conv, "")
-            out = [_convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width)]
-            of_block.append(2 * block.channels * math.prod(out) * conv.kernel**2 * channels // conv.groups)
-        found.append([*of_block, 2 * channels * len(of_block)])
+            of_block.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
+        found.append([*of_block, 2 * shape[0] * len(of_block)])
     widths = [before[-1][0], *config.output.hidden, classes]
     return [*found, [2 * a * b for a, b in itertools.pairwise(widths)]]
 

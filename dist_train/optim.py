@@ -148,11 +148,22 @@ class Optimizers:
         until = self.config.group(kind)["until_epoch"]
         return until is None or step < until * self.steps_per_epoch
 
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        """Apply the gradients; with a scaler in use, skip every optimizer whose gradients overflowed."""
+    def step(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """Apply the gradients; with a scaler in use, skip every optimizer whose gradients overflowed. Returns the
+        norm of the whole gradient, float32, on the device."""
+        for optimizer in self.all:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm(
+            parameter.grad
+            for optimizer in self.all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        )
         for optimizer in self.all:
             scaler.step(optimizer)
         scaler.update()
+        return norm
 
     def state(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer in self.all]

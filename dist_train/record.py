@@ -2,18 +2,29 @@
 
 `metrics.jsonl` holds one JSON object a line, in the order of training:
 
-- `{"kind": "step", "step", "epoch", "loss", "lr", "images_per_second", "correct", "images"}` for each
-  optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the global batch,
-  `correct` of `images` were classified right in training mode.
-- `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}`, with
-  `val_loss` and `val_accuracy` where there is a validation set; in the last one also `*_tta`, with test-time
-  augmentation, where that was asked for. Accuracies are fractions from 0 to 1.
+- `{"kind": "step", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "correct", "images", "flops"}`
+  for each optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the global batch,
+  `grad_norm` the norm of its whole gradient, `correct` of `images` were classified right in training mode, with
+  `flops` floating-point operations forward and backward.
+- `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "coefficients"}`,
+  with `val_loss` and `val_accuracy` where there is a validation set; in the last one also `*_tta`, with test-time
+  augmentation, where that was asked for. Accuracies are fractions from 0 to 1. `coefficients` has, for each block
+  and each of its convolutions, the mean and the standard deviation of the mixing coefficient over the test images.
 - `{"kind": "weights", "step", "digests"}` before the evaluation: by each tensor's name, in the network's
   order, the first 16 hexadecimal digits of the SHA-256 of its bytes after `step`.
 
 A number that is not finite is written as `null`. Runs of the same weights have the same lines, apart from
 `images_per_second`. What may differ between them is in `history.jsonl`: when and where the run was started,
-how it ended, what went wrong; `{"event", "time", ...}` a line. This module does not import torch.
+how it ended, what went wrong; `{"event", "time", ...}` a line.
+
+`evaluation.json` is the last evaluation in full: `{"dataset", "split", "step", "images", "loss", "accuracy",
+"classes", "confusion", "calibration", "coefficients", "wrong"}` and, with test-time augmentation, `*_tta`.
+`confusion[i][j]` images of class i were taken for class j. `calibration` is `{"ece", "bins": [{"from", "count",
+"confidence", "accuracy"}]}`. `coefficients` has for each block `{"branches", "mean", "std", "by_class"}`: names,
+mean and standard deviation for each convolution, and for each class the mean of each. `wrong` lists the wrong answers
+of the highest confidence, `{"index", "label", "predicted", "confidence", "png"}`, the image in base64.
+
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -43,6 +54,7 @@ Row = dict[str, Any]
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 HISTORY = "history.jsonl"
+EVALUATION = "evaluation.json"
 KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
 
 
@@ -62,6 +74,13 @@ class RecordConfig:
     name: Annotated[str, Field(description="Name in W&B and in plot titles; empty: the run folder's.")] = ""
     tags: Annotated[list[str], Field(description="W&B tags.")] = field(default_factory=list)
     quiet: Annotated[bool, Field(description="No progress bar and no table on the terminal.")] = False
+    artifacts: Annotated[
+        Literal["none", "last", "all"], Field(description="Which checkpoints W&B keeps as artifacts.")
+    ] = "none"
+    system: Annotated[
+        Literal["first", "all"],
+        Field(description="Whose processor, memory and GPU W&B shows: rank 0's host by W&B itself, or every rank's."),
+    ] = "first"
     digest_every: Annotated[
         int,
         Field(
@@ -91,16 +110,18 @@ class Recorder:
         run_config: Row,
         total_steps: int,
         resume_step: int,
+        matrix_rate: float = math.nan,
     ) -> None:
         """Open the record, and cut it back to `resume_step` where a checkpoint is being resumed.
 
         Args:
             run_dir: the run folder; made if it is not there.
             dataset: the data set's name, for plot titles and `summary.json`.
-            run_config: the whole configuration, as W&B shall show it.
+            run_config: the whole configuration, and what else W&B shall show with it.
             total_steps: optimizer steps of the whole run.
             resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be
                 replayed and are removed, as is a torn last line.
+            matrix_rate: floating-point operations a second of matrix products on all ranks, for W&B's MFU.
 
         Raises:
             UserError: the lines up to `resume_step` are not all there.
@@ -108,7 +129,7 @@ class Recorder:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self.evals: list[Row] = []  # every eval line so far, those before a resume included
-        self._dir, self._dataset, self._quiet = run_dir, dataset, config.quiet
+        self._dir, self._dataset, self._quiet, self._artifacts = run_dir, dataset, config.quiet, config.artifacts
         self._name = config.name or run_dir.resolve().name
         self.last_step = 0  # the newest step that was recorded
         self._last_digests, self._sums = 0, _Sums()
@@ -143,6 +164,7 @@ class Recorder:
                 config=run_config,
                 metrics=self._path,
                 offset=self._synced,
+                matrix_rate=matrix_rate,
             )
 
     def step(
@@ -152,9 +174,11 @@ class Recorder:
         epoch: float,
         loss: float,
         lr: float,
+        grad_norm: float,
         images_per_second: float,
         correct: int,
         images: int,
+        flops: int,
     ) -> None:
         """Record one finished optimizer step; steps come in order, singly or a group after another.
 
@@ -163,7 +187,9 @@ class Recorder:
             epoch: passes over the training set finished, a fraction.
             loss: mean over the `images` of the global batch.
             lr: learning rate of the convolution kernels.
+            grad_norm: norm of the gradient of all weights.
             correct: images of the batch classified right in training mode.
+            flops: floating-point operations of the step, forward and backward.
 
         Raises:
             ValueError: `step` does not follow the step before.
@@ -176,9 +202,11 @@ class Recorder:
             "epoch": epoch,
             "loss": loss,
             "lr": lr,
+            "grad_norm": grad_norm,
             "images_per_second": images_per_second,
             "correct": correct,
             "images": images,
+            "flops": flops,
         }
         self._append(row)
         self.last_step = step
@@ -211,6 +239,7 @@ class Recorder:
         epoch: float,
         test_loss: float,
         test_accuracy: float,
+        coefficients: list[list[list[float]]],
         **others: float,
     ) -> Row:
         """Record an evaluation after `step` and return its line.
@@ -232,6 +261,7 @@ class Recorder:
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             **others,
+            "coefficients": coefficients,
         }
         row: Row = _finite({"kind": "eval", "step": step, "epoch": epoch, **metrics})
         self._append(row)
@@ -240,6 +270,21 @@ class Recorder:
             self._table_row(epoch, metrics)
         self._sums = _Sums()
         return row
+
+    def evaluation(self, details: Row) -> None:
+        """Write `evaluation.json`. What cannot be written costs a line on stderr, not the run."""
+        try:
+            write_atomic(self._dir / EVALUATION, (json.dumps(_finite(details)) + "\n").encode())
+        except OSError as error:
+            self._tell(
+                f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
+                f"later: python -m dist_train.evaluate {self._dir} --write"
+            )
+
+    def checkpoint(self, path: Path, last: bool = False) -> None:
+        """Hand a checkpoint that is whole to W&B, if the configuration says so. last: of a run that is done."""
+        if self._wandb is not None and self._artifacts == ("last" if last else "all"):
+            self._wandb.artifact(path)
 
     def say(self, phase: str) -> None:
         """Show on the progress bar what goes on while no steps are made."""
@@ -289,7 +334,8 @@ class Recorder:
             self._tell(f"plots not drawn ({error}); try again: python -m dist_train.plots {self._dir}")
             pictures = []
         if self._wandb is not None:
-            self._wandb.summarize(summary, pictures)
+            details = self._dir / EVALUATION
+            self._wandb.summarize(summary, pictures, details if details.exists() else None)
 
     def close(self, exit_code: int) -> None:
         """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""

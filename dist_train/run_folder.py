@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from data_prep import Manifest
 from dist_train import checkpoint, config, plots
 from dist_train.distributed import Ranks
-from dist_train.environment import Environment, changes, environment
+from dist_train.environment import Environment, changes, environment, git_commit, versions
 from dist_train.errors import UserError, say
 from dist_train.files import claimed, remove_partial, write_atomic
 from dist_train.record import Recorder, append_history
@@ -51,28 +53,47 @@ class Keeper:
         run_dir: Path,
         settings: config.Config,
         ranks: Ranks,
-        dataset: str,
+        data: Manifest,
         total_steps: int,
+        matrix_rate: float,
         state: dict[str, Any] | None,
     ) -> None:
-        """state: of the checkpoint that the run goes on from, None for a new run. Says so, once, when the
-        environment is another one than before."""
+        """matrix_rate: floating-point operations a second of matrix products on all ranks. state: of the checkpoint
+        that the run goes on from, None for a new run. Says so, once, when the environment is another one than
+        before."""
         self.run_dir = run_dir
         step = state["step"] if state else 0
         self.environments = self._environments(ranks, step, state["environments"] if state else [])
         self.recorder = Recorder(
             run_dir,
             settings.record,
-            dataset=dataset,
-            run_config=config.to_dict(settings),
+            dataset=data.dataset,
+            run_config={
+                **config.to_dict(settings),
+                "manifest": dataclasses.asdict(data),
+                "code": {"git_commit": git_commit(), "versions": versions()},
+            },
             total_steps=total_steps,
             resume_step=step,
+            matrix_rate=matrix_rate,
         )
         self.writer = checkpoint.Writer(
             run_dir / "checkpoints",
             settings.checkpoint.keep,
-            {"environments": self.environments},
+            {
+                "environments": self.environments,
+                # with these a checkpoint is enough to use the network
+                "config": config.to_toml(settings),
+                "data": {
+                    "dataset": data.dataset,
+                    "classes": list(data.classes),
+                    "image_shape": list(data.image_shape),
+                    "mean": list(data.mean),
+                    "std": list(data.std),
+                },
+            },
             before=self.recorder.flush,  # a checkpoint without the lines before it could not be resumed
+            written=self.recorder.checkpoint,
             failed=self._not_written,
         )
 
@@ -87,6 +108,8 @@ class Keeper:
             self.recorder.finish({**summary, "environments": self.environments}, plots.draw)
         except OSError as error:
             return f"summary.json ({error.strerror})"
+        if last := checkpoint.newest(self.run_dir / "checkpoints"):
+            self.recorder.checkpoint(last, last=True)
         return ""
 
     def close(self, code: int, reason: str) -> None:

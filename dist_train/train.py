@@ -125,9 +125,8 @@ def train(
                 )
                 scaler.scale(loss / settings.batch_size).backward()
             meter.add(loss, (logits.argmax(1) == batch.labels).sum(), gradients.largest)
-        optimizers.step(scaler)
+        meter.end_step(rate, optimizers.step(scaler), model.training_flops(*data.image_size(step)))
         step += 1
-        meter.end_step(rate)
 
         epoch, within = divmod(step, steps_per_epoch)
         save = step == last_step or saving.due(step, steps_per_epoch)
@@ -143,9 +142,16 @@ def train(
         if step == last_step or (within == 0 and epoch % testing.every == 0):
             if recorder is not None:
                 recorder.say("evaluating")
-            found = evaluate(compiled, data, ranks, autocast, testing.tta if step == last_step else "none")
+            tta = testing.tta if step == last_step else "none"
+            found = {name: evaluate(model, data, split, ranks, autocast, tta) for name, split in data.evaluated()}
             if recorder is not None:
-                recorder.eval(step=step, epoch=step / steps_per_epoch if within else epoch, **found)
+                figures = {f"{name}_{key}": value for name, e in found.items() for key, value in e.figures.items()}
+                coefficients = found["test"].coefficients()
+                recorder.eval(
+                    step=step, epoch=step / steps_per_epoch if within else epoch, coefficients=coefficients, **figures
+                )
+                if step == last_step:
+                    recorder.evaluation(found["test"].details(data, step))
         if save and writer is not None:
             writer.write(step, state.dump(step))
         meter.restart_clock(save or digest)
@@ -213,7 +219,7 @@ class _Meter:
         self.scaled = settings.precision == "fp16"
         self.ranks, self.data, self.recorder = ranks, data, recorder
         self.pending: list[Tensor] = []
-        self.rates: list[float] = []
+        self.steps: list[tuple[float, Tensor, int]] = []
         self.clock = time.perf_counter()
 
     def add(self, loss: Tensor, correct: Tensor, largest: Tensor | None) -> None:
@@ -221,8 +227,9 @@ class _Meter:
         assert largest is not None
         self.pending.append(torch.stack((loss.detach().double(), correct.double(), largest.double())))
 
-    def end_step(self, rate: float) -> None:
-        self.rates.append(rate)
+    def end_step(self, rate: float, norm: Tensor, flops: int) -> None:
+        """norm: of the whole gradient. flops: of one image."""
+        self.steps.append((rate, norm, flops))
 
     def flush(self, step: int, stop: int) -> str:
         """Record the pending steps, of which `step` is the last, and agree with all ranks whether to stop.
@@ -230,14 +237,15 @@ class _Meter:
         stop: number of the stop signal that this rank received, or 0. Returns which one came to which rank, ""
         for none: the same on all ranks. Raises DivergedError.
         """
-        count = len(self.rates)
+        count = len(self.steps)
         mine = torch.stack(self.pending).view(count, -1, 3).transpose(0, 1)  # microbatch first
         asked = mine.new_full((*mine.shape[:2], 1), 1000 * self.ranks.rank + stop if stop else 0)
         with self.ranks.exchange():  # the stop request travels with the losses: agreement costs no message
             sums = gather_shares(self.ranks, torch.cat((mine, asked), 2), self.microbatches).transpose(0, 1).tolist()
         elapsed = time.perf_counter() - self.clock
         first = step - count + 1
-        for number, (rate, parts) in enumerate(zip(self.rates, sums, strict=True), first):
+        norms = torch.stack([norm for _, norm, _ in self.steps]).tolist()
+        for number, (rate, _, flops), norm, parts in zip(range(first, step + 1), self.steps, norms, sums, strict=True):
             self._check(number, parts, first - 1)
             if self.recorder is not None:
                 self.recorder.step(
@@ -245,12 +253,14 @@ class _Meter:
                     epoch=number / self.data.steps_per_epoch,
                     loss=sum(part[0] for part in parts) / self.batch_size,  # in the order of the slots
                     lr=rate,
+                    grad_norm=norm,
+                    flops=self.batch_size * flops,
                     images_per_second=self.batch_size * count / elapsed,
                     correct=int(sum(part[1] for part in parts)),
                     images=self.batch_size,
                 )
         self.pending.clear()
-        self.rates.clear()
+        self.steps.clear()
         self.clock = time.perf_counter()
         by = int(max(part[3] for part in sums[-1]))
         return f"{Signals(by % 1000).name} on rank {by // 1000}" if by else ""

@@ -45,6 +45,7 @@ class WandbRun:
         config: dict[str, Any],
         metrics: Path,
         offset: int,
+        matrix_rate: float,
     ) -> WandbRun | None:
         """Begin the run; None when `mode` is auto and the environment says WANDB_MODE=disabled.
 
@@ -53,6 +54,7 @@ class WandbRun:
             mode: auto (WANDB_MODE if set, else online when logged in, else offline), online or offline.
             config: the configuration to show, of values that JSON has.
             metrics: the record; its lines from byte `offset` on are passed on as they come.
+            matrix_rate: floating-point operations a second of matrix products on all ranks, for MFU.
         """
         if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
             return None
@@ -99,15 +101,24 @@ class WandbRun:
             config=config,
             metrics=str(metrics.absolute()),
             offset=offset,
+            matrix_rate=matrix_rate,
         )
         return run
 
     def __init__(self, process: subprocess.Popen[bytes], where: Path) -> None:
         self._process, self._where = process, where
 
-    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path]) -> None:
-        """Hand over the final values and the plots, each an image under its file's name."""
-        self._send(summary=summary, pictures=[str(picture.absolute()) for picture in pictures])
+    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path], evaluation: Path | None) -> None:
+        """Hand over the final values, the plots, each an image under its file's name, and `evaluation.json`."""
+        self._send(
+            summary=summary,
+            pictures=[str(picture.absolute()) for picture in pictures],
+            evaluation=evaluation and str(evaluation.absolute()),
+        )
+
+    def artifact(self, path: Path) -> None:
+        """Hand over a checkpoint."""
+        self._send(artifact=str(path.absolute()))
 
     def close(self, exit_code: int) -> None:
         """End the run, and wait for that for `CLOSE_TIMEOUT` seconds at most."""

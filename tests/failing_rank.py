@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from torch import Tensor
+
 from dist_train.main import _entry
 from dist_train.optim import Optimizers
 
@@ -10,12 +12,12 @@ steps = 0
 step = Optimizers.step
 
 
-def fail_later(self: Optimizers, scaler: Any) -> None:
+def fail_later(self: Optimizers, scaler: Any) -> Tensor:
     global steps
     steps += 1
     if steps == 4 and os.environ["RANK"] == "1":
         raise ValueError("out of luck on purpose")
-    step(self, scaler)
+    return step(self, scaler)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,14 @@ def test_a_failed_write_leaves_the_last_one_and_no_litter(tmp_path: Path, monkey
 
 
 def writer(folder: Path, failures: list[tuple[int, OSError]], before: Callable[[], None] = lambda: None) -> Writer:
-    return Writer(folder, 2, {"by": "test"}, before=before, failed=lambda step, error: failures.append((step, error)))
+    return Writer(
+        folder,
+        2,
+        {"by": "test"},
+        before=before,
+        written=lambda _: None,
+        failed=lambda step, error: failures.append((step, error)),
+    )
 
 
 def test_the_writer_takes_the_state_as_it_was(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_evaluation_counts_every_image_once(digits: Path, loader: str) -> None:
         labels = []
         for rank in range(world_size):
             data.ranks = Ranks(rank, world_size, torch.device("cpu"), torch.device("cpu"))
-            labels += [batch_labels for _, batch_labels in data.evaluation("test")]
+            labels += [batch_labels for _, _, batch_labels in data.evaluation("test")]
         assert torch.equal(torch.cat(labels).sort().values, expected)
 
 
@@ -75,7 +75,7 @@ def test_holdout_is_disjoint_and_the_same_for_every_seed(digits: Path) -> None:
     assert torch.equal(both.sort().values, torch.arange(1437))
     trained = torch.cat([m.indices for m in next(data.steps(0))])
     assert not set(trained.tolist()) & set(data.indices["holdout"].tolist())
-    assert sum(len(labels) for _, labels in data.evaluation("holdout")) == 300
+    assert sum(len(labels) for _, _, labels in data.evaluation("holdout")) == 300
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,18 +1,33 @@
-"""Accuracies and losses against their definition, in numpy."""
+"""Evaluation against its definition, in numpy."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+import data_prep
+from dist_train import config
 from dist_train.data import Data, DataConfig, manifest
 from dist_train.distributed import Ranks
 from dist_train.evaluate import Tta, evaluate
+from dist_train.model import BlockNetwork
+
+OFF = torch.autocast("cpu", enabled=False)
+ALONE = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))
+
+
+def loaded(digits: Path, **settings: object) -> Data:
+    config = DataConfig(dataset="digits", dir=str(digits), holdout=50, eval_batch=77, **settings)  # type: ignore[arg-type]
+    return Data(config, manifest(config), ALONE, batch_size=256, microbatches=4, seed=0)
 
 
 def scores(network: nn.Module, images: Tensor, tta: str) -> Tensor:
@@ -40,18 +55,70 @@ def scores(network: nn.Module, images: Tensor, tta: str) -> Tensor:
 
 @pytest.mark.parametrize("tta", ["none", "mirror", "shift"])
 def test_figures_with_and_without_test_time_augmentation(digits: Path, tta: Tta) -> None:
-    config = DataConfig(dataset="digits", dir=str(digits), holdout=50, eval_batch=77)
-    alone = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))
-    data = Data(config, manifest(config), alone, batch_size=256, microbatches=4, seed=0)
+    data = loaded(digits)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    found = evaluate(network, data, alone, torch.autocast("cpu", enabled=False), tta)
-    assert network.training
-    for name, split in (("test", "test"), ("val", "holdout")):
+    assert data.evaluated() == [("test", "test"), ("val", "holdout")]
+    for _, split in data.evaluated():
+        found = evaluate(network, data, split, ALONE, OFF, tta)
+        assert network.training
         batches = list(data.evaluation(split))
-        labels = torch.cat([labels for _, labels in batches])
+        labels = torch.cat([labels for _, _, labels in batches])
+        assert found.labels.tolist() == labels.tolist()
         for suffix in {"", "_tta" if tta != "none" else ""}:
-            logits = torch.cat([scores(network, images, tta if suffix else "none").detach() for images, _ in batches])
-            assert found[f"{name}_accuracy{suffix}"] == float(np.mean((logits.argmax(1) == labels).numpy()))
-            assert found[f"{name}_loss{suffix}"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert any(key.endswith("_tta") for key in found) == (tta != "none")
+            logits = torch.cat(
+                [scores(network, images, tta if suffix else "none").detach() for _, images, _ in batches]
+            )
+            assert found.figures[f"accuracy{suffix}"] == float(np.mean((logits.argmax(1) == labels).numpy()))
+            assert found.figures[f"loss{suffix}"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert len(found.figures) == (2 if tta == "none" else 4)
+
+
+def test_details_are_those_of_each_image(digits: Path) -> None:
+    """Confusion, calibration, coefficients and wrong answers, from one forward pass of each image alone."""
+    data = loaded(digits)
+    settings = config.load("digits", None, [])
+    torch.manual_seed(1)
+    network = BlockNetwork(settings.model, (3, 32, 32), 10, 4)
+    for block in network.blocks:
+        nn.init.normal_(block.mixing.fc.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    nn.init.normal_(network.output.logits.weight, std=2.0)
+    found = evaluate(network, data, "test", ALONE, OFF, "mirror").details(data, 7)
+    images, labels = data_prep.read_split(digits, "test")
+    (all_images,) = [torch.cat([images for _, images, _ in data.evaluation("test")])]
+    network.eval()
+    seen: list[list[Tensor]] = [[], []]
+    for kept, block in zip(seen, network.blocks, strict=True):
+        block.mixing.register_forward_hook(lambda _, __, a, kept=kept: kept.append(a))  # type: ignore[union-attr]
+    with torch.no_grad():
+        probabilities = network(all_images).softmax(1).numpy()
+    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+
+    assert (found["split"], found["step"], found["images"], len(found["classes"])) == ("test", 7, 360, 10)
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    assert found["confusion"] == confusion.tolist()
+    assert found["accuracy"] == confusion.trace() / 360
+    error = 0.0
+    for number, b in enumerate(found["calibration"]["bins"]):
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
+        assert b["count"] == inside.sum()
+        if b["count"]:
+            assert b["confidence"] == pytest.approx(confidence[inside].mean(), rel=1e-5)
+            assert b["accuracy"] == pytest.approx((labels == predicted)[inside].mean())
+            error += abs(b["confidence"] - b["accuracy"]) * b["count"] / 360
+    assert found["calibration"]["ece"] == pytest.approx(error, rel=1e-6)
+    for block, (a,) in zip(found["coefficients"], seen, strict=True):
+        np.testing.assert_allclose(block["mean"], a.mean(0), atol=1e-5)
+        np.testing.assert_allclose(block["std"], a.std(0, correction=0), atol=1e-4)
+        np.testing.assert_allclose(block["by_class"], [a[labels == c].mean(0) for c in range(10)], atol=1e-5)
+    assert [block["branches"] for block in found["coefficients"]] == [["3x3", "1x1"], ["3x3", "3x3 d2", "1x1"]]
+    wrong = found["wrong"]
+    assert len(wrong) == 40
+    assert [w["confidence"] for w in wrong] == sorted((w["confidence"] for w in wrong), reverse=True)
+    assert wrong[0]["confidence"] == pytest.approx(confidence[predicted != labels].max(), rel=1e-6)
+    for w in wrong:
+        assert (w["label"], w["predicted"]) == (labels[w["index"]], predicted[w["index"]])
+        png = Image.open(io.BytesIO(base64.b64decode(w["png"])))
+        np.testing.assert_array_equal(np.asarray(png), images[w["index"]])
+    json.dumps(found, allow_nan=True)

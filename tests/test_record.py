@@ -74,6 +74,11 @@ def digests_at(step: int) -> dict[str, str]:
     return {"stem.weight": f"{step:016x}", "output.bias": f"{7 * step:016x}"}
 
 
+def mixed_at(step: int) -> list[list[list[float]]]:
+    """Mean and deviation of each coefficient of two blocks, of two convolutions and of one."""
+    return [[[0.5, 0.25], [1.0 / step, 0.125]], [[float(step), 0.0]]]
+
+
 def train(recorder: Recorder, first: int, last: int, loss: Callable[[int], float] = loss_at) -> None:
     """Steps `first` to `last`, with digests and an evaluation after each epoch."""
     for step in range(first, last + 1):
@@ -82,13 +87,17 @@ def train(recorder: Recorder, first: int, last: int, loss: Callable[[int], float
             epoch=step / EPOCH,
             loss=loss(step),
             lr=0.1 * step,
+            grad_norm=2.0 / step,
+            flops=320 * step,
             images_per_second=1000.0 + step,
             correct=7 * step % 32,
             images=32,
         )
         if step % EPOCH == 0:
             recorder.weights(step=step, digests=digests_at(step))
-            recorder.eval(step=step, epoch=step // EPOCH, test_loss=1 / step, test_accuracy=step / 20)
+            recorder.eval(
+                step=step, epoch=step // EPOCH, test_loss=1 / step, test_accuracy=step / 20, coefficients=mixed_at(step)
+            )
 
 
 def whole_run(run_dir: Path, config: RecordConfig = OFF) -> Row:
@@ -113,9 +122,11 @@ def test_lines(tmp_path: Path) -> None:
         "epoch": 1.25,
         "loss": loss_at(5),
         "lr": 0.5,
+        "grad_norm": 0.4,
         "images_per_second": 1005.0,
         "correct": 3,
         "images": 32,
+        "flops": 1600,
     }
     assert evals[1] == {
         "kind": "eval",
@@ -125,6 +136,7 @@ def test_lines(tmp_path: Path) -> None:
         "train_accuracy": (35 % 32 + 42 % 32 + 49 % 32 + 56 % 32) / 128,
         "test_loss": 0.125,
         "test_accuracy": 0.4,
+        "coefficients": mixed_at(8),
     }
     assert read_digests(tmp_path / "run/metrics.jsonl") == {step: digests_at(step) for step in (4, 8, 12)}
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -138,7 +150,9 @@ def test_lines(tmp_path: Path) -> None:
 def test_validation_is_recorded(tmp_path: Path) -> None:
     recorder = opened(tmp_path)
     train(recorder, 1, 1)
-    row = recorder.eval(step=1, epoch=1, test_loss=1.0, test_accuracy=0.5, val_loss=2.0, val_accuracy=0.25)
+    row = recorder.eval(
+        step=1, epoch=1, test_loss=1.0, test_accuracy=0.5, coefficients=[], val_loss=2.0, val_accuracy=0.25
+    )
     recorder.close(0)
     assert row["val_loss"] == 2.0
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == [row]
@@ -161,7 +175,7 @@ def test_resumed_record_is_the_undisturbed_one(tmp_path: Path, cut: int, torn: b
     assert [row["step"] for row in recorder.evals] == list(range(EPOCH, cut + 1, EPOCH))
     if cut and cut % EPOCH == 0:  # both are there already and are not doubled
         recorder.weights(step=cut, digests={})
-        recorder.eval(step=cut, epoch=cut // EPOCH, test_loss=9.0, test_accuracy=0.9)
+        recorder.eval(step=cut, epoch=cut // EPOCH, test_loss=9.0, test_accuracy=0.9, coefficients=[])
     train(recorder, cut + 1, 3 * EPOCH)
     recorder.close(0)
     assert path.read_bytes() == (tmp_path / "straight/metrics.jsonl").read_bytes()
@@ -192,7 +206,7 @@ def test_lines_come_in_order(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step 4 was recorded after step 2"):
         train(recorder, 4, 4)
     with pytest.raises(ValueError, match="after step 4 came when step 2"):
-        recorder.eval(step=4, epoch=1, test_loss=1.0, test_accuracy=0.5)
+        recorder.eval(step=4, epoch=1, test_loss=1.0, test_accuracy=0.5, coefficients=[])
     with pytest.raises(ValueError, match="after step 1 came when step 2"):
         recorder.weights(step=1, digests={})
     recorder.close(1)
@@ -247,7 +261,7 @@ def test_full_disk_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureF
     train(recorder, 1, 2)
     recorder.flush()
     before = path.read_text()
-    with full_disk(path, room=200):  # for one line and a part of another
+    with full_disk(path, room=300):  # for one line and a part of another
         train(recorder, 3, 6)
         assert path.read_text().startswith(before)
         assert [row["step"] for row in read_metrics(path)[0]] == [1, 2, 3]
@@ -374,7 +388,9 @@ def test_disabled_imports_no_wandb(tmp_path: Path, wandb: str, mode: str) -> Non
         recorder = Recorder(
             Path({str(tmp_path)!r}), config, dataset="x", run_config={{}}, total_steps=1, resume_step=0
         )
-        recorder.step(step=1, epoch=1.0, loss=1.0, lr=1.0, images_per_second=1.0, correct=1, images=1)
+        recorder.step(
+            step=1, epoch=1.0, loss=1.0, lr=1.0, grad_norm=1.0, images_per_second=1.0, correct=1, images=1, flops=1
+        )
         recorder.finish({{}}, lambda *_, **__: [])
         recorder.close(0)
         assert not {{"wandb", "torch", "matplotlib.pyplot"}} & set(sys.modules)
