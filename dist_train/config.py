@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import sys
+import textwrap
 import typing
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from dist_train.checkpoint import CheckpointConfig
 from dist_train.data import DataConfig
 from dist_train.errors import UserError
 from dist_train.evaluate import EvaluateConfig
-from dist_train.model import ModelConfig
-from dist_train.optim import OptimConfig
+from dist_train.model import Block, Convolution, ModelConfig
+from dist_train.optim import Group, OptimConfig
 from dist_train.record import RecordConfig
 from dist_train.train import TrainConfig
 
@@ -39,6 +40,7 @@ FREE = (
     "record",
     "checkpoint",
     "data.dir",
+    "data.source",
     "data.loader",
     "train.device",
     "train.backend",
@@ -47,6 +49,7 @@ FREE = (
 )
 # What it may change at the price of bits: the next start in the folder says so.
 DRIFTING = ("train.threads",)
+_REQUIRED = ("channels", "convolutions")  # of a block
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -97,6 +100,44 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_toml(config: Config) -> str:
     """The configuration as TOML that `load` reads back to the same configuration."""
     return tomli_w.dumps(_without_none(to_dict(config)))
+
+
+def reference() -> str:
+    """All settings by section, with what its module says of it and the defaults, as text."""
+    convolution = Convolution()
+    block = Block(channels=1, convolutions=[convolution])
+    settings = Config(ModelConfig([block]))
+    tree = to_dict(settings)
+    del tree["model"]["blocks"]
+    sections = [(f"[{name}]", name, _fields(Config)[name], values) for name, values in tree.items()]
+    of_block = {name: value for name, value in dataclasses.asdict(block).items() if name not in _REQUIRED}
+    sections[1:1] = [
+        ("[[model.blocks]]", "", Block, of_block),
+        ("each of its convolutions:", "", Convolution, dataclasses.asdict(convolution)),
+    ]
+    place = [name for _, name, *_ in sections].index("optim") + 1
+    sections.insert(place, ("[optim.default]", "optim.default", Group, settings.optim.group("default")))
+    text = []
+    for title, prefix, kind, values in sections:
+        described = {name: field.description for name, field in kind.__pydantic_fields__.items() if field.description}
+        said = " ".join([*(kind.__doc__ or "").split(), *(f"{name}: {words}" for name, words in described.items())])
+        flat = _lines(_without_none(values), prefix)
+        text.append(textwrap.fill(f"{title} {said}", 100))
+        text.append(textwrap.fill("  ".join(flat), 100, initial_indent="    ", subsequent_indent="    ") + "\n")
+    return "\n".join(text)
+
+
+def _lines(tree: dict[str, Any], prefix: str) -> list[str]:
+    """`key=value` with dotted keys, as the command line takes them."""
+    found = []
+    for name, value in tree.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, dict):
+            found += _lines(value, key)
+        else:
+            shown = value if isinstance(value, str) and value else json.dumps(value)
+            found.append(f"{key}={shown}")
+    return found
 
 
 def digest(config: Config) -> str:

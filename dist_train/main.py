@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m dist_train.main",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"settings and their defaults, which a preset or a file may change:\n\n{config.reference()}",
     )
     described.add_argument(
         "--preset",
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     described.add_argument("--config", metavar="FILE", type=Path, help="a TOML file over the preset")
     described.add_argument("--run-dir", metavar="DIR", type=Path, help="run folder (default: runs/NAME-DIGEST)")
+    described.add_argument("--quiet", action="store_true", help="no progress bar and no table: record.quiet=true")
     described.add_argument("settings", metavar="key=value", nargs="*", help="settings over both")
     return described
 
@@ -98,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
     """The name and the configuration that the command line asks for. Raises UserError."""
     preset = args.preset or (None if args.config else "block94")
-    return preset or args.config.stem, config.load(preset, args.config, args.settings)
+    settings = [*args.settings, *(["record.quiet=true"] if args.quiet else [])]
+    return preset or args.config.stem, config.load(preset, args.config, settings)
 
 
 def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:

@@ -20,7 +20,8 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Group:
-    """How one kind of parameters is updated; what is not given is taken from `[optim.default]`.
+    """How one kind of parameters is updated, likewise in `kernels`, `norms`, `mixing`, `output` and `stem`; what is
+    not given there is taken from `[optim.default]`.
 
     lr is the peak rate for the loss averaged over the global batch. weight_decay has torch's meaning for the
     algorithm. until_epoch: when set, this kind's rate follows the schedule up to that epoch and is 0 after.

@@ -149,7 +149,14 @@ class Recorder:
         if not config.quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=resume_step,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=False,
+                bar_format="{percentage:3.0f} %|{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+            )
         self._wandb: Any = None
         if config.wandb != "disabled":
             from dist_train.wandb_run import WandbRun
@@ -291,6 +298,12 @@ class Recorder:
         if self._bar is not None:
             self._bar.set_postfix_str(phase)
 
+    def end_progress(self) -> None:
+        """Take the progress bar away: no more steps are to come."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
     def flush(self) -> None:
         """Bring every line to the disk; call it, in any thread, before a checkpoint is written.
 
@@ -342,9 +355,7 @@ class Recorder:
         if not self._file.closed:
             with self._lock:
                 self._write()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self.end_progress()
         if self._wandb is not None:
             self._wandb.close(exit_code)
             self._wandb = None

@@ -99,6 +99,7 @@ class Keeper:
 
     def last_checkpoint(self) -> str:
         """Wait until the last checkpoint is written. Returns "", or that it could not be, and why."""
+        self.recorder.end_progress()
         error = self.writer.wait()
         return f"the checkpoint of step {self.recorder.last_step} ({error.strerror})" if error else ""
 

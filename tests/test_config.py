@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_unknown_presets_and_unreadable_files_are_named(tmp_path: Path) -> None:
         config.load(None, broken, [])
     with pytest.raises(UserError, match="model: this setting is missing; give a --preset"):
         config.load(None, None, [])
+
+
+def test_help_has_every_setting_with_its_real_default(tmp_path: Path) -> None:
+    text = config.reference()
+    shown = re.findall(r"(?<=\s)((?:data|optim|train|evaluate|checkpoint|record|model)\.[\w.]+=\S+)", text)
+    names = [setting.partition("=")[0] for setting in shown]
+    of_kinds = {name for name in config._leaves(config.Config) if name.count(".") == 2 and name.startswith("optim.")}
+    unset = of_kinds - {name for name in of_kinds if name.startswith("optim.default")} | {"optim.default.until_epoch"}
+    assert {*names} == {*config._leaves(config.Config)} - unset - {"model.blocks"}
+    file = tmp_path / "least.toml"
+    file.write_text("[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n")
+    least, written_out = config.load(None, file, []), config.load(None, file, shown)
+    assert [config.to_dict(c) | {"optim": c.optim.group("kernels")} for c in (least, written_out)] == [
+        config.to_dict(least) | {"optim": least.optim.group("kernels")}
+    ] * 2

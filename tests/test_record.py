@@ -364,7 +364,7 @@ def test_what_the_terminal_shows(
     assert "20.00 %" in rows[0]
     assert err == ""
     if terminal:
-        assert re.search(r"12/12 .*loss 0\.248, train acc [\d.]+ %, 1012 images/s", terminal_text())
+        assert re.search(r"step 12/12, loss 0\.248, train acc [\d.]+ %, 1012 images/s, 00:00 left", terminal_text())
 
 
 def terminal_text() -> str:
