@@ -5,13 +5,18 @@ python -m dist_train.evaluate CHECKPOINT
 
 from __future__ import annotations
 
+import argparse
 import base64
+import dataclasses
 import io
-import math
+import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +26,12 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from dist_train.data import Data
-from dist_train.distributed import Ranks, sum_integers
+import data_prep
+from dist_train.data import Data, manifest
+from dist_train.distributed import Ranks, ranks, sum_integers
+from dist_train.errors import UserError, say
 from dist_train.model import MixedBlock
+from dist_train.record import write_evaluation
 
 _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
 _LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
@@ -78,13 +86,16 @@ class Evaluation:
         `accuracy`."""
         which = np.minimum((self.confidence * _BINS).astype(np.int64), _BINS - 1)
         right, confidence = self.labels == self.predicted, self.confidence.astype(np.float64)
-        bins, error = [], 0.0
+        bins: list[dict[str, float | None]] = []
+        error = 0.0
         for number in range(_BINS):
             inside = which == number
-            count = int(inside.sum())
-            means = [float(values[inside].mean()) if count else math.nan for values in (confidence, right)]
-            error += count * abs(means[0] - means[1]) if count else 0
-            bins.append({"from": number / _BINS, "count": count, "confidence": means[0], "accuracy": means[1]})
+            found: dict[str, float | None] = {"from": number / _BINS, "count": int(inside.sum())}
+            if found["count"]:
+                mean, rate = float(confidence[inside].mean()), float(right[inside].mean())
+                error += abs(mean - rate) * float(inside.sum())
+                found |= {"confidence": mean, "accuracy": rate}
+            bins.append({"confidence": None, "accuracy": None, **found})
         return {"ece": error / len(self.labels), "bins": bins}
 
     def details(self, data: Data, step: int) -> dict[str, Any]:
@@ -227,3 +238,87 @@ def _views(images: Tensor, tta: Tta) -> Iterator[tuple[float, Tensor]]:
             shifted = padded[:, :, start : start + height, start : start + width]
             yield 0.125, shifted
             yield 0.125, shifted.flip(3)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_train.evaluate",
+        description="Evaluate a trained network as its training did: every image once, exactly, on any number of ranks "
+        "(start it with torchrun for more than one). Of a run's last checkpoint it gives the run's own figures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder, or an exported safetensors")
+    add("--split", choices=("test", "holdout", "train"), default="test", help="on which images")
+    add("--tta", choices=get_args(Tta), help="test-time augmentation (default: the run's)", default=argparse.SUPPRESS)
+    add("--data", metavar="DIR", help="folder of the betons (default: the run's)", default=argparse.SUPPRESS)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    add("--json", action="store_true", help="print all of it as JSON, as in a run's evaluation.json")
+    add("--write", action="store_true", help="write it to evaluation.json of the run folder, for its report")
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except (UserError, data_prep.DataError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            say(str(error))
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dist_train.train import DTYPES
+    from dist_train.trained import load
+
+    if args.write and (not (args.checkpoint / "config.toml").exists() or args.split != "test"):
+        raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; leave --write out")
+    trained = load(args.checkpoint, "cpu")
+    t, config = trained.config.train, trained.config.data
+    config = dataclasses.replace(config, dir=getattr(args, "data", config.dir))
+    found = manifest(config)
+    if (found.classes, found.image_shape) != (trained.classes, trained.image_shape):
+        raise UserError(
+            f"--data {config.folder}: its classes or its image size are not those that {args.checkpoint} was trained "
+            f"on; name the folder of {trained.dataset}"
+        )
+    with ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+        data = Data(config, found, here, t.batch_size, t.microbatches, t.seed)
+        if not len(data.indices[args.split]):
+            raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
+        model = trained.network.to(here.device)
+        tta = getattr(args, "tta", trained.config.evaluate.tta)
+        autocast = torch.autocast(here.device.type, DTYPES[t.precision], enabled=t.precision != "fp32")
+        evaluation = evaluate(model, data, args.split, here, autocast, tta)
+        if here.main:
+            details = evaluation.details(data, trained.step)
+            if args.write:
+                write_evaluation(args.checkpoint, details)
+            print(json.dumps(details) if args.json else described(details))
+    return 0
+
+
+def described(details: dict[str, Any]) -> str:
+    """`evaluation.json` in words and as a table of the classes, for the terminal."""
+    from scipy.stats import binomtest
+
+    images, confusion = details["images"], np.array(details["confusion"])
+    low, high = binomtest(int(confusion.trace()), images).proportion_ci(method="wilson")
+    lines = [
+        f"{details['dataset']}, {details['split']}: {images:,} images, after step {details['step']:,}",
+        f"accuracy {100 * details['accuracy']:.2f} % (95 %: {100 * low:.2f} to {100 * high:.2f}), "
+        f"loss {details['loss']:.4f}",
+    ]
+    if "accuracy_tta" in details:
+        lines.append(f"with TTA {100 * details['accuracy_tta']:.2f} %, loss {details['loss_tta']:.4f}")
+    lines += [f"calibration error (15 bins) {details['calibration']['ece']:.4f}", ""]
+    width = max(5, *(len(name) for name in details["classes"]))
+    lines.append(f"{'class':{width}}  images  accuracy  most often taken for")
+    for number, (name, row) in enumerate(zip(details["classes"], confusion, strict=True)):
+        count, others = int(row.sum()), np.where(np.arange(len(row)) == number, 0, row)
+        share = f"{100 * row[number] / count:6.2f} %" if count else f"{'':8}"
+        other = f"{details['classes'][others.argmax()]} ({others.max()})" if others.any() else ""
+        lines.append(f"{name:{width}}  {count:6,}  {share}  {other}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

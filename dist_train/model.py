@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Literal
 
 import torch
@@ -238,7 +239,9 @@ class Mixing(nn.Module):
         nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
 
     def forward(self, averages: Tensor) -> Tensor:
-        with torch.autocast(averages.device.type, enabled=False):
+        # an exported graph has no autocast of its own
+        fp32 = nullcontext() if torch.compiler.is_exporting() else torch.autocast(averages.device.type, enabled=False)
+        with fp32:
             a: Tensor = self.fc(averages)
             if self.kind == "softmax":
                 return torch.softmax(a / self.temperature, 1)

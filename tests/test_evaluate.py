@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY, TINY, command, environment, lines, trainer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -121,4 +124,39 @@ def test_details_are_those_of_each_image(digits: Path) -> None:
         assert (w["label"], w["predicted"]) == (labels[w["index"]], predicted[w["index"]])
         png = Image.open(io.BytesIO(base64.b64decode(w["png"])))
         np.testing.assert_array_equal(np.asarray(png), images[w["index"]])
-    json.dumps(found, allow_nan=True)
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_command_gives_the_runs_own_figures(digits: Path, tmp_path: Path) -> None:
+    """From the checkpoint alone, on one rank and on three, byte for byte."""
+    run = tmp_path / "run"
+    settings = [*TINY, "evaluate.tta=shift", "holdout=100", "train.device=cpu"]
+    done = trainer("--preset", "digits", f"data.dir={digits}", *settings, "--run-dir", run)
+    assert done.returncode == 0, done.stderr
+    own = (run / "evaluation.json").read_bytes()
+    (run / "evaluation.json").unlink()
+    checkpoint = max((run / "checkpoints").glob("*.pt"))
+    for ranks in (1, 3):
+        found = evaluation(checkpoint, "--json", ranks=ranks)
+        assert json.loads(found.stdout) == json.loads(own)
+    told = evaluation(run, "--write").stdout
+    assert (run / "evaluation.json").read_bytes() == own
+    details = json.loads(own)
+    assert f"\naccuracy {100 * details['accuracy']:.2f} % (95 %: " in told
+    for number, name in enumerate(details["classes"]):
+        row = details["confusion"][number]
+        assert re.search(rf"^{name} +{sum(row)} +{100 * row[number] / sum(row):.2f} %", told, re.MULTILINE)
+    last = lines(run)[-1]
+    assert (last["test_accuracy"], last["test_loss_tta"]) == (details["accuracy"], details["loss_tta"])
+    held_out = json.loads(evaluation(run, "--split", "holdout", "--json").stdout)
+    assert (held_out["accuracy"], held_out["loss"], held_out["images"]) == (last["val_accuracy"], last["val_loss"], 100)
+    elsewhere = evaluation(run, f"--data={tmp_path}")
+    assert (elsewhere.returncode, elsewhere.stdout) == (2, "")
+    assert re.fullmatch(r"dist_train: .*manifest\.json is missing.*\n", elsewhere.stderr)
+    missing = evaluation(tmp_path / "none")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+
+
+def evaluation(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    start = command(*arguments, "--device", "cpu", ranks=ranks, module="dist_train.evaluate")
+    return subprocess.run(start, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
