@@ -1,4 +1,5 @@
-"""Write CIFAR-10 (or scikit-learn's digits) into FFCV beton files once, and check and read them afterwards.
+"""Write CIFAR-10, scikit-learn's digits or a folder of images into FFCV beton files once, and check and read them
+afterwards.
 
 Importing this package is cheap: torch, ffcv, torchvision and scikit-learn are imported by the functions
 that need them. `python -m data_prep --help` shows the command.
@@ -9,22 +10,28 @@ from data_prep.betons import (
     Split,
     check,
     check_tables,
+    command,
     keeping_torch_threads,
     prepare,
     read_split,
+    same_source,
     verify,
 )
+from data_prep.datasets import DATASETS
 from data_prep.files import DataError, NoNetworkError
 
 __all__ = [
+    "DATASETS",
     "DataError",
     "Manifest",
     "NoNetworkError",
     "Split",
     "check",
     "check_tables",
+    "command",
     "keeping_torch_threads",
     "prepare",
     "read_split",
+    "same_source",
     "verify",
 ]

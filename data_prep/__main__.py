@@ -8,6 +8,7 @@ from pathlib import Path
 from data_prep.betons import prepare, verify
 from data_prep.datasets import DATASETS
 from data_prep.files import DataError, NoNetworkError
+from data_prep.images import TEST_FRACTION
 
 BAD_INPUT, NO_NETWORK, INTERRUPTED = 2, 3, 130  # exit codes
 
@@ -17,17 +18,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep",
         description="Write a data set into FFCV files: train.beton, test.beton and manifest.json. "
-        "A folder that already holds it is only checked.",
+        "A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder "
+        "with a folder of images for each class, or with two such folders train and test (or val).",
         epilog="Exit codes: 0 the data set is ready; 2 something given or found is wrong (one sentence on "
         "stderr says what, and what to do); 3 CIFAR-10 had to be downloaded and there is no network.",
     )
-    parser.add_argument("--dataset", choices=list(DATASETS), help="the data set (default: cifar10)")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help=f"the data set: {', '.join(DATASETS)}, or a name for images of your own (default: cifar10)",
+    )
     parser.add_argument(
         "--source",
         type=Path,
         metavar="DIR",
-        help="folder that contains cifar-10-batches-py (default: $CIFAR10_DIR, else download CIFAR-10 "
-        "into ~/.cache/dist_train/cifar10)",
+        help="folder of images of your own, or the one that contains cifar-10-batches-py (default: $CIFAR10_DIR, else "
+        "download CIFAR-10 into ~/.cache/dist_train/cifar10)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="side of your own images: the shorter side is scaled to it, and the middle of the longer one kept",
+    )
+    parser.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="SHARE",
+        help=f"share of each class that is for testing, where your folder has no test part (default: {TEST_FRACTION})",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
@@ -41,8 +60,8 @@ def main() -> int:
         help="write the folder anew even if it is damaged or done",
     )
     args = parser.parse_args()
-    if args.verify and (args.force or args.source):
-        parser.error("--verify writes nothing: leave out --force and --source")
+    if args.verify and (args.force or args.source or args.image_size or args.test_fraction is not None):
+        parser.error("--verify writes nothing: give it no more than --dataset and --out")
     dataset: str = args.dataset or "cifar10"
     out: Path = args.out or Path("data") / dataset
 
@@ -55,7 +74,14 @@ def main() -> int:
                     f"{out} holds the data set {manifest.dataset}, not {args.dataset}: choose another --out"
                 )
         else:
-            manifest = prepare(dataset, out, args.source, force=args.force)
+            manifest = prepare(
+                dataset,
+                out,
+                args.source,
+                image_size=args.image_size,
+                test_fraction=args.test_fraction,
+                force=args.force,
+            )
     except DataError as error:
         print(f"data_prep: {error}", file=sys.stderr)
         return NO_NETWORK if isinstance(error, NoNetworkError) else BAD_INPUT

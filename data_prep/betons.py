@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from data_prep.datasets import DATASETS, load
 from data_prep.files import DataError, locked, sha256_of, sync
+from data_prep.images import TEST_FRACTION, load_images
 
 FORMAT = 1  # of manifest.json; raise it when what a folder holds changes its meaning
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
 OUR_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
-PAGE = 1 << 21  # bytes; the smallest page FFCV allows, since a file is padded to whole pages
+PAGE = 1 << 21  # bytes; the smallest page FFCV allows, since a file is padded to whole pages; an image must fit in
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -47,7 +48,8 @@ class Split:
 class Manifest:
     """What manifest.json says.
 
-    image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel.
+    image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. Of a folder of
+    images: source, its path, and test_fraction, by which it was, or would have been, divided.
     """
 
     dataset: str
@@ -57,6 +59,8 @@ class Manifest:
     std: tuple[float, ...]
     splits: dict[str, Split]
     ffcv_version: str
+    source: str | None = None
+    test_fraction: float | None = None
 
 
 def import_ffcv() -> None:
@@ -85,15 +89,36 @@ def keeping_torch_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def check(folder: Path) -> Manifest:
+def command(
+    dataset: str, out: Path, source: Path | None = None, image_size: int = 0, test_fraction: float | None = None
+) -> str:
+    """The data_prep command that writes a data set; DIR or SIZE stand for what is needed and not given."""
+    words = ["python", "-m", "data_prep", "--dataset", dataset]
+    own = dataset not in DATASETS
+    if source or own:
+        words += ["--source", str(source or "DIR")]
+    if own:
+        words += ["--image-size", str(image_size or "SIZE")]
+    if test_fraction is not None:
+        words += ["--test-fraction", str(test_fraction)]
+    return shlex.join([*words, "--out", str(out)])
+
+
+def same_source(manifest: Manifest, source: Path | None) -> bool:
+    """Whether a data set may have been written from `source`: it was, or one of the two is not known."""
+    return source is None or manifest.source is None or str(source.resolve()) == manifest.source
+
+
+def check(folder: Path, write: str = "") -> Manifest:
     """The manifest of a prepared folder, after a fast check that trainers can afford at every start.
 
     Checks that the manifest is readable and of our format, that both files are there with the right size
     and SHA-256, and that the installed ffcv has the major version that wrote them. Imports neither ffcv
-    nor torch. Raises DataError.
+    nor torch. write: the command that writes the folder, for messages; guessed from the folder unless given.
+    Raises DataError.
     """
-    manifest = _read_manifest(folder)
-    remedy = _remedy(folder, manifest.dataset)
+    manifest = _read_manifest(folder, write)
+    remedy = _remedy(folder, write or _command(folder, manifest))
     for split in manifest.splits.values():
         path = folder / split.file
         try:
@@ -119,7 +144,7 @@ def verify(folder: Path) -> Manifest:
     Compares counts, decoded content, and mean and std. Raises DataError.
     """
     manifest = check(folder)
-    remedy = _remedy(folder, manifest.dataset)
+    remedy = _remedy(folder, _command(folder, manifest))
     for name, split in manifest.splits.items():
         images, labels = read_split(folder, name)
         path = folder / split.file
@@ -144,7 +169,7 @@ def read_split(folder: Path, split: str) -> tuple[Images, Labels]:
     try:
         return _decode(path, manifest.splits[split].count, manifest.image_shape)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, manifest.dataset)}") from error
+        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, _command(folder, manifest))}") from error
 
 
 @keeping_torch_threads()
@@ -161,22 +186,53 @@ def check_tables(folder: Path, split: str) -> tuple[Path, Manifest]:
     try:
         _check_tables(path, manifest.splits[split].count, manifest.image_shape, len(manifest.classes))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, manifest.dataset)}") from error
+        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, _command(folder, manifest))}") from error
     return path, manifest
 
 
-def prepare(dataset: str, out: Path, source: Path | None = None, *, force: bool = False) -> Manifest:
-    """Make sure that the folder `out` holds the data set (a name in DATASETS), and return its manifest.
+def prepare(
+    dataset: str,
+    out: Path,
+    source: Path | None = None,
+    *,
+    image_size: int = 0,
+    test_fraction: float | None = None,
+    force: bool = False,
+) -> Manifest:
+    """Make sure that the folder `out` holds the data set, and return its manifest.
+
+    dataset: a name in DATASETS, or any other for a folder of images of one's own: these become image_size x image_size
+    pixels, and test_fraction of them the test split (see images.py). source: the folder of images, or the one with the
+    official files (see datasets.py); not needed for a folder that is complete.
 
     A folder that is already complete is only checked, and a damaged or foreign one is refused unless force
     is true, which writes it anew. Any number of processes may call this at once: one writes, the others
-    wait. The folder appears whole or not at all. source is the folder with the official files (see
-    datasets.py). Raises DataError; its subclass files.NoNetworkError if a download failed.
+    wait. The folder appears whole or not at all. Raises DataError; its subclass files.NoNetworkError if a download
+    failed.
     """
-    if dataset not in DATASETS:
-        raise DataError(f"data set {dataset!r} is unknown: choose one of {', '.join(DATASETS)}")
-    if not force and (found := _existing(out, dataset)):
+    if image_size < 0:
+        raise DataError(f"--image-size {image_size} is no number of pixels: give one above 0")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise DataError(f"--test-fraction {test_fraction} is no share of the images: give one between 0 and 1")
+    if dataset in DATASETS and (image_size or test_fraction is not None):
+        setting = f"--image-size {image_size}" if image_size else f"--test-fraction {test_fraction}"
+        raise DataError(
+            f"{setting} is for images of your own, not for {dataset}: leave it out, or give them a name of their own "
+            f"with --dataset"
+        )
+    write = command(dataset, out, source, image_size, test_fraction)
+    if not force and (found := _existing(out, dataset, source, image_size, test_fraction, write)):
         return found  # without the lock, so that a finished folder may lie on a read-only disk
+    if dataset not in DATASETS and source is None:
+        raise DataError(
+            f"data set {dataset!r} is unknown: choose one of {', '.join(DATASETS)}, or give a folder of images of your "
+            f"own with --source and --image-size"
+        )
+    if dataset not in DATASETS and not image_size:
+        raise DataError(
+            f"--image-size is missing: give the side in pixels that the images of {dataset} are to have, for example "
+            f"--image-size 64"
+        )
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: choose a folder")
     _ffcv_version()
@@ -189,13 +245,13 @@ def prepare(dataset: str, out: Path, source: Path | None = None, *, force: bool 
             for leftover in (fresh, old):
                 if leftover.exists():
                     shutil.rmtree(leftover)
-            if not force and (found := _existing(out, dataset)):
+            if not force and (found := _existing(out, dataset, source, image_size, test_fraction, write)):
                 return found
             if foreign := _foreign(real):
                 raise DataError(f"--out {out} also holds {foreign[0]}: choose a folder of its own")
             print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
             try:
-                manifest = _write(dataset, fresh, source)
+                manifest = _write(dataset, fresh, source, image_size, test_fraction)
                 if real.exists():
                     real.rename(old)
                 fresh.rename(real)
@@ -211,8 +267,11 @@ def prepare(dataset: str, out: Path, source: Path | None = None, *, force: bool 
         ) from error
 
 
-def _existing(out: Path, dataset: str) -> Manifest | None:
-    """The checked manifest of `out`, None if there is nothing yet; raises DataError for anything else."""
+def _existing(
+    out: Path, dataset: str, source: Path | None, image_size: int, test_fraction: float | None, write: str
+) -> Manifest | None:
+    """The checked manifest of `out`, None if there is nothing yet; raises DataError for anything else. write: the
+    command that writes what is wanted."""
     try:
         if not any(out.iterdir()):
             return None
@@ -220,12 +279,19 @@ def _existing(out: Path, dataset: str) -> Manifest | None:
         return None  # what is in the way shows when the folder is written
     except OSError as error:
         raise DataError(f"--out {out} cannot be read ({error.strerror}): choose another folder") from error
-    manifest = check(out)
+    manifest = check(out, write)
+    height, width, _ = manifest.image_shape
+    other = ""
     if manifest.dataset != dataset:
-        raise DataError(
-            f"{out} holds the data set {manifest.dataset}, not {dataset}: "
-            f"choose another --out, or {_remedy(out, dataset)}"
-        )
+        other = f"the data set {manifest.dataset}, not {dataset}"
+    elif not same_source(manifest, source):
+        other = f"the images of {manifest.source}, not of {source}"
+    elif image_size and (height, width) != (image_size, image_size):
+        other = f"images of {width}x{height} pixels, not {image_size}x{image_size}"
+    elif test_fraction is not None and manifest.test_fraction != test_fraction:
+        other = f"a data set written with --test-fraction {manifest.test_fraction}, not {test_fraction}"
+    if other:
+        raise DataError(f"{out} holds {other}: choose another --out, or {_remedy(out, write)}")
     return manifest
 
 
@@ -234,14 +300,19 @@ def _foreign(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name not in OUR_FILES) if folder.is_dir() else []
 
 
-def _remedy(folder: Path, dataset: str | None = None) -> str:
-    if dataset not in DATASETS:  # the manifest does not say: go by the default names of folders
-        dataset = folder.name if folder.name in DATASETS else "cifar10"
+def _remedy(folder: Path, write: str) -> str:
+    """What to do about a folder. write: the command that writes it."""
     if foreign := _foreign(folder):
         return f"use a folder of its own for the data set, since this one also holds {foreign[0]}"
-    where = shlex.quote(str(folder))
-    command = f"run python -m data_prep --dataset {dataset} --out {where}"
-    return f"delete the folder {where} and {command}" if folder.is_dir() else command
+    return f"delete the folder {shlex.quote(str(folder))} and run {write}" if folder.is_dir() else f"run {write}"
+
+
+def _command(folder: Path, manifest: Manifest | None = None) -> str:
+    """The command that writes a folder, by its manifest, or else by the default names of folders."""
+    if manifest is not None:
+        source = Path(manifest.source) if manifest.source else None
+        return command(manifest.dataset, folder, source, manifest.image_shape[0])
+    return command(folder.name if folder.name in DATASETS else "cifar10", folder)
 
 
 def _ffcv_version() -> str:
@@ -251,20 +322,23 @@ def _ffcv_version() -> str:
         raise DataError("ffcv is not installed: install it with pip install ffcv") from error
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path, write: str = "") -> Manifest:
     path = folder / MANIFEST
+    write = write or _command(folder)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{path} is missing, so there is no data set there: {_remedy(folder)}") from error
+        raise DataError(f"{path} is missing, so there is no data set there: {_remedy(folder, write)}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder)}") from error
+        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder, write)}") from error
     if not isinstance(raw, dict) or type(raw.get("format")) is not int:
-        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder)}")
+        raise DataError(f"{path} is not a manifest of data_prep: {_remedy(folder, write)}")
     if raw["format"] != FORMAT:
-        raise DataError(f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder)}")
+        raise DataError(
+            f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder, write)}"
+        )
     try:
         height, width, channels = raw["image_shape"]
         manifest = Manifest(
@@ -275,11 +349,13 @@ def _read_manifest(folder: Path) -> Manifest:
             std=tuple(raw["std"]),
             splits={name: Split(**raw["splits"][name]) for name in SPLITS},
             ffcv_version=raw["ffcv_version"],
+            source=raw.get("source"),
+            test_fraction=raw.get("test_fraction"),
         )
         if not _sensible(manifest):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} lacks or garbles entries of a manifest: {_remedy(folder)}") from error
+        raise DataError(f"{path} lacks or garbles entries of a manifest: {_remedy(folder, write)}") from error
     return manifest
 
 
@@ -290,7 +366,11 @@ def _sensible(manifest: Manifest) -> bool:
     for split in manifest.splits.values():
         texts += [split.file, split.file_sha256, split.content_sha256]
         sizes += [split.count, split.bytes]
-    numbers = (*manifest.mean, *manifest.std)
+    if manifest.source is not None:
+        texts.append(manifest.source)
+    numbers = [*manifest.mean, *manifest.std]
+    if manifest.test_fraction is not None:
+        numbers.append(manifest.test_fraction)
     return (
         all(type(text) is str for text in texts)
         and all(type(size) is int and size > 0 for size in sizes)
@@ -301,9 +381,14 @@ def _sensible(manifest: Manifest) -> bool:
     )
 
 
-def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
+def _write(dataset: str, folder: Path, source: Path | None, image_size: int, test_fraction: float | None) -> Manifest:
     """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
-    pixels = load(dataset, source)
+    if dataset in DATASETS:
+        pixels, origin = load(dataset, source), None
+    else:
+        assert source is not None
+        pixels, origin = load_images(source, image_size, test_fraction), str(source.resolve())
+        test_fraction = test_fraction or TEST_FRACTION
     folder.mkdir()
     splits = {}
     for name in SPLITS:
@@ -323,7 +408,7 @@ def _write(dataset: str, folder: Path, source: Path | None) -> Manifest:
     mean, std = _mean_and_std(pixels.splits["train"][0])
     height, width, channels = pixels.splits["train"][0].shape[1:]
     shape = (height, width, channels)
-    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, _ffcv_version())
+    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, _ffcv_version(), origin, test_fraction)
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)
@@ -345,12 +430,13 @@ def _write_beton(path: Path, images: Images, labels: Labels) -> None:
     from tqdm import tqdm
 
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, page_size=PAGE, num_workers=1)
+    page = max(PAGE, 1 << (images[0].size - 1).bit_length())
+    writer = DatasetWriter(str(path), fields, page_size=page, num_workers=1)
     writer.num_samples = len(images)
     writer.prepare()
     try:
         table = np.zeros(len(images), writer.metadata_type)
-        allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE)
+        allocator = MemoryAllocator(str(path), writer.data_region_start, page)
         try:
             with allocator:
                 for i in tqdm(range(len(images)), desc=f"write {path.name}", unit="image", disable=None):

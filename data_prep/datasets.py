@@ -50,7 +50,8 @@ def _cifar10(source: Path | None) -> Pixels:
     if source is not None and not (source / CIFAR10_FOLDER).is_dir():
         raise DataError(
             f"{setting} {source} holds no folder {CIFAR10_FOLDER}: "
-            f"give the folder that contains {CIFAR10_FOLDER}, or leave {setting} out to download CIFAR-10"
+            f"give the folder that contains {CIFAR10_FOLDER}, leave {setting} out to download CIFAR-10, or give images "
+            f"of your own another name with --dataset"
         )
     # torchvision takes seconds to import, so only once the source looks right.
     from torchvision.datasets import CIFAR10
@@ -135,5 +136,5 @@ def _digits(source: Path | None) -> Pixels:
     )
 
 
-# To add a data set, write a function like those above and name it here.
+# To add a data set, write a function like those above and name it here. A folder of images needs none: see images.py.
 DATASETS: dict[str, Callable[[Path | None], Pixels]] = {"cifar10": _cifar10, "digits": _digits}

@@ -46,15 +46,18 @@ class Smaller:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class DataConfig:
-    """dir: folder of the betons, `data/DATASET` when empty. holdout: training images kept as a validation
-    split. flip: mirror images never, at random, or every other epoch starting at random per image (Jordan 2024,
-    "94% on CIFAR-10 in 3.29 seconds", 3.6). translate: largest shift in pixels, the border reflected. cutout:
-    side of the square set to the mean. smaller: sizes that training images have at first, after the other
-    augmentations (progressive resizing, Howard 2018); evaluation is at full size. eval_batch: images in one forward
-    pass of evaluation."""
+    """dataset: cifar10, digits, or a name for one's own images. dir: folder of the betons, `data/DATASET` when empty.
+    source: folder that the betons are written from, of one's own images or with CIFAR-10's official files. image_size:
+    side of one's own images in pixels; 0 takes the betons'. holdout: training images kept as a validation split. flip:
+    mirror images never, at random, or every other epoch starting at random per image (Jordan 2024, "94% on CIFAR-10 in
+    3.29 seconds", 3.6). translate: largest shift in pixels, the border reflected. cutout: side of the square set to the
+    mean. smaller: sizes that training images have at first, after the other augmentations (progressive resizing, Howard
+    2018); evaluation is at full size. eval_batch: images in one forward pass of evaluation."""
 
-    dataset: str = "cifar10"
+    dataset: Annotated[str, Field(min_length=1)] = "cifar10"
     dir: str = ""
+    source: str = ""
+    image_size: NonNegative = 0
     loader: Literal["resident", "stream"] = "resident"
     holdout: NonNegative = 0
     flip: Literal["none", "random", "alternate"] = "alternate"
@@ -66,6 +69,34 @@ class DataConfig:
     @property
     def folder(self) -> Path:
         return Path(self.dir or f"data/{self.dataset}")
+
+    @property
+    def source_folder(self) -> Path | None:
+        return Path(self.source) if self.source else None
+
+    def check(self) -> None:
+        """Raise UserError for a data set that is neither there nor can be written."""
+        if self.dataset in data_prep.DATASETS:
+            if self.image_size:
+                raise UserError(
+                    f"data.image_size = {self.image_size}: {self.dataset} has images of a size of its own; leave it "
+                    f"out, or give images of your own another name with data.dataset"
+                )
+        elif not self.folder.exists():
+            if not self.source:
+                raise UserError(
+                    f"data.dataset = {self.dataset}: there is no such data set; choose one of "
+                    f"{', '.join(data_prep.DATASETS)}, or set data.source to a folder of images of your own"
+                )
+            if not self.image_size:
+                raise UserError(
+                    f"data.image_size = 0: the images of {self.dataset} need a size; set the side in pixels, such as 64"
+                )
+
+    def prepare(self) -> None:
+        """Write the betons, unless they are there. Raises UserError or data_prep.DataError."""
+        self.check()
+        data_prep.prepare(self.dataset, self.folder, self.source_folder, image_size=self.image_size)
 
 
 @plain_dataclass(frozen=True)
@@ -81,16 +112,28 @@ class Microbatch:
 
 def manifest(config: DataConfig) -> data_prep.Manifest:
     """Check the betons and return their manifest. Raises UserError or data_prep.DataError."""
+    config.check()
+    write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
     if not config.folder.exists():
-        raise UserError(
-            f"data.dir = {config.folder}: there is no such folder; write the data set with "
-            f"python -m data_prep --dataset {config.dataset} --out {config.folder}"
-        )
-    found = data_prep.check(config.folder)
+        raise UserError(f"data.dir = {config.folder}: there is no such folder; write the data set with {write}")
+    found = data_prep.check(config.folder, write)
     if found.dataset != config.dataset:
         raise UserError(
             f"data.dir = {config.folder} holds {found.dataset}, but data.dataset = {config.dataset}; "
             f"name the right folder or data set"
+        )
+    if not data_prep.same_source(found, config.source_folder):
+        raise UserError(
+            f"data.dir = {config.folder} holds the images of {found.source}, but data.source = {config.source}; give "
+            f"these another data.dataset, or leave data.source out"
+        )
+    height, width, _ = found.image_shape
+    if config.image_size and (height, width) != (config.image_size, config.image_size):
+        other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
+        write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
+        raise UserError(
+            f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
+            f"{config.image_size}; set data.dir={other} and write that with {write}"
         )
     return found
 

@@ -33,9 +33,10 @@ from dist_train.files import write_atomic
 from dist_train.model import BlockNetwork, flops, shapes
 from dist_train.optim import Optimizers
 from dist_train.record import best_eval, read_metrics
-from dist_train.run_folder import Keeper, open_folder
+from dist_train.run_folder import Keeper, check_data, open_folder
 from dist_train.startup import leave_out_compiler
 from dist_train.stopping import StopRequest
+from dist_train.system import sampled
 from dist_train.train import DTYPES, build_model, total_steps, train, weights_digest
 
 # Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
     start = time.perf_counter()
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
-    run_dir = args.run_dir or Path("runs") / f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
+    run_dir = args.run_dir or _run_dir(name, settings)
     t = settings.train
     if not t.compile:
         leave_out_compiler()
@@ -124,13 +125,15 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
         data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
         steps = total_steps(t, data)
         newest = on_main(here, lambda: open_folder(run_dir, settings, held))
+        state = checkpoint.load(newest) if newest else None
+        if state:
+            check_data(state, found, run_dir)
         if newest and checkpoint.step_of(newest) == steps and (run_dir / "summary.json").exists():
             outcome.code = DONE
             if here.main:
                 print(f"{run_dir} is finished already")
                 _report(run_dir)
             return
-        state = checkpoint.load(newest) if newest else None
         step = state["step"] if state else 0
         model = build_model(settings.model, t, data).to(here.device)
         optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
@@ -140,6 +143,8 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
             _announce(run_dir, settings, found, here, step, steps)
             keeper = Keeper(run_dir, settings, here, found, steps, rate, state)
             held.callback(lambda: keeper.close(outcome.code, outcome.reason))
+        if settings.record.system == "all":
+            held.enter_context(sampled(run_dir, here.rank, here.device))
         try:
             step, stopped = train(
                 t,
@@ -183,6 +188,14 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
                 print(f"stopped by {stopped} after step {step}, all saved; the same command goes on from there")
             else:
                 _report(run_dir)
+
+
+def _run_dir(name: str, settings: config.Config) -> Path:
+    """The run folder where none is given, named by the configuration, and in a W&B sweep by the agent's run too: its
+    members may have one configuration, and an agent that goes on with a run has the same."""
+    folder = f"{name}-seed{settings.train.seed}-{config.digest(settings)}"
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    return Path("runs") / (f"sweep-{sweep}/{folder}-{run}" if sweep and run else folder)
 
 
 def _matrix_rate(here: Ranks, precision: str) -> int:

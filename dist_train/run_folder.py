@@ -45,6 +45,20 @@ def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path
     return checkpoint.newest(run_dir / "checkpoints")
 
 
+def check_data(state: dict[str, Any], data: Manifest, run_dir: Path) -> None:
+    """Raises UserError when a checkpoint's run was trained on other pixels or labels."""
+    known = state.get("data")  # checkpoints of earlier versions have none
+    if known and known["content_sha256"] != _content(data):
+        raise UserError(
+            f"--run-dir {run_dir} belongs to a run on other images of {data.dataset}, whose betons were written anew "
+            f"since; start in another folder, or put the old ones back"
+        )
+
+
+def _content(data: Manifest) -> dict[str, str]:
+    return {name: split.content_sha256 for name, split in data.splits.items()}
+
+
 class Keeper:
     """What rank 0 keeps of a run: `recorder`, `writer` of checkpoints, and the history around them."""
 
@@ -76,6 +90,7 @@ class Keeper:
             total_steps=total_steps,
             resume_step=step,
             matrix_rate=matrix_rate,
+            branches=[[conv.name for conv in block.convolutions] for block in settings.model.blocks],
         )
         self.writer = checkpoint.Writer(
             run_dir / "checkpoints",
@@ -90,6 +105,7 @@ class Keeper:
                     "image_shape": list(data.image_shape),
                     "mean": list(data.mean),
                     "std": list(data.std),
+                    "content_sha256": _content(data),
                 },
             },
             before=self.recorder.flush,  # a checkpoint without the lines before it could not be resumed

@@ -29,7 +29,7 @@ from dist_train.stopping import StopRequest
 
 Positive = Annotated[int, Field(gt=0)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_WHITENING_IMAGES = 5000
+_WHITENING_PIXELS = 5000 * 32 * 32
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -68,7 +68,7 @@ def build_model(architecture: ModelConfig, settings: TrainConfig, data: Data) ->
     torch.manual_seed(derive(settings.seed, "init"))
     model = BlockNetwork(architecture, (channels, height, width), len(data.manifest.classes), settings.microbatches)
     if model.stem is not None and architecture.stem.kind == "whiten":
-        whiten(model.stem, data.sample(_WHITENING_IMAGES))
+        whiten(model.stem, data.sample(max(1, _WHITENING_PIXELS // (height * width))))
     return model
 
 

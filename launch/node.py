@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import data_prep
-from dist_train import checkpoint
+from dist_train import checkpoint, table
 from dist_train.distributed import ranks_per_node
 from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
@@ -35,7 +35,6 @@ from dist_train.main import BAD_INPUT, DONE, FAILED, PREEMPTED, parser, resolve
 from dist_train.record import read_history
 from dist_train.stopping import SIGNALS
 from dist_train.train import TrainConfig
-from launch import table
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
 _REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
@@ -137,7 +136,7 @@ class Training:
         self.run_dir = Path(_named(str(self.run_dir))).absolute()
         _, settings = resolve(parser().parse_intermixed_args(self.arguments))
         per_node = local_ranks(settings.train, here.nodes, here.cpus)
-        data_prep.prepare(settings.data.dataset, settings.data.folder)
+        settings.data.prepare()
         meeting = self._meet(here) if here.nodes > 1 else ""
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:

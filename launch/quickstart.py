@@ -23,7 +23,7 @@ def main() -> int:
     try:
         _, settings = resolve(args)
         try:
-            data_prep.prepare(settings.data.dataset, settings.data.folder)
+            settings.data.prepare()
         except data_prep.NoNetworkError as error:
             if args.preset or args.config:
                 raise
@@ -34,7 +34,7 @@ def main() -> int:
             )
             arguments = ["--preset", "digits", *arguments]
             settings = config.load("digits", None, args.settings)
-            data_prep.prepare(settings.data.dataset, settings.data.folder)
+            settings.data.prepare()
         here = Place(0, 1, len(os.sched_getaffinity(0)), "alone")
         command = torchrun(arguments, local_ranks(settings.train, 1, here.cpus), here)
     except (UserError, data_prep.DataError) as error:

@@ -146,6 +146,13 @@ def test_a_run_folder_of_another_configuration_is_refused(digits: Path, train: T
     summary = train("run")
     said = refused("--preset", "digits", f"data.dir={digits}", *TINY, "seed=7", "--run-dir", tmp_path / "run")
     assert "belongs to a run with another train.seed" in said
+    other = tmp_path / "other"
+    shutil.copytree(digits, other)
+    text = (other / "manifest.json").read_text()
+    content = json.loads(text)["splits"]["train"]["content_sha256"]
+    (other / "manifest.json").write_text(text.replace(content, "0" * 64))
+    said = refused("--preset", "digits", f"data.dir={other}", *TINY, "--run-dir", tmp_path / "run")
+    assert "belongs to a run on other images of digits" in said
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
