@@ -2,6 +2,7 @@
 
     python -m launch.submit --nodes 2 --preset block94 epochs=12
     python -m launch.submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
+    python -m launch.submit --sweep dist_train/examples/sweep.yaml --at-most 4
     python -m launch.submit --local --preset digits
 
 Whatever is not listed below is for python -m dist_train.main, as is. Options that are not given are those of
@@ -28,18 +29,22 @@ from typing import Any
 
 import submitit
 import torch
+import yaml
 
+from dist_train import table
 from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
 from dist_train.main import parser as trainer_parser
 from dist_train.main import resolve
 from dist_train.record import SUMMARY
-from launch import cluster, table
+from launch import cluster
 from launch.node import Training, as_name
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
 _PRINTABLE = re.compile(r"[ -~]+")
+# what a sweep's file may say here; all else (early_terminate, run_cap, ...) is for W&B's server
+_SWEEP = {"command", "description", "entity", "method", "metric", "name", "parameters", "program", "project"}
 
 
 class JobError(RuntimeError):
@@ -159,23 +164,77 @@ def array(members: dict[str, Sequence[str]], *, at_most: int = 0, local: bool = 
     return _submit([(name, list(arguments)) for name, arguments in members.items()], Options(**options), local, at_most)
 
 
-def members(arguments: Sequence[str], seeds: str, grid: Sequence[str]) -> dict[str, Sequence[str]]:
-    """The members of an array: every value of every KEY=V1,V2,... of the grid with every seed. Raises UserError."""
-    axes = []
+def members(
+    arguments: Sequence[str], seeds: str, grid: Sequence[str], sweep: Path | None = None
+) -> dict[str, Sequence[str]]:
+    """The members of an array: every value of every parameter of a W&B sweep's file and of every KEY=V1,V2,... of the
+    grid, with every seed. Raises UserError."""
+    fixed, axes = _sweep(sweep) if sweep else ([], [])
     for axis in grid:
         key, found, values = axis.partition("=")
         if not found or not values:
             raise UserError(f"--grid {axis}: write it as KEY=VALUE,VALUE,...")
-        axes.append([(f"{key.rpartition('.')[2]}{value}", f"{key}={value}") for value in values.split(",")])
+        axes.append((key, values.split(",")))
     if seeds:
-        axes.append([(f"seed{seed}", f"train.seed={seed}") for seed in _numbers(seeds)])
-    found_members: dict[str, Sequence[str]] = {}
-    for chosen in itertools.product(*axes):
-        name = "-".join(as_name(name) for name, _ in chosen)
-        if name in found_members:
-            raise UserError(f"--grid, --seeds: two members would be called {name}; leave out what is there twice")
-        found_members[name] = [*arguments, *(setting for _, setting in chosen)]
-    return found_members
+        axes.append(("train.seed", [str(seed) for seed in _numbers(seeds)]))
+    named: dict[str, Sequence[str]] = {}
+    for chosen in itertools.product(*([(key, value) for value in values] for key, values in axes)):
+        name = "-".join(as_name(f"{key.rpartition('.')[2]}{value}") for key, value in chosen)
+        if name in named or len(dict(chosen)) < len(chosen):
+            raise UserError(
+                f"--sweep, --grid, --seeds: two members would be called {name}, or a setting has two values in it; "
+                f"leave out what is there twice"
+            )
+        named[name] = [*fixed, *arguments, *(f"{key}={value}" for key, value in chosen)]
+    return named
+
+
+def _sweep(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Of a W&B sweep's file the arguments that all members share, and the settings with their values, as W&B's agent
+    would pass them on. Raises UserError, also for a sweep that takes W&B's server."""
+    remedy = "or have W&B's server choose, with wandb sweep and wandb agent"
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"--sweep {path}: cannot be read ({error.strerror}); name a W&B sweep's YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--sweep {path}: not valid YAML ({' '.join(str(error).split())}); mend that line") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), dict):
+        raise UserError(f"--sweep {path}: has no parameters; write them as parameters: {{KEY: {{values: [V, V]}}}}")
+    if tree.get("method") != "grid":
+        raise UserError(f"--sweep {path}: method = {tree.get('method')}: an array is a grid; write grid, {remedy}")
+    if others := sorted(map(str, tree.keys() - _SWEEP)):
+        raise UserError(f"--sweep {path}: {others[0]}: an array knows no such thing; leave it out, {remedy}")
+    fixed = _arguments(path, tree)
+    if "project" in tree:
+        fixed.append(f"record.project={tree['project']}")
+    axes = []
+    for key, given in tree["parameters"].items():
+        given = given if isinstance(given, dict) else {}
+        if given.keys() - {"distribution"} == {"value"}:
+            fixed.append(f"{key}={given['value']}")
+        elif given.keys() - {"distribution"} == {"values"} and isinstance(given["values"], list) and given["values"]:
+            axes.append((str(key), [str(value) for value in given["values"]]))
+        else:
+            said = f"has {', '.join(map(str, given))}" if given else "has no values"
+            raise UserError(f"--sweep {path}: parameters.{key} {said}: write values: [V, V] and nothing else, {remedy}")
+    return fixed, axes
+
+
+def _arguments(path: Path, tree: dict[str, Any]) -> list[str]:
+    """The trainer's arguments in the command of a W&B sweep's file. Raises UserError."""
+    command, trainer = tree.get("command"), "dist_train.main"
+    words = [str(word) for word in command] if isinstance(command, list) else []
+    words = [str(tree.get("program")) if word == "${program}" else word for word in words]
+    if trainer not in words or words[-1] != "${args_no_hyphens}":
+        raise UserError(
+            f"--sweep {path}: command = {shlex.join(words)}: it must start {trainer}, and end with "
+            f"${{args_no_hyphens}}, which stands for the parameters as key=value"
+        )
+    found = words[words.index(trainer) + 1 : -1]
+    if macros := [word for word in found if "${" in word]:
+        raise UserError(f"--sweep {path}: command: {macros[0]} stands for nothing here; write it out")
+    return found
 
 
 def _numbers(text: str) -> list[int]:
@@ -323,6 +382,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sbatch", metavar="NAME[=VALUE]", action="append", default=[], help="any other option of sbatch's")
     add("--seeds", metavar="LIST", default="", help="an array over seeds: 0-4 or 0,2,5")
     add("--grid", metavar="KEY=V,V", action="append", default=[], help="an array over a setting's values; repeatable")
+    add("--sweep", metavar="FILE", type=Path, help="an array over a W&B sweep's file, of method grid, without W&B")
     add("--at-most", metavar="M", type=int, default=0, help="members that run at a time (default: all; --local: 1)")
     add("--wait", action="store_true", help="wait for the end, and print the accuracy or the table")
     add("--local", action="store_true", help="on this machine, without Slurm")
@@ -339,8 +399,7 @@ def main() -> int:
             more[name] = value if given else True
         names = ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "time", "job_name")
         options = Options(**{name: getattr(args, name) for name in names}, more=more)
-        is_array = bool(args.seeds or args.grid)
-        named = members(arguments, args.seeds, args.grid) if is_array else {"": arguments}
+        named = members(arguments, args.seeds, args.grid, args.sweep)
         at_most = args.at_most or (1 if args.local else 0)
         plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
         if args.dry_run:
@@ -351,7 +410,7 @@ def main() -> int:
         say(str(error))
         return 2
     _follow(jobs, plan)
-    return _finish(jobs, is_array) if args.wait or args.local else 0
+    return _finish(jobs, plan.trainings[0].group) if args.wait or args.local else 0
 
 
 def _described(plan: _Plan) -> str:
@@ -378,7 +437,7 @@ def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
     if slurm:
         print(f"its state: squeue -j {number}; to end it: scancel {number}")
     if group:
-        print(f"its table: python -m launch.table {shlex.quote(str(folder))}", flush=True)
+        print(f"its table: python -m dist_train.table {shlex.quote(str(folder))}", flush=True)
 
 
 def _finish(jobs: Sequence[Job], is_array: bool) -> int:

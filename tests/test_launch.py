@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from dist_train import config
+from dist_train import config, table
 from dist_train.errors import UserError
 from dist_train.record import append_history
-from launch import cluster, submit, table
+from launch import cluster, submit
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,11 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
     expected["lr0.002-seed11"] = []
     (group / table.MEMBERS).write_text(json.dumps(expected))
     done = subprocess.run(
-        [sys.executable, "-m", "launch.table", str(group)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dist_train.table", str(group)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == (group / "table.md").read_text()
     header, _, low, high, _, missing = done.stdout.splitlines()

@@ -22,11 +22,12 @@ from conftest import REPOSITORY, environment, trainer
 from slurm_cluster import Cluster, missing
 from test_record import expected_rows, offline_records, own
 
+from dist_train import table
 from dist_train.diff import main as diff
 from dist_train.errors import UserError
 from dist_train.record import read_history
 from launch import cluster as slurm
-from launch import submit, table
+from launch import submit
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
 if why := missing():
