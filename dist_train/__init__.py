@@ -1,7 +1,31 @@
-"""Distributed training of block networks, with the same weights, bit for bit, on any number of workers."""
+"""Distributed training of block networks, with the same weights, bit for bit, on any number of workers.
+
+    from dist_train import load
+
+    network = load("runs/block94-seed0-1a2b3c4d")
+    network.predict("cat.png")  # [[("cat", 0.98), ("dog", 0.01), ...]]
+
+is all there is to a trained network; training is `python -m dist_train.main`.
+"""
 
 __version__ = "0.1.0"
 
 import os
+from typing import TYPE_CHECKING, Any
 
 launcher = os.getppid()  # noted before the imports take their time, in which it may die
+
+if TYPE_CHECKING:
+    from dist_train.trained import TrainedNetwork as TrainedNetwork
+    from dist_train.trained import load as load
+    from dist_train.trained import predict as predict
+
+
+def __getattr__(name: str) -> Any:
+    """What takes torch to import, once it is asked for. `predict` is the function; to import the command of that name
+    would hide it."""
+    if name in ("TrainedNetwork", "load", "predict"):
+        from dist_train import trained
+
+        return getattr(trained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

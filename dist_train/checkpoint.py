@@ -111,9 +111,9 @@ def newest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole. One that is torn or altered is set aside as `*.damaged`, and named
     on stderr."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
-        if (wrong := _wrong(path)) is None:
+        if (why := wrong(path)) is None:
             return path
-        print(f"checkpoint {path} {wrong}; it is set aside and the one before it is used", file=sys.stderr)
+        print(f"checkpoint {path} {why}; it is set aside and the one before it is used", file=sys.stderr)
         path.replace(path.with_name(path.name + ".damaged"))
         _checksum(path).unlink(missing_ok=True)
     return None
@@ -139,7 +139,8 @@ def _checksum(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _wrong(path: Path) -> str | None:
+def wrong(path: Path) -> str | None:
+    """What is wrong with a checkpoint by its checksum, None when it is whole."""
     try:
         expected = _checksum(path).read_text().split()[0]
     except (OSError, IndexError):

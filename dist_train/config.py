@@ -85,6 +85,15 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
         if not found:
             raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
         _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
+    return _checked(tree)
+
+
+def parse(text: str) -> Config:
+    """What `to_toml` wrote. Raises UserError, or tomllib.TOMLDecodeError."""
+    return _checked(tomllib.loads(text))
+
+
+def _checked(tree: dict[str, Any]) -> Config:
     try:
         # as JSON: only there does strict validation take tables for dataclasses
         return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))

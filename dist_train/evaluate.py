@@ -169,8 +169,8 @@ def evaluate(
                 of_plain = coefficients[: len(blocks)]
                 logits = [plain]
                 if tta != "none":
-                    views = list(_views(images, tta))  # the first is the image itself
-                    logits.append(sum((w * model(v).float() for w, v in views[1:]), views[0][0] * plain))
+                    (weight, _), *others = views(images, tta)  # the first is the image itself
+                    logits.append(sum((w * model(view).float() for w, view in others), weight * plain))
             if blocks:
                 a = torch.cat(of_plain, 1).double().clamp(-_LARGEST, _LARGEST)
                 of_class = F.one_hot(labels, classes).double().T
@@ -226,7 +226,7 @@ def _counts(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(((losses / _UNIT).round().long().sum(), correct, correct.new_tensor(len(labels))))
 
 
-def _views(images: Tensor, tta: Tta) -> Iterator[tuple[float, Tensor]]:
+def views(images: Tensor, tta: Tta) -> Iterator[tuple[float, Tensor]]:
     """The weights, which sum to 1, and the views of (N, C, H, W) images whose logits are averaged."""
     centre = 0.5 if tta == "mirror" else 0.25
     yield centre, images

@@ -11,7 +11,8 @@ rounding:
   kernels. About one L-th of the operations, for the bytes of N sets of kernels.
 
 Whatever is a pass over images runs on flat rows, one for each image: broadcasting over the channels_last axes is
-up to twenty times slower on a CPU. Everything here can be differentiated once.
+up to twenty times slower on a CPU. Everything here can be differentiated once. A graph that torch exports has the plain
+formula instead, which must do for any batch size, in operations that every runtime knows.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form
     Raises ValueError when the kernels cannot be summed and form is `kernels`.
     """
     device = x.device.type
-    if form is None:
+    if torch.compiler.is_exporting():
+        form = "outputs"
+    elif form is None:
         needed = x.requires_grad or not torch.is_grad_enabled()  # evaluation: as if in training
         form = choose(x.shape, convolutions, device, needed)
     if form == "outputs":
@@ -122,7 +125,12 @@ def weighted_sum(coefficients: Tensor, branches: Sequence[Tensor]) -> Tensor:
     coefficients: (N, L), float32 or wider. branches: L tensors (N, C, H, W) of one shape and dtype.
     Returns (N, C, H, W) in the branches' dtype, in channels_last.
     """
-    total: Tensor = _Outputs.apply(coefficients, *branches)
+    total: Tensor
+    if torch.compiler.is_exporting():
+        first, *rest = map(torch.mul, coefficients[:, :, None, None].split(1, 1), branches)
+        total = sum(rest, first)
+    else:
+        total = _Outputs.apply(coefficients, *branches)
     return total
 
 
@@ -131,6 +139,8 @@ def average(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Whatever else reads x should read the x returned: both gradients are then added in one pass.
     """
+    if torch.compiler.is_exporting():
+        return x.mean((2, 3), dtype=dtype), x
     result: tuple[Tensor, Tensor] = _Average.apply(x, dtype)
     return result
 
