@@ -24,6 +24,8 @@ how it ended, what went wrong; `{"event", "time", ...}` a line.
 mean and standard deviation for each convolution, and for each class the mean of each. `wrong` lists the wrong answers
 of the highest confidence, `{"index", "label", "predicted", "confidence", "png"}`, the image in base64.
 
+`system/rank-N.jsonl`, where that is asked for, is each rank's own: see system.py.
+
 This module does not import torch.
 """
 
@@ -36,7 +38,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -111,6 +113,7 @@ class Recorder:
         total_steps: int,
         resume_step: int,
         matrix_rate: float = math.nan,
+        branches: Sequence[Sequence[str]] = (),
     ) -> None:
         """Open the record, and cut it back to `resume_step` where a checkpoint is being resumed.
 
@@ -122,6 +125,7 @@ class Recorder:
             resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be
                 replayed and are removed, as is a torn last line.
             matrix_rate: floating-point operations a second of matrix products on all ranks, for W&B's MFU.
+            branches: for each block the names of its convolutions, for W&B's mixing coefficients.
 
         Raises:
             UserError: the lines up to `resume_step` are not all there.
@@ -159,19 +163,17 @@ class Recorder:
             )
         self._wandb: Any = None
         if config.wandb != "disabled":
-            from dist_train.wandb_run import WandbRun
+            from dist_train.wandb_run import WandbRun, beginning
 
             self._wandb = WandbRun.start(
-                run_dir,
-                mode=config.wandb,
-                project=config.project,
-                group=config.group,
-                name=self._name,
-                tags=config.tags,
-                config=run_config,
-                metrics=self._path,
-                offset=self._synced,
-                matrix_rate=matrix_rate,
+                beginning(
+                    run_dir,
+                    config,
+                    config=run_config,
+                    branches=branches,
+                    offset=self._synced,
+                    matrix_rate=matrix_rate,
+                )
             )
 
     def step(
@@ -281,7 +283,7 @@ class Recorder:
     def evaluation(self, details: Row) -> None:
         """Write `evaluation.json`. What cannot be written costs a line on stderr, not the run."""
         try:
-            write_atomic(self._dir / EVALUATION, (json.dumps(_finite(details)) + "\n").encode())
+            write_evaluation(self._dir, details)
         except OSError as error:
             self._tell(
                 f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
@@ -347,8 +349,7 @@ class Recorder:
             self._tell(f"plots not drawn ({error}); try again: python -m dist_train.plots {self._dir}")
             pictures = []
         if self._wandb is not None:
-            details = self._dir / EVALUATION
-            self._wandb.summarize(summary, pictures, details if details.exists() else None)
+            self._wandb.summarize(summary, pictures, self._dir / EVALUATION)
 
     def close(self, exit_code: int) -> None:
         """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
@@ -489,6 +490,11 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
 def read_digests(path: Path) -> dict[int, dict[str, str]]:
     """The digests of a `metrics.jsonl`: by step, by tensor in the network's order. Raises OSError."""
     return {row["step"]: row["digests"] for row, _ in _rows(path.read_bytes()) if row["kind"] == "weights"}
+
+
+def write_evaluation(run_dir: Path, details: Row) -> None:
+    """Write `evaluation.json`. Raises OSError."""
+    write_atomic(run_dir / EVALUATION, (json.dumps(_finite(details)) + "\n").encode())
 
 
 def append_history(run_dir: Path, event: str, **fields: Any) -> None:

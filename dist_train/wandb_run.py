@@ -2,130 +2,161 @@
 
 A process of its own, because wandb's calls can block for good (`log` too, once wandb's helper hangs), and
 because a row costs a third of a millisecond of Python, which rank 0 needs to launch its kernels. Rank 0 only
-tells it where the record is, the summary, and the end. If rank 0 dies, it brings the run to its end.
+tells it where the record is, which checkpoints to keep, the summary, and the end. If rank 0 dies, it brings the run
+to its end.
+
+W&B gets `train/*` against `step`; `eval/*` and, of each convolution's mixing coefficient over the test images,
+`mixing/block1/conv2_1x1_mean` and `_std` against `epoch`; where all ranks sample themselves `ranks/cpu_percent/rank0`
+and so on against `elapsed_seconds`; at the end `plots/*` and `evaluation/*`. The axes are values of their own, so
+that rows which come twice, after a restart, lie on each other.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
+import itertools
 import json
+import math
 import netrc
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+if TYPE_CHECKING:
+    from dist_train.record import RecordConfig
+
+METRICS = "metrics.jsonl"  # as in record.py, which takes long to import
+SAMPLES = "system/rank-*.jsonl"  # by system.py, likewise
 INIT_TIMEOUT = 5.0  # seconds for the server to answer before the run goes offline
 FINISH_TIMEOUT = 15.0  # seconds for what is still to upload at the end
 CLOSE_TIMEOUT = INIT_TIMEOUT + FINISH_TIMEOUT + 10.0  # seconds `close` waits at the very most
 POLL = 0.5  # seconds between two looks at the record
+PREEMPTED = 75  # exit code of a run that goes on later
 
 Message = dict[str, Any]
+
+
+def beginning(
+    run_dir: Path,
+    record: RecordConfig,
+    *,
+    config: dict[str, Any],
+    branches: Sequence[Sequence[str]],
+    offset: int,
+    matrix_rate: float,
+) -> Message:
+    """The first message of a run.
+
+    Args:
+        run_dir: the run folder, with a `metrics.jsonl`. Files go to its `wandb/`, with the run's id: a restart or a
+            move continues it.
+        config: the configuration to show, of values that JSON has.
+        branches: for each block the names of its convolutions.
+        offset: what a run that is continued has had of `metrics.jsonl`, in bytes; the lines after are passed on as
+            they come.
+        matrix_rate: floating-point operations a second of matrix products on all ranks; nan for no MFU.
+    """
+    run_dir = run_dir.absolute()
+    samples = {str(path.relative_to(run_dir)): path.stat().st_size for path in run_dir.glob(SAMPLES)}
+    settings = {
+        "project": record.project,
+        "run_name": record.name or run_dir.resolve().name,
+        **({"run_group": record.group} if record.group else {}),  # unset, the environment's count
+        **({"run_tags": list(record.tags)} if record.tags else {}),
+        "resume": "allow",  # never with step=: W&B drops the rows of a step that is replayed
+        "root_dir": str(run_dir),
+        "console": "off",
+        "silent": True,
+        "program": sys.argv[0],
+        "init_timeout": INIT_TIMEOUT,
+        "finish_timeout": FINISH_TIMEOUT,
+        "finish_timeout_raises": True,
+        "x_stats_pid": os.getpid(),
+        "x_transaction_log_flush_interval": 1.0,  # a killed run loses a second, not fifteen
+    }
+    return {
+        "run_dir": str(run_dir),
+        "mode": record.wandb,
+        "settings": settings,
+        "config": config,
+        "branches": [list(names) for names in branches],
+        "matrix_rate": matrix_rate,
+        "seen": {METRICS: offset, **samples},  # bytes, by file
+        "samples": record.system == "all",
+    }
+
+
+def closing(summary: dict[str, Any], pictures: Sequence[Path], evaluation: Path) -> Message:
+    """The message with what there is at the end: the final values, the plots, each an image under its file's name, and
+    the path of `evaluation.json`, if it is there."""
+    return {
+        "summary": summary,
+        "pictures": [str(picture.absolute()) for picture in pictures],
+        "evaluation": str(evaluation.absolute()) if evaluation.exists() else None,
+    }
+
+
+def process(first: Message) -> dict[str, Any]:
+    """Arguments for `subprocess` to start a run's process, which reads its messages, a line each."""
+    return {
+        "args": [sys.executable, "-m", __name__],
+        "env": {
+            "WANDB_ERROR_REPORTING": "false",  # else even an offline run calls home, and waits for it
+            "WANDB_SILENT": "true",
+            "WANDB_DATA_DIR": str(Path(first["run_dir"], "wandb")),  # where what is to be uploaded waits
+            **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a sweep agent's helper
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process can import
+        },
+        "start_new_session": True,  # Ctrl-C is for rank 0, which then ends this one
+    }
 
 
 class WandbRun:
     """Rank 0's end of the run's process. No method raises, and none but `close` waits."""
 
     @classmethod
-    def start(
-        cls,
-        run_dir: Path,
-        *,
-        mode: str,
-        project: str,
-        group: str,
-        name: str,
-        tags: Sequence[str],
-        config: dict[str, Any],
-        metrics: Path,
-        offset: int,
-        matrix_rate: float,
-    ) -> WandbRun | None:
-        """Begin the run; None when `mode` is auto and the environment says WANDB_MODE=disabled.
-
-        Args:
-            run_dir: files go to `run_dir/wandb`, with the run's id: a restart or a move continues it.
-            mode: auto (WANDB_MODE if set, else online when logged in, else offline), online or offline.
-            config: the configuration to show, of values that JSON has.
-            metrics: the record; its lines from byte `offset` on are passed on as they come.
-            matrix_rate: floating-point operations a second of matrix products on all ranks, for MFU.
-        """
-        if mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+    def start(cls, first: Message) -> WandbRun | None:
+        """Begin the run that `beginning` describes; None when its mode is auto and the environment says
+        WANDB_MODE=disabled."""
+        if first["mode"] == "auto" and os.environ.get("WANDB_MODE") == "disabled":
             return None
-        where = run_dir.absolute() / "wandb"
-        environment = {
-            "WANDB_ERROR_REPORTING": "false",  # else even an offline run calls home, and waits for it
-            "WANDB_SILENT": "true",
-            "WANDB_DATA_DIR": str(where),
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process can import
-        }
-        settings = {
-            "project": project,
-            "run_name": name,
-            **({"run_group": group} if group else {}),  # unset, the environment's count
-            **({"run_tags": list(tags)} if tags else {}),
-            "resume": "allow",  # never with step=: W&B drops the rows of a step that is replayed
-            "root_dir": str(run_dir.absolute()),
-            "console": "off",
-            "silent": True,
-            "program": sys.argv[0],
-            "init_timeout": INIT_TIMEOUT,
-            "finish_timeout": FINISH_TIMEOUT,
-            "finish_timeout_raises": True,
-            "x_stats_pid": os.getpid(),
-            "x_transaction_log_flush_interval": 1.0,  # a killed run loses a second, not fifteen
-        }
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for rank 0, which then ends this one
-            )
+            started = subprocess.Popen(**process(first), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
         except OSError as error:
             _tell(f"W&B: not started ({error})")
             return None
-        run = cls(process, where)
-        run._send(
-            where=str(where),
-            mode=mode,
-            settings=settings,
-            config=config,
-            metrics=str(metrics.absolute()),
-            offset=offset,
-            matrix_rate=matrix_rate,
-        )
-        return run
+        return cls(started, first)
 
-    def __init__(self, process: subprocess.Popen[bytes], where: Path) -> None:
-        self._process, self._where = process, where
+    def __init__(self, started: subprocess.Popen[bytes], first: Message) -> None:
+        assert started.stdin is not None
+        self._process, self._pipe, self._torn = started, started.stdin, False
+        self._where = Path(first["run_dir"], "wandb")
+        self._send(first)
+        os.set_blocking(self._pipe.fileno(), False)
 
-    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path], evaluation: Path | None) -> None:
-        """Hand over the final values, the plots, each an image under its file's name, and `evaluation.json`."""
-        self._send(
-            summary=summary,
-            pictures=[str(picture.absolute()) for picture in pictures],
-            evaluation=evaluation and str(evaluation.absolute()),
-        )
+    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path], evaluation: Path) -> None:
+        """Hand over what `closing` describes."""
+        self._send(closing(summary, pictures, evaluation))
 
-    def artifact(self, path: Path) -> None:
-        """Hand over a checkpoint."""
-        self._send(artifact=str(path.absolute()))
+    def artifact(self, checkpoint: Path) -> None:
+        """Hand over the path of a checkpoint; in any thread."""
+        self._send({"artifact": str(checkpoint.absolute())})
 
     def close(self, exit_code: int) -> None:
         """End the run, and wait for that for `CLOSE_TIMEOUT` seconds at most."""
-        self._send(exit_code=exit_code)
+        self._send({"exit_code": exit_code})
         with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            self._pipe.close()
         try:
             self._process.wait(CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -133,38 +164,75 @@ class WandbRun:
             self._process.wait()
             _tell(f"W&B: stopped, it did not come to an end; what it has: {self._where}")
 
-    def _send(self, **message: Any) -> None:
+    def _send(self, message: Message) -> None:
+        data = json.dumps(message, default=str).encode() + b"\n"
         with contextlib.suppress(OSError):  # it has ended, and has said why
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(message, default=str).encode() + b"\n")
-            self._process.stdin.flush()
+            if not self._torn:
+                sent = self._pipe.write(data)  # None or a part where the process hangs and the pipe is full
+                self._torn = sent is not None and sent < len(data)
 
 
-def main() -> None:
-    """The process: begin the run, pass the record on until rank 0 says so or is gone, end the run."""
+def main() -> int:
+    """The process: begin the run that the first message describes, pass its record on until a message says that it is
+    over or rank 0 is gone, and end it.
+
+    Prints where the run is. Returns 0; 1 when it did not come to its end, or not online as it was to, and says so.
+    """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process; rank 0 decides what follows
     messages = _messages()
-    start = next(message for message in messages if message is not None)
-    exit_code = 1  # unless rank 0 says another, it has died
-    try:
-        run = _begin(start)
-        with Path(start["metrics"]).open("rb") as record:
-            record.seek(start["offset"])
-            for message in messages:
-                _pass_on(record, run)
-                if message and "summary" in message:
-                    _summarize(run, message)
-                if message and "exit_code" in message:
-                    exit_code = message["exit_code"]
-                    break
-            _pass_on(record, run)
-        run.finish(exit_code=exit_code)
-    except TimeoutError:
-        again = f"wandb sync --include-online {start['where']}/run-*"
-        _tell(f"W&B: not all was uploaded in time; later: {again}")
-    except Exception as error:
-        _tell(f"W&B: stopped, {type(error).__name__}: {_line(error)}; training and its record go on")
+    heard = [next(message for message in messages if message is not None)]
+    where = Path(heard[0]["run_dir"], "wandb")
+    for attempt in (1, 2):
+        try:
+            run, place = _follow(heard, messages)
+            print(place)
+            return int(heard[0]["mode"] == "online" and run.offline)
+        except TimeoutError:
+            _tell(f"W&B: not all was uploaded in time; later: wandb sync --include-online {where}/run-*")
+            break
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_line(error)}"
+            if attempt == 2:
+                _tell(f"W&B: stopped, {reason}; training and its record go on")
+            else:  # wandb's helper heeds the signals that are ignored here, and takes what it has not written with it
+                _tell(f"W&B: begun again after {reason}")
+                _tear_down()
+                time.sleep(1.0)  # wandb's folders are named by the second
+    return 1
+
+
+def _follow(heard: list[Message], messages: Iterator[Message | None]) -> tuple[Any, str]:
+    """Begin the run of the first message, pass on what there is and what comes, end it. Returns it and where it is.
+
+    heard: the messages so far, followed first; it takes up those that come.
+    """
+    first, exit_code = heard[0], 1  # unless rank 0 says another, it has died
+    run, place, new = _begin(first)
+    if new:
+        first["seen"] = {}
+    record = _Record(first)
+    for message in itertools.chain(heard[1:], _kept(messages, heard)):
+        record.pass_on(run)
+        if message and "artifact" in message:
+            _keep(run, Path(message["artifact"]))
+        if message and "summary" in message:
+            _summarize(run, message)
+        if message and "exit_code" in message:
+            exit_code = message["exit_code"]
+            break
+    record.pass_on(run)
+    if exit_code == PREEMPTED:
+        run.mark_preempting()  # it is then shown as preempted, not as failed
+    run.finish(exit_code=exit_code)
+    return run, place
+
+
+def _kept(messages: Iterator[Message | None], heard: list[Message]) -> Iterator[Message | None]:
+    for message in messages:
+        if message is not None:
+            heard.append(message)
+        yield message
 
 
 def _messages() -> Iterator[Message | None]:
@@ -181,45 +249,59 @@ def _messages() -> Iterator[Message | None]:
         yield from map(json.loads, lines)
 
 
-def _begin(start: Message) -> Any:
+def _begin(first: Message) -> tuple[Any, str, bool]:
+    """The run, where it is, and whether it is a new one, which has had nothing of the record."""
     import wandb
 
-    where = Path(start["where"])
-    known = {key: value for key, value in start["settings"].items() if key in wandb.Settings.model_fields}
-    known["run_id"] = _run_id(where / "run_id")
+    where = Path(first["run_dir"], "wandb")
+    known = {key: value for key, value in first["settings"].items() if key in wandb.Settings.model_fields}
+    new = "run_id" in known
+    if not new:
+        known["run_id"], new = _run_id(where / "run_id")
 
     def begin(mode: str) -> Any:
-        return wandb.init(config=start["config"], settings=wandb.Settings(**known, mode=mode))
+        return wandb.init(config=first["config"], settings=wandb.Settings(**known, mode=mode))
 
-    run = None
-    if _online(start["mode"], wandb.setup().settings):
+    if _online(first["mode"], wandb.setup().settings):
         try:
             run = begin("online")
             _tell(f"W&B: {run.url}")
-        except Exception as error:
+            return _with_axes(run), str(run.url), new
+        except wandb.errors.Error as error:
             _tell(f"W&B: no online run ({_line(error)}), going on offline")
-            wandb.teardown()  # else the id counts as in use
-    if run is None:
-        run = begin("offline")
-        _tell(f"W&B: offline run in {where}; upload it with: wandb sync {where}/offline-run-*")
-    run.define_metric("step", hidden=True)
-    run.define_metric("epoch", hidden=True)
-    run.define_metric("train/*", step_metric="step")
-    run.define_metric("eval/*", step_metric="epoch")
+            _tear_down()  # else the id counts as in use
+    run = begin("offline")
+    _tell(f"W&B: offline run in {where}; upload it with: wandb sync {where}/offline-run-*")
+    return _with_axes(run), str(run.settings.sync_dir), new
+
+
+def _tear_down() -> None:
+    """End wandb's helper, if it is still there."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _with_axes(run: Any) -> Any:
+    for axis in ("step", "epoch", "elapsed_seconds"):
+        run.define_metric(axis, hidden=True)
+    for kind, axis in (("train", "step"), ("eval", "epoch"), ("mixing", "epoch"), ("ranks", "elapsed_seconds")):
+        run.define_metric(f"{kind}/*", step_metric=axis)
     return run
 
 
 def _online(mode: str, settings: Any) -> bool:
     if mode == "offline" or (mode == "auto" and settings.mode != "online"):
         return False
-    if _logged_in(settings):
+    if logged_in(settings):
         return True
     if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb itself would ask for a key, and wait for it
         _tell(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
     return False
 
 
-def _logged_in(settings: Any) -> bool:
+def logged_in(settings: Any) -> bool:
     """Whether wandb would find a key without asking for one."""
     if settings.api_key or settings.identity_token_file:
         return True
@@ -230,36 +312,153 @@ def _logged_in(settings: Any) -> bool:
     return entries.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
-def _run_id(path: Path) -> str:
-    if not path.exists():
+def _run_id(path: Path) -> tuple[str, bool]:
+    """The run's id, which the run folder keeps, and whether it is a new one there."""
+    kept = path.read_text().strip() if path.exists() else ""
+    # a sweep's agent chooses it, and waits for this run
+    agents = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
+    found = agents or kept or uuid.uuid4().hex[:12]
+    if found != kept:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12])
-    return path.read_text().strip()
+        path.write_text(found)
+    return found, found != kept
 
 
-def _pass_on(record: Any, run: Any) -> None:
-    """Log the record's new lines. Their axes are their own `step` and `epoch`: a replay does no harm."""
-    begin = record.tell()
-    new = record.read()
-    whole = new[: new.rfind(b"\n") + 1]
-    record.seek(begin + len(whole))
-    for row in map(json.loads, whole.splitlines()):
-        if row["kind"] == "weights":  # nothing to draw
-            continue
-        train = row["kind"] == "step"
-        prefix, axes = ("train", ("step",)) if train else ("eval", ("step", "epoch"))
-        hidden = {"kind", "correct", "images", *axes}
-        values = {f"{prefix}/{key}": row[key] for key in row if key not in hidden and row[key] is not None}
-        run.log({**{axis: row[axis] for axis in axes}, **values})
+class _Record:
+    """What is new in a run folder, as rows."""
+
+    def __init__(self, first: Message) -> None:
+        self._dir, self._first, self._seen = Path(first["run_dir"]), first, dict(first["seen"])
+        self._begin: float | None = None  # when rank 0 sampled itself for the first time
+
+    def pass_on(self, run: Any) -> None:
+        """Log all new lines that are whole."""
+        for line in self._new_lines(METRICS):
+            row = json.loads(line)
+            if row["kind"] == "step":
+                run.log(_step_row(row, self._first["matrix_rate"]))
+            elif row["kind"] == "eval":  # digests of the weights are nothing to draw
+                run.log(_eval_row(row, self._first["branches"]))
+        for path in sorted(self._dir.glob(SAMPLES)) if self._first["samples"] else []:
+            rank = path.stem.replace("-", "")
+            for line in self._new_lines(str(path.relative_to(self._dir))):
+                with contextlib.suppress(ValueError):  # torn by a kill, and the next start's first line behind it
+                    run.log(self._sample_row(json.loads(line), rank))
+
+    def _new_lines(self, name: str) -> list[bytes]:
+        with (self._dir / name).open("rb") as file:  # opened anew: a network file system then asks for what is new
+            file.seek(self._seen.get(name, 0))
+            new = file.read()
+        end = new.rfind(b"\n") + 1
+        self._seen[name] = self._seen.get(name, 0) + end
+        return new[:end].splitlines()
+
+    def _sample_row(self, row: Message, rank: str) -> Message:
+        if self._begin is None:
+            with min(self._dir.glob(SAMPLES)).open() as file:
+                self._begin = json.loads(file.readline())["time"]
+        values = {f"ranks/{key}/{rank}": value for key, value in row.items() if key not in ("time", "host")}
+        return {"elapsed_seconds": row["time"] - self._begin, **values}
+
+
+def _step_row(row: Message, matrix_rate: float) -> Message:
+    values = {key: row[key] for key in ("epoch", "loss", "lr", "grad_norm", "images_per_second")}
+    values["accuracy"] = row["correct"] / row["images"]
+    if math.isfinite(matrix_rate):
+        values["mfu"] = row["flops"] / row["images"] * row["images_per_second"] / matrix_rate
+    return _without_none({"step": row["step"], **{f"train/{key}": value for key, value in values.items()}})
+
+
+def _eval_row(row: Message, branches: list[list[str]]) -> Message:
+    others = ("kind", "step", "epoch", "coefficients")
+    values = {f"eval/{key}": value for key, value in row.items() if key not in others}
+    for block, (names, found) in enumerate(zip(branches, row["coefficients"], strict=False), 1):
+        for name, (mean, std) in zip(_in_order(names), found, strict=True):
+            values |= {f"mixing/block{block}/{name}_mean": mean, f"mixing/block{block}/{name}_std": std}
+    return _without_none({"step": row["step"], "epoch": row["epoch"], **values})
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """A block's convolutions as W&B takes them in keys, without spaces: `conv1_3x3`, `conv2_3x3_d2`."""
+    return [f"conv{position}_{name.replace(' ', '_')}" for position, name in enumerate(names, 1)]
+
+
+def _without_none(row: Message) -> Message:
+    return {key: value for key, value in row.items() if value is not None}  # was not finite
+
+
+def _keep(run: Any, checkpoint: Path) -> None:
+    """Make a checkpoint a version of the run's artifact; its file may change or go from then on."""
+    import wandb
+
+    step = int(checkpoint.stem.removeprefix("step-"))
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata={"step": step})
+    try:
+        artifact.add_file(str(checkpoint), skip_cache=True)
+    except (OSError, ValueError):
+        _tell(f"W&B: {checkpoint} is gone already, and not among the run's artifacts")
+    else:
+        run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
 def _summarize(run: Any, message: Message) -> None:
     import wandb
 
     pictures = [Path(picture) for picture in message["pictures"]]
-    if pictures:
-        run.log({f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures})
+    row = {f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures}
+    if message["evaluation"]:
+        details = json.loads(Path(message["evaluation"]).read_text())
+        row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
+        run.summary[f"{details['split']}_ece"] = details["calibration"]["ece"]
+    if row:
+        run.log(row)
     run.summary.update(message["summary"])
+
+
+def _details(details: Message) -> dict[str, Any]:
+    """Charts and tables of an `evaluation.json`."""
+    import wandb
+    from PIL import Image
+
+    classes, blocks = details["classes"], details["coefficients"]
+    counts = [
+        [actual, predicted, count]
+        for actual, row in zip(classes, details["confusion"], strict=True)
+        for predicted, count in zip(classes, row, strict=True)
+    ]
+    bins = [[b["confidence"], b["accuracy"], b["count"]] for b in details["calibration"]["bins"] if b["count"]]
+    wrong = [
+        [
+            wandb.Image(Image.open(io.BytesIO(base64.b64decode(image["png"])))),
+            classes[image["label"]],
+            classes[image["predicted"]],
+            image["confidence"],
+            image["index"],
+        ]
+        for image in details["wrong"]
+    ]
+    names = [f"block{n}/{name}" for n, block in enumerate(blocks, 1) for name in _in_order(block["branches"])]
+    by_class = [
+        [name, *(value for block in blocks for value in block["by_class"][number])]
+        for number, name in enumerate(classes)
+    ]
+    return {
+        # W&B's own chart, from the counts
+        "confusion_matrix": wandb.plot_table(
+            "wandb/confusion_matrix/v1",
+            wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=counts),
+            {axis: axis for axis in ("Actual", "Predicted", "nPredictions")},
+            {"title": f"Confusion matrix ({details['split']}, {details['images']:,} images)"},
+        ),
+        "calibration": wandb.plot.line(
+            wandb.Table(columns=["confidence", "accuracy", "images"], data=bins),
+            "confidence",
+            "accuracy",
+            title=f"Calibration ({details['split']}, ECE {100 * details['calibration']['ece']:.2f} %)",
+        ),
+        "wrong": wandb.Table(columns=["image", "label", "predicted", "confidence", "index"], data=wrong),
+        "coefficients_by_class": wandb.Table(columns=["class", *names], data=by_class),
+    }
 
 
 def _line(error: BaseException) -> str:
@@ -272,4 +471,4 @@ def _tell(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The run folder's record, its plots and its W&B run, the last with the real SDK and a server made here."""
+"""The run folder's record and its plots."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ import os
 import random
 import re
 import resource
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train import plots, wandb_run
+from dist_train import plots
 from dist_train.errors import UserError
 from dist_train.record import (
     RecordConfig,
@@ -40,19 +37,8 @@ from dist_train.record import (
 
 EPOCH = 4  # steps
 OFF = RecordConfig(wandb="disabled", quiet=True)
-AUTO = RecordConfig(quiet=True, group="a group", tags=["first", "second"])
-
-
-@pytest.fixture(autouse=True)
-def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Take away this machine's W&B account and settings."""
-    for key in [key for key in os.environ if key.startswith("WANDB_")]:
-        monkeypatch.delenv(key)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("NETRC", str(home / "netrc"))
-    monkeypatch.chdir(home)
+BRANCHES = [["3x3", "3x3 d2 s2"], ["5x5"]]  # names of the convolutions of two blocks
+MATRIX_RATE = 4e6  # FLOP/s
 
 
 def opened(run_dir: Path, config: RecordConfig = OFF, resume_step: int = 0) -> Recorder:
@@ -63,6 +49,8 @@ def opened(run_dir: Path, config: RecordConfig = OFF, resume_step: int = 0) -> R
         run_config={"optim": {"lr": 0.5}},
         total_steps=3 * EPOCH,
         resume_step=resume_step,
+        matrix_rate=MATRIX_RATE,
+        branches=BRANCHES,
     )
 
 
@@ -399,340 +387,6 @@ def test_disabled_imports_no_wandb(tmp_path: Path, wandb: str, mode: str) -> Non
     env = {**os.environ, "WANDB_MODE": mode, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=env)
     assert not (tmp_path / "wandb").exists()
-
-
-# W&B
-
-
-def offline_records(run_dir: Path, number: int = 0) -> list[Row]:
-    """The records of a run's offline file, read by W&B's own tool."""
-    folder = sorted((run_dir / "wandb").glob("offline-run-*"))[number]
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def offline_rows(run_dir: Path, number: int = 0) -> list[Row]:
-    records = offline_records(run_dir, number)
-    return [own(record["history"]["item"]) for record in records if record["type"] == "history"]
-
-
-def own(row: Row) -> Row:
-    return {key: value for key, value in row.items() if not key.startswith("_")}
-
-
-def expected_rows(run_dir: Path) -> list[Row]:
-    """The rows W&B shall have, from the record."""
-    rows = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        kind, step, epoch = row.pop("kind"), row.pop("step"), row.get("epoch")
-        if kind == "weights":
-            continue
-        if kind == "step":
-            row = {f"train/{key}": row[key] for key in ("epoch", "loss", "lr", "images_per_second")}
-            rows.append({"step": step, **row})
-        else:
-            del row["epoch"]
-            rows.append({"step": step, "epoch": epoch, **{f"eval/{key}": value for key, value in row.items()}})
-    return rows
-
-
-def test_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_dir = tmp_path / "run"
-    whole_run(run_dir, AUTO)
-    told = f"W&B: offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*\n"
-    assert capfd.readouterr() == ("", told)
-    records = offline_records(run_dir)
-    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
-    rows = [own(history["item"]) for history in of["history"]]
-    assert rows[:-1] == expected_rows(run_dir)
-    for name in ("loss", "accuracy"):
-        picture = Path(str(rows[-1][f"plots/{name}.path"]))
-        (folder,) = (run_dir / "wandb").glob("offline-run-*")
-        assert (folder / "files" / picture).read_bytes() == (run_dir / f"plots/{name}.png").read_bytes()
-    (run,) = of["run"]
-    assert run["config"]["update"]["optim"] == {"lr": 0.5}
-    assert (run["project"], run["run_group"], run["display_name"]) == ("dist_train", "a group", "run")
-    assert run["tags"] == ["first", "second"]
-    axes = {metric["glob_name"]: metric["step_metric"] for metric in of["metric"] if "glob_name" in metric}
-    assert axes == {"train/*": "step", "eval/*": "epoch"}
-    assert [end.get("exit_code", 0) for end in of["exit"]] == [0]
-
-
-def test_resumed_offline_run_keeps_its_id(tmp_path: Path) -> None:
-    """Also when the run folder has been moved."""
-    first, moved = tmp_path / "first", tmp_path / "moved"
-    recorder = opened(first, AUTO)
-    train(recorder, 1, 6)
-    recorder.close(1)
-    first.rename(moved)
-    time.sleep(1.0)  # W&B's folders are named by the second
-    recorder = opened(moved, AUTO, resume_step=5)
-    train(recorder, 6, 12)
-    recorder.close(0)
-    assert len({path.name.split("-")[-1] for path in (moved / "wandb").glob("offline-run-*")}) == 1
-    rows = expected_rows(moved)
-    assert offline_rows(moved, 0) == rows[:7]
-    assert offline_rows(moved, 1) == rows[6:]
-
-
-class Server(ThreadingHTTPServer):
-    """As much of a W&B server as an online run needs to come to its end."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.lock = threading.Lock()
-        self.runs: list[Row] = []
-        self.lines: dict[str, dict[int, str]] = {}
-        self.exit_code: int | None = None
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """W&B's client closes idle connections."""
-
-    def history(self) -> list[Row]:
-        lines = self.lines.get("wandb-history.jsonl", {})
-        return [own(json.loads(lines[number])) for number in sorted(lines)]
-
-    def answer(self, operation: str, variables: Row) -> Row:
-        entity = {"id": "e", "name": "somebody"}
-        if operation == "Viewer":
-            return {"viewer": {**entity, "entity": "somebody", "flags": "{}", "teams": {"edges": []}}}
-        if operation == "RunResumeStatus":
-            return {"model": {"id": "p", "name": "dist_train", "entity": entity, "bucket": None}}
-        if operation == "UpsertBucket":
-            self.runs.append(variables)
-            names = {"id": "r", "name": variables["name"], "displayName": variables["displayName"]}
-            project = {"id": "p", "name": "dist_train", "entity": entity}
-            bucket = {**names, "config": "{}", "historyLineCount": 0, "project": project}
-            return {"upsertBucket": {"inserted": True, "bucket": bucket}}
-        if operation == "CreateRunFiles":
-            files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
-            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-        return {}
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *args: Any) -> None:
-        """Not a line on stderr for each request."""
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.reply({})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            if self.path.endswith("/file_stream"):
-                for name, part in (body.get("files") or {}).items():
-                    lines = self.server.lines.setdefault(name, {})
-                    lines.update(enumerate(part["content"], part["offset"]))
-                if body.get("complete"):
-                    self.server.exit_code = body["exitcode"]
-                self.reply({})
-                return
-            operation = re.search(r"(?:query|mutation)\s+(\w+)", body["query"])
-            assert operation
-            data = self.server.answer(operation[1], body.get("variables") or {})
-        self.reply({"data": data} if data else {"errors": [{"message": "no such thing here"}]})
-
-    def reply(self, answer: Row) -> None:
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", url)
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-
-
-def test_online_run_holds_the_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server
-) -> None:
-    """Logged in by the key file alone."""
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    host = server.url.removeprefix("http://")
-    Path(os.environ["NETRC"]).write_text(f"machine {host}\n  login user\n  password {'x' * 40}\n")
-    Path(os.environ["NETRC"]).chmod(0o600)
-    run_dir = tmp_path / "run"
-    whole_run(run_dir, AUTO)
-    run_id = (run_dir / "wandb/run_id").read_text()
-    assert capfd.readouterr() == ("", f"W&B: {server.url}/somebody/dist_train/runs/{run_id}\n")
-    *rows, pictures = server.history()
-    assert rows == expected_rows(run_dir)
-    assert set(pictures) == {"plots/loss", "plots/accuracy"}
-    assert json.loads(server.runs[0]["config"])["optim"] == {"value": {"lr": 0.5}}
-    assert server.runs[0]["name"] == run_id
-    summary = json.loads(server.lines["wandb-summary.json"][0])
-    assert (summary["dataset"], summary["test_accuracy"]) == ("digits", 0.6)
-    assert server.exit_code == 0
-
-
-@pytest.mark.parametrize("fault", ["refuses", "never answers"])
-def test_unreachable_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
-) -> None:
-    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        log_in(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
-        if fault == "refuses":
-            listener.close()
-        seconds = whole_run(tmp_path, AUTO)
-    assert seconds["training"] < 1
-    assert seconds["closing"] < 10
-    first, second = capfd.readouterr().err.splitlines()
-    assert first.startswith("W&B: no online run (")
-    assert second.startswith("W&B: offline run in ")
-    assert offline_rows(tmp_path)[:-1] == expected_rows(tmp_path)
-
-
-def test_server_lost_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server
-) -> None:
-    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT", 1.0)
-    log_in(monkeypatch, server.url)
-    recorder = opened(tmp_path, AUTO)
-    until_told(capfd, f"W&B: {server.url}")
-    server.shutdown()
-    server.server_close()
-    train(recorder, 1, 12)
-    begin = time.monotonic()
-    recorder.close(0)
-    assert time.monotonic() - begin < 6
-    command = f"wandb sync --include-online {tmp_path}/wandb/run-*"
-    assert capfd.readouterr().err.splitlines() == [f"W&B: not all was uploaded in time; later: {command}"]
-
-
-def test_online_without_an_account(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    whole_run(tmp_path, RecordConfig(wandb="online", quiet=True))
-    first, second = capfd.readouterr().err.splitlines()
-    assert first == "W&B: not logged in at http://127.0.0.1:1 (wandb login), so no online run"
-    assert second.startswith("W&B: offline run in ")
-
-
-@pytest.mark.parametrize(
-    ("victim", "end"),
-    [
-        ("the run's process", signal.SIGSTOP),
-        ("wandb's helper", signal.SIGKILL),
-        ("wandb's helper", signal.SIGSTOP),
-    ],
-)
-def test_dead_or_hanging_process(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    victim: str,
-    end: signal.Signals,
-) -> None:
-    monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT", 1.0)
-    recorder = opened(tmp_path, AUTO)
-    try:
-        until_told(capfd, "W&B: offline run in ")
-        (process,) = children(os.getpid(), "dist_train.wandb_run")
-        (helper,) = children(process, "wandb-core")
-        os.kill(process if victim == "the run's process" else helper, end)
-        begin = time.monotonic()
-        train(recorder, 1, 3000)
-        assert time.monotonic() - begin < 2
-    finally:
-        recorder.close(0)
-    assert time.monotonic() - begin < 5
-    if victim == "the run's process":
-        until(lambda: not Path(f"/proc/{helper}").exists())
-    elif end == signal.SIGSTOP:
-        os.kill(helper, signal.SIGKILL)
-    told = capfd.readouterr().err
-    if end == signal.SIGSTOP:
-        assert told == f"W&B: stopped, it did not come to an end; what it has: {tmp_path}/wandb\n"
-    else:
-        assert told.startswith("W&B: stopped, ConnectionResetError")
-    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
-
-
-def children(parent: int, words: str) -> list[int]:
-    """The children of a process whose command line contains `words`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdigit() or words not in (entry / "cmdline").read_text():
-                continue
-            status = (entry / "status").read_text()
-        except OSError:  # it has ended
-            continue
-        if f"PPid:\t{parent}\n" in status:
-            found.append(int(entry.name))
-    return found
-
-
-def until_told(capfd: pytest.CaptureFixture[str], words: str) -> None:
-    told = ""
-
-    def there() -> bool:
-        nonlocal told
-        told += capfd.readouterr().err
-        return words in told
-
-    until(there)
-
-
-def test_run_ends_when_rank_0_is_killed(tmp_path: Path) -> None:
-    code = f"""if True:
-        import os, signal
-        import tests.test_record as here
-        recorder = here.opened(here.Path({str(tmp_path)!r}), here.AUTO)
-        here.train(recorder, 1, 12)
-        here.Path({str(tmp_path / "group")!r}).write_text(str(recorder._wandb._process.pid))
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),
-    }
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
-    until(lambda: not group_lives(int((tmp_path / "group").read_text())))
-    records = offline_records(tmp_path)
-    rows = [own(record["history"]["item"]) for record in records if record["type"] == "history"]
-    assert rows == expected_rows(tmp_path)
-    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [1]
-
-
-def group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.02)
 
 
 # plots

@@ -1,0 +1,127 @@
+// Draws the figures of the page and keeps them in its colours and in its width. Their contents come from Python.
+"use strict";
+{
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const root = document.documentElement;
+  const touch = matchMedia("(pointer: coarse)").matches;
+  const off = new Set(); // "run N" and "FIGURE PART" that are switched off
+  const config = {
+    displaylogo: false,
+    displayModeBar: touch ? true : "hover",
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]], // and none that sends data elsewhere
+    doubleClick: "reset",
+  };
+
+  // The value with the page's colours for their names: "--c0", or "--c0 0.3" for three tenths of it.
+  function painted(value, styles) {
+    if (typeof value === "string" && value.startsWith("--")) {
+      const [name, share] = value.split(" ");
+      const color = styles.getPropertyValue(name).trim();
+      return share ? color + Math.round(255 * share).toString(16).padStart(2, "0") : color;
+    }
+    if (Array.isArray(value)) return value.map((item) => painted(item, styles));
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, styles)]));
+  }
+
+  function draw(plot) {
+    if (!plot.clientWidth) return; // of a run that is not shown
+    const styles = getComputedStyle(root);
+    const data = painted(figures[plot.id].data, styles);
+    for (const trace of data) {
+      const { run, part } = trace.meta || {};
+      trace.visible = !off.has(`run ${run}`) && !off.has(`${plot.id} ${part}`);
+    }
+    const family = getComputedStyle(document.body).fontFamily;
+    const common = {
+      width: plot.clientWidth,
+      height: plot.clientHeight,
+      margin: { l: 8, r: 8, t: 24, b: 8 },
+      paper_bgcolor: "--page",
+      plot_bgcolor: "transparent",
+      font: { family, size: root.classList.contains("paper") ? 10 : 12, color: "--ink" },
+      hoverlabel: { bgcolor: "--raised", bordercolor: "--muted", font: { family, color: "--ink" }, align: "left", namelength: -1 },
+      modebar: { bgcolor: "transparent", color: "--muted", activecolor: "--ink" },
+      dragmode: touch ? false : "zoom", // so that a finger on a chart still scrolls the page
+      uirevision: "kept",
+    };
+    const layout = painted({ ...common, ...figures[plot.id].layout }, styles);
+    Plotly.react(plot, data, layout, { ...config, toImageButtonOptions: { filename: plot.id, scale: 2 } });
+    const [picture, ...others] = plot.querySelectorAll(".main-svg");
+    picture.setAttribute("role", "img");
+    picture.setAttribute("aria-label", plot.dataset.alt);
+    for (const other of others) other.setAttribute("aria-hidden", "true");
+  }
+
+  const plots = [...document.querySelectorAll(".plot")];
+  const redraw = (which = plots) => which.forEach(draw);
+  const curves = plots.filter((plot) => plot.closest("#curves"));
+
+  // one after the other, so that the page can be read meanwhile
+  (async () => {
+    for (const plot of plots) {
+      if (!plot.data) draw(plot);
+      await new Promise((done) => setTimeout(done));
+    }
+    root.dataset.drawn = "";
+  })();
+
+  // what shows and hides
+
+  const runs = [...document.querySelectorAll(".runs button")];
+  function show(buttons, key, which) {
+    for (const button of buttons) button.setAttribute("aria-pressed", String(!off.has(key(button))));
+    redraw(which);
+  }
+  const runOf = (button) => `run ${button.dataset.run}`;
+  for (const button of runs) {
+    button.addEventListener("click", () => {
+      if (!off.delete(runOf(button))) off.add(runOf(button));
+      show(runs, runOf, curves);
+    });
+    button.addEventListener("dblclick", () => {
+      const others = runs.filter((other) => other !== button);
+      const alone = !off.has(runOf(button)) && others.every((other) => off.has(runOf(other)));
+      off.delete(runOf(button));
+      for (const other of others) alone ? off.delete(runOf(other)) : off.add(runOf(other));
+      show(runs, runOf, curves);
+    });
+  }
+  for (const button of document.querySelectorAll(".legend button")) {
+    const key = () => `${button.dataset.figure} ${button.dataset.part}`;
+    button.addEventListener("click", () => {
+      if (!off.delete(key())) off.add(key());
+      show([button], key, [document.getElementById(button.dataset.figure)]);
+    });
+  }
+  const choice = document.getElementById("panel");
+  const choose = () => {
+    for (const panel of document.querySelectorAll(".panel")) panel.hidden = panel.dataset.run !== choice.value;
+    redraw(plots.filter((plot) => plot.closest(".panel")));
+  };
+  if (choice) {
+    choice.addEventListener("change", choose);
+    if (choice.selectedIndex) choose(); // kept by the browser when the page was loaded again
+  }
+
+  // light and dark, width, paper
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+  let width = document.body.clientWidth;
+  new ResizeObserver(() => {
+    if (width === (width = document.body.clientWidth)) return;
+    redraw();
+  }).observe(document.body);
+  let opened = [];
+  addEventListener("beforeprintx", () => {
+    root.classList.add("paper");
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const each of opened) each.open = true;
+    redraw();
+  });
+  addEventListener("afterprint", () => {
+    root.classList.remove("paper");
+    for (const each of opened) each.open = false;
+    redraw();
+  });
+}

@@ -1,0 +1,576 @@
+"""What a training sends to W&B, with the real SDK and a server made here."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, command, environment
+from PIL import Image
+from test_record import EPOCH, MATRIX_RATE, opened, train, whole_run
+from wandb_server import DIGITS, Run, Server, expected_rows, offline_records, offline_rows, own
+
+from dist_train import system, wandb_run
+from dist_train.files import claimed
+from dist_train.record import RecordConfig, Row, read_metrics
+
+AUTO = RecordConfig(quiet=True, group="a group", tags=["first", "second"])
+BRANCHES = [["conv1_3x3", "conv2_3x3_d2_s2"], ["conv1_5x5"]]  # of the runs that `opened` begins
+KEY = "5ec2e7" + 34 * "7"  # W&B takes 40 characters for a key
+
+
+@pytest.fixture(autouse=True)
+def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Take away this machine's W&B account and settings."""
+    for key in [key for key in os.environ if key.startswith("WANDB_")]:
+        monkeypatch.delenv(key)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+
+
+def expected(run_dir: Path) -> list[Row]:
+    return expected_rows(run_dir, BRANCHES, MATRIX_RATE)
+
+
+def distinct(rows: list[Row]) -> list[Row]:
+    """Rows without those that came before: what curves are drawn from."""
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
+def synced(run_dir: Path) -> None:
+    """Upload what there is with W&B's own command."""
+    folders = sorted(map(str, (run_dir / "wandb").glob("*run-*-*")))
+    done = subprocess.run([sys.executable, "-m", "wandb", "sync", "--include-online", *folders], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len([*(run_dir / "wandb").glob("*run-*-*/*.synced")]) == len(folders), done.stderr
+
+
+# a training
+
+
+@dataclass
+class Trained:
+    """A training of two epochs on two ranks. output: stdout and stderr. outside: all else that it could write to."""
+
+    run_dir: Path
+    outside: Path
+    server: Server
+    run: Run
+    output: str
+    summary: Row
+    details: Row
+
+    def command(self, *arguments: object, module: str) -> subprocess.CompletedProcess[str]:
+        """Run one of the package's commands, with an account at the server."""
+        env = {**environment(), "WANDB_BASE_URL": self.server.url, "WANDB_API_KEY": KEY}
+        env |= {"HOME": str(self.outside), "NETRC": str(self.outside / "netrc"), "TMPDIR": str(self.outside)}
+        ranks = 2 if module == "dist_train.main" else 1
+        start = command(*arguments, module=module, ranks=ranks)
+        return subprocess.run(start, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+
+    def row(self) -> Row:
+        """The row with what there is at the end."""
+        (row,) = [row for row in self.run.history() if "plots/loss" in row]
+        return row
+
+    def table(self, name: str) -> Row:
+        """A table that is in that row."""
+        found: Row = json.loads(self.run.uploads[self.row()[f"evaluation/{name}"]["path"]])
+        return found
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "outside").mkdir()
+    with Server() as server:
+        made = Trained(folder / "a run", folder / "outside", server, Run(""), "", {}, {})
+        done = made.command(
+            *("--preset", "digits", f"data.dir={digits}", "train.epochs=2", "batch_size=256", "train.device=cpu"),
+            *("record.artifacts=all", "record.system=all", "--run-dir", made.run_dir),
+            module="dist_train.main",
+        )
+        assert done.returncode == 0, done.stderr
+        made.run, made.output = server.only(), done.stdout + done.stderr
+        made.summary = json.loads((made.run_dir / "summary.json").read_text())
+        made.details = json.loads((made.run_dir / "evaluation.json").read_text())
+        yield made
+
+
+def pixels(png: bytes) -> bytes:
+    with Image.open(io.BytesIO(png)) as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_curves_of_a_training(trained: Trained) -> None:
+    rows = [row for row in trained.run.history() if "step" in row]
+    assert rows == expected_rows(trained.run_dir, DIGITS, trained.summary["matrix_flops_per_second"])
+    assert 0 < rows[0]["train/mfu"] < 2
+    axes = {"train/*": "step", "eval/*": "epoch", "mixing/*": "epoch", "ranks/*": "elapsed_seconds"}
+    assert trained.run.metrics() == axes
+    summary = trained.run.summary()
+    assert {key: summary[key] for key in trained.summary} == trained.summary
+    assert summary["test_ece"] == trained.details["calibration"]["ece"]
+    assert trained.run.exit_code == 0
+    config = {key: value["value"] for key, value in trained.run.config.items()}
+    assert config["train"]["epochs"] == 2
+    assert config["manifest"]["dataset"] == "digits"
+    assert config["code"]["versions"] == trained.summary["versions"]
+
+
+def test_tables_of_a_training(trained: Trained) -> None:
+    details, classes = trained.details, trained.details["classes"]
+    matrix = trained.table("confusion_matrix_table")
+    assert matrix["columns"] == ["Actual", "Predicted", "nPredictions"]
+    counts = {(actual, predicted): count for actual, predicted, count in matrix["data"]}
+    for i, actual in enumerate(classes):
+        assert [counts[actual, predicted] for predicted in classes] == details["confusion"][i]
+    charts = trained.run.config["_wandb"]["value"]["visualize"]
+    assert {name: chart["panel_config"]["panelDefId"] for name, chart in charts.items()} == {
+        "evaluation/confusion_matrix": "wandb/confusion_matrix/v1",
+        "evaluation/calibration": "wandb/line/v0",
+    }
+    bins = [[b["confidence"], b["accuracy"], b["count"]] for b in details["calibration"]["bins"] if b["count"]]
+    assert trained.table("calibration_table")["data"] == bins
+    by_class = trained.table("coefficients_by_class")
+    assert by_class["columns"] == ["class", *(f"block{n + 1}/{name}" for n in (0, 1) for name in DIGITS[n])]
+    assert [row[0] for row in by_class["data"]] == classes
+    assert by_class["data"][7][4] == details["coefficients"][1]["by_class"][7][1]
+    files = [artifact["files"] for artifact in trained.server.artifacts]
+    (media,) = [found for found in files if "evaluation/wrong.table.json" in found]
+    wrong = json.loads(media["evaluation/wrong.table.json"])
+    assert wrong["columns"] == ["image", "label", "predicted", "confidence", "index"]
+    for (image, label, predicted, *rest), answer in zip(wrong["data"], details["wrong"], strict=True):
+        assert [label, predicted] == [classes[answer["label"]], classes[answer["predicted"]]]
+        assert rest == [answer["confidence"], answer["index"]]
+        assert pixels(media[image["path"]]) == pixels(base64.b64decode(answer["png"]))
+    for name in ("loss", "accuracy"):
+        sent = trained.run.uploads[trained.row()[f"plots/{name}"]["path"]]
+        assert sent == (trained.run_dir / f"plots/{name}.png").read_bytes()
+
+
+def test_checkpoints_as_artifacts(trained: Trained) -> None:
+    models = [artifact for artifact in trained.server.artifacts if artifact["type"] == "model"]
+    assert [sorted(model["aliases"]) for model in models[:2]] == [["latest", "step-5"], ["latest", "step-10"]]
+    for model, step in zip(models[:2], (5, 10), strict=True):
+        name = f"step-{step:08d}.pt"
+        assert (model["name"], model["committed"]) == (f"checkpoint-{trained.run.name}", True)
+        assert model["files"] == {name: (trained.run_dir / "checkpoints" / name).read_bytes()}
+    leftover = {file.stat().st_size for file in (trained.run_dir / "wandb/artifacts").rglob("*") if file.is_file()}
+    assert len(models[0]["files"][f"step-{5:08d}.pt"]) not in leftover, "a copy of a checkpoint stays after its upload"
+
+
+def test_every_rank_samples_itself(trained: Trained) -> None:
+    rows = [row for row in trained.run.history() if "elapsed_seconds" in row]
+    assert rows[0]["elapsed_seconds"] == 0
+    for rank in (0, 1):
+        text = (trained.run_dir / f"system/rank-{rank}.jsonl").read_text()
+        written = [json.loads(line) for line in text.splitlines()]
+        sent = [row for row in rows if f"ranks/cpu_percent/rank{rank}" in row]
+        assert [row[f"ranks/cpu_percent/rank{rank}"] for row in sent] == [line["cpu_percent"] for line in written]
+        assert all(0.1 < line["resident_gib"] < 10 for line in written)
+        assert 0 < sent[-1][f"ranks/cpu_percent/rank{rank}"] < 1000
+
+
+def test_the_key_is_nowhere(trained: Trained) -> None:
+    run = trained.run
+    assert KEY[:12] not in trained.output
+    assert KEY[:12] not in json.dumps([run.attributes, run.config, run.lines])
+    sent = [
+        *run.uploads.values(),
+        *(file for artifact in trained.server.artifacts for file in artifact["files"].values()),
+    ]
+    assert not [content for content in sent if KEY[:12].encode() in content]
+    files = [file for file in trained.run_dir.parent.rglob("*") if file.is_file()]
+    assert {"config.toml", "step-00000010.pt", f"run-{run.name}.wandb", "debug-core.log"} <= {
+        file.name for file in files
+    }
+    assert not [file for file in files if KEY[:12].encode() in file.read_bytes()]
+
+
+def test_upload_is_the_run_once_more(trained: Trained) -> None:
+    done = trained.command(trained.run_dir, "--project", "again", "--entity", "us", module="dist_train.upload")
+    assert done.returncode == 0, done.stderr
+    (again,) = [run for run in trained.server.runs.values() if run is not trained.run]
+    url = f"{trained.server.url}/us/again/runs/{again.name}"
+    assert done.stdout == f"{trained.run_dir}: {url}\n"
+    assert done.stderr == f"W&B: {url}\n"
+    assert (again.project, again.entity) == ("again", "us")
+    assert again.attributes["displayName"] == trained.run.attributes["displayName"] == "a run"
+
+    def rows(run: Run) -> list[Row]:
+        """Rows in an order of their own, media by what they hold."""
+        known = ("sha256", "nrows", "size")
+        told = [
+            {key: [value.get(k) for k in known] if isinstance(value, dict) else value for key, value in row.items()}
+            for row in run.history()
+        ]
+        return sorted(told, key=lambda row: (row.get("step", 1e9), len(row), row.get("elapsed_seconds", 0)))
+
+    assert rows(again) == rows(trained.run)
+    assert again.metrics() == trained.run.metrics()
+    assert again.exit_code == 0
+    ours = {"name": f"checkpoint-{again.name}", "type": "model", "run": again.name}
+    models = [artifact for artifact in trained.server.artifacts if {**artifact, **ours} == artifact]
+    assert [len(model["files"]) for model in models] == [1, 1]
+
+
+def test_upload_to_a_file_and_refusals(trained: Trained, tmp_path: Path) -> None:
+    before = {*(trained.run_dir / "wandb").iterdir()}
+    done = trained.command(trained.run_dir, "--offline", module="dist_train.upload")
+    assert done.returncode == 0, done.stderr
+    (made,) = {*(trained.run_dir / "wandb").glob("offline-run-*")} - before
+    assert done.stdout == f"{trained.run_dir}: {made}\n"
+    with claimed(trained.run_dir, 0):
+        held = trained.command(trained.run_dir, module="dist_train.upload")
+    here = f"process {os.getpid()} on {os.uname().nodename}"
+    told = f"dist_train: {trained.run_dir} is in use by {here}; wait for it, or stop it\n"
+    assert (held.returncode, held.stdout, held.stderr) == (2, "", told)
+    empty = trained.command(tmp_path, module="dist_train.upload")
+    told = f"dist_train: {tmp_path}: there is no config.toml in it; name the folder of a run\n"
+    assert (empty.returncode, empty.stdout, empty.stderr) == (2, "", told)
+
+
+# offline
+
+
+def test_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    whole_run(run_dir, AUTO)
+    told = f"W&B: offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*\n"
+    assert capfd.readouterr() == ("", told)
+    records = offline_records(run_dir)
+    of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
+    rows = [own(history["item"]) for history in of["history"]]
+    assert rows[:-1] == expected(run_dir)
+    for name in ("loss", "accuracy"):
+        picture = Path(str(rows[-1][f"plots/{name}.path"]))
+        (folder,) = (run_dir / "wandb").glob("offline-run-*")
+        assert (folder / "files" / picture).read_bytes() == (run_dir / f"plots/{name}.png").read_bytes()
+    (run,) = of["run"]
+    assert run["config"]["update"]["optim"] == {"lr": 0.5}
+    assert (run["project"], run["run_group"], run["display_name"]) == ("dist_train", "a group", "run")
+    assert run["tags"] == ["first", "second"]
+    assert [end.get("exit_code", 0) for end in of["exit"]] == [0]
+
+
+def test_sync_comes_to_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    """Of a run that was preempted, moved, and went on."""
+    for mode in ("online", "offline"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        before, run_dir = tmp_path / f"{mode} before", tmp_path / mode
+        recorder = opened(before, AUTO)
+        train(recorder, 1, 6)
+        recorder.close(wandb_run.PREEMPTED)
+        if mode == "online":
+            assert server.only().preempting
+        before.rename(run_dir)
+        recorder = opened(run_dir, RecordConfig(quiet=True, artifacts="all"), resume_step=5)
+        train(recorder, 6, 12)
+        (run_dir / "step-00000012.pt").write_bytes(b"weights")
+        recorder.checkpoint(run_dir / "step-00000012.pt")
+        recorder.close(0)
+    rows = expected(run_dir)
+    assert [offline_rows(run_dir, number) for number in (0, 1)] == [rows[:7], rows[6:]]
+    synced(run_dir)
+    online, offline = server.runs.values()
+    assert online.history() == offline.history() == rows[:7] + rows[6:]
+    assert online.metrics() == offline.metrics()
+    assert online.exit_code == offline.exit_code == 0
+    models = [artifact["files"] for artifact in server.artifacts]
+    assert models == [{"step-00000012.pt": b"weights"}] * 2
+
+
+# online
+
+
+def test_online_run_holds_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server
+) -> None:
+    """Logged in by the key file alone."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    host = server.url.removeprefix("http://")
+    Path(os.environ["NETRC"]).write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+    Path(os.environ["NETRC"]).chmod(0o600)
+    run_dir = tmp_path / "run"
+    whole_run(run_dir, AUTO)
+    run_id = (run_dir / "wandb/run_id").read_text()
+    assert capfd.readouterr() == ("", f"W&B: {server.url}/somebody/dist_train/runs/{run_id}\n")
+    run = server.only()
+    *rows, pictures = run.history()
+    assert rows == expected(run_dir)
+    assert set(pictures) == {"plots/loss", "plots/accuracy"}
+    assert run.config["optim"] == {"value": {"lr": 0.5}}
+    assert (run.name, run.attributes["groupName"], run.attributes["tags"]) == (run_id, "a group", ["first", "second"])
+    assert (run.summary()["dataset"], run.summary()["test_accuracy"]) == ("digits", 0.6)
+    assert run.exit_code == 0
+
+
+def test_run_that_began_without_wandb_is_sent_whole_to_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    """As W&B's agent starts a training: the run's id, the project and the settings are its own."""
+    run_dir = tmp_path / "run"
+    recorder = opened(run_dir)
+    train(recorder, 1, 6)
+    recorder.close(1)
+    (tmp_path / "chosen.yaml").write_text("optim.lr:\n  value: 0.5\n")
+    (run_dir / "system").mkdir()
+    (run_dir / "system/rank-0.jsonl").write_text('{"time": 100.5, "host": "a", "cpu_percent": 90.0}\n')
+    # a line torn by a kill, with the next start's first line behind it
+    torn = '{"time": 101.0, "cpu_perc{"time": 105.0, "cpu_percent": 1.0}\n{"time": 110.5, "cpu_percent": 80.0}\n{"ti'
+    (run_dir / "system/rank-1.jsonl").write_text(torn)
+    for key, value in {
+        "WANDB_SWEEP_ID": "a-sweep",
+        "WANDB_RUN_ID": "agents",
+        "WANDB_PROJECT": "swept",
+        "WANDB_SWEEP_PARAM_PATH": str(tmp_path / "chosen.yaml"),
+        "WANDB_SERVICE": "3-1-tcp-127.0.0.1-1",  # of the agent's process, which may end before the run does
+    }.items():
+        monkeypatch.setenv(key, value)
+    recorder = opened(run_dir, RecordConfig(quiet=True, system="all"), resume_step=6)
+    train(recorder, 7, 12)
+    recorder.close(0)
+    run = server.only()
+    assert (run.name, run.project, run.attributes["sweep"]) == ("agents", "swept", "a-sweep")
+    assert run.config["optim.lr"] == {"value": 0.5}
+    samples = [row for row in run.history() if "elapsed_seconds" in row]
+    assert samples == [
+        {"elapsed_seconds": 0, "ranks/cpu_percent/rank0": 90},
+        {"elapsed_seconds": 10, "ranks/cpu_percent/rank1": 80},
+    ]
+    assert [row for row in run.history() if row not in samples] == expected(run_dir)
+    assert (run_dir / "wandb/run_id").read_text() == "agents"
+
+
+def test_checkpoint_that_is_gone_is_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str], server: Server) -> None:
+    recorder = opened(tmp_path, RecordConfig(quiet=True, artifacts="last"))
+    train(recorder, 1, EPOCH)
+    checkpoints = [tmp_path / f"step-0000000{step}.pt" for step in (3, 4)]
+    checkpoints[1].write_bytes(b"weights")
+    for checkpoint in checkpoints:
+        recorder.checkpoint(checkpoint)  # not of the run's end
+        recorder.checkpoint(checkpoint, last=True)
+    recorder.close(0)
+    (artifact,) = server.artifacts
+    assert artifact["files"] == {"step-00000004.pt": b"weights"}
+    told = f"W&B: {checkpoints[0]} is gone already, and not among the run's artifacts"
+    assert told in capfd.readouterr().err.splitlines()
+
+
+def test_sampling_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "INTERVAL", 0.02)
+    path = tmp_path / "system/rank-3.jsonl"
+    for start in (1, 2):  # the second goes on in the first's file
+        with system.sampled(tmp_path, 3, torch.device("cpu")):
+            until(lambda: path.exists() and path.read_text().count("\n") >= 5 * start)  # noqa: B023
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(set(line) == {"time", "host", "cpu_percent", "resident_gib"} for line in lines)
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    path.write_bytes(b"")
+    with system.sampled(tmp_path, 3, torch.device("cuda")):  # whether there is one or not
+        until(lambda: path.stat().st_size > 0)
+    assert json.loads(path.read_text().splitlines()[0]).keys() > {"gpu_allocated_gib", "gpu_reserved_gib"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/system").write_text("in the way")
+    with system.sampled(tmp_path / "other", 0, torch.device("cpu")):
+        time.sleep(0.1)
+    with system.sampled(tmp_path / "absent", 0, torch.device("cpu")):
+        time.sleep(0.1)
+    assert "system" not in [thread.name for thread in threading.enumerate()]
+
+
+# faults
+
+
+@pytest.mark.parametrize("fault", ["refuses", "never answers"])
+def test_unreachable_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
+) -> None:
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        if fault == "refuses":
+            listener.close()
+        seconds = whole_run(tmp_path, AUTO)
+    assert seconds["training"] < 1
+    assert seconds["closing"] < 10
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("W&B: no online run (")
+    assert second.startswith("W&B: offline run in ")
+    assert offline_rows(tmp_path)[:-1] == expected(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["dies", "slow", "errors"])
+def test_server_fails_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server, fault: str
+) -> None:
+    """It costs the training nothing, and `wandb sync` brings every row once the server is back."""
+    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    recorder = opened(tmp_path, AUTO)
+    train(recorder, 1, 6)
+    until(lambda: bool(server.runs) and len(server.only().history()) == 7)
+    if fault == "dies":
+        server.stop()
+    server.delay = 3.0 if fault == "slow" else 0.0
+    server.refused = lambda _: 500 if fault == "errors" else None
+    begin = time.monotonic()
+    train(recorder, 7, 12)
+    assert time.monotonic() - begin < 1
+    begin = time.monotonic()
+    recorder.close(0)
+    assert time.monotonic() - begin < 6
+    again = f"wandb sync --include-online {tmp_path}/wandb/run-*"
+    assert capfd.readouterr().err.splitlines()[1:] == [f"W&B: not all was uploaded in time; later: {again}"]
+    server.delay, server.refused = 0.0, lambda _: None
+    if fault == "dies":
+        server.start()
+    synced(tmp_path)
+    assert distinct(server.only().history()) == expected(tmp_path)
+    assert server.only().exit_code == 0
+
+
+def test_slow_server(tmp_path: Path, capfd: pytest.CaptureFixture[str], server: Server) -> None:
+    server.delay = 1.0
+    seconds = whole_run(tmp_path, AUTO)
+    assert seconds["training"] < 1
+    assert seconds["closing"] < wandb_run.CLOSE_TIMEOUT
+    assert capfd.readouterr().err.startswith(f"W&B: {server.url}")
+    assert server.only().history()[:-1] == expected(tmp_path)
+
+
+def test_online_without_an_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    whole_run(tmp_path, RecordConfig(wandb="online", quiet=True))
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "W&B: not logged in at http://127.0.0.1:1 (wandb login), so no online run"
+    assert second.startswith("W&B: offline run in ")
+
+
+@pytest.mark.parametrize(
+    ("victim", "end"),
+    [
+        ("the run's process", signal.SIGSTOP),
+        ("wandb's helper", signal.SIGKILL),
+        ("wandb's helper", signal.SIGSTOP),
+    ],
+)
+def test_dead_or_hanging_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    victim: str,
+    end: signal.Signals,
+) -> None:
+    monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT", 1.0)
+    recorder = opened(tmp_path, RecordConfig(quiet=True, artifacts="all"))
+    try:
+        until_told(capfd, "W&B: offline run in ")
+        (process,) = children(os.getpid(), "dist_train.wandb_run")
+        (helper,) = children(process, "wandb-core")
+        os.kill(process if victim == "the run's process" else helper, end)
+        begin = time.monotonic()
+        train(recorder, 1, 3000)
+        for _ in range(3000):
+            recorder.checkpoint(tmp_path / "step-00000001.pt")
+        assert time.monotonic() - begin < 2
+    finally:
+        recorder.close(0)
+    assert time.monotonic() - begin < 5
+    if victim == "the run's process":
+        until(lambda: not Path(f"/proc/{helper}").exists())
+    elif end == signal.SIGSTOP:
+        os.kill(helper, signal.SIGKILL)
+    told = capfd.readouterr().err
+    if end == signal.SIGSTOP:
+        assert told == f"W&B: stopped, it did not come to an end; what it has: {tmp_path}/wandb\n"
+    else:
+        assert told.startswith("W&B: stopped, ConnectionResetError")
+    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
+
+
+def children(parent: int, words: str) -> list[int]:
+    """The children of a process whose command line contains `words`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or words not in (entry / "cmdline").read_text():
+                continue
+            status = (entry / "status").read_text()
+        except OSError:  # it has ended
+            continue
+        if f"PPid:\t{parent}\n" in status:
+            found.append(int(entry.name))
+    return found
+
+
+def until_told(capfd: pytest.CaptureFixture[str], words: str) -> None:
+    told = ""
+
+    def there() -> bool:
+        nonlocal told
+        told += capfd.readouterr().err
+        return words in told
+
+    until(there)
+
+
+def test_run_ends_when_rank_0_is_killed(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, signal
+        import test_wandb as here
+        recorder = here.opened(here.Path({str(tmp_path)!r}), here.AUTO)
+        here.train(recorder, 1, 12)
+        here.Path({str(tmp_path / "group")!r}).write_text(str(recorder._wandb._process.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
+    until(lambda: not group_lives(int((tmp_path / "group").read_text())))
+    records = offline_records(tmp_path)
+    rows = [own(record["history"]["item"]) for record in records if record["type"] == "history"]
+    assert rows == expected(tmp_path)
+    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [1]
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
