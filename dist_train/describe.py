@@ -438,7 +438,7 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def _images(data: DataConfig, size: tuple[int, int] | None, classes: int | None) -> tuple[Shape, int]:
+def images(data: DataConfig, size: tuple[int, int] | None, classes: int | None) -> tuple[Shape, int]:
     """(C, H, W) of the images and the number of classes: those given, else of the betons, else as the settings and
     the data set's name imply. Raises UserError."""
     manifest = data.folder / MANIFEST
@@ -506,7 +506,7 @@ def main(arguments: list[str] | None = None) -> int:
         if picture and picture.suffix not in PICTURES:
             raise UserError(f"--picture {picture}: end the file's name in {', '.join(PICTURES)}")
         name, settings = _resolve(options.what, options.settings)
-        image_shape, classes = _images(settings.data, options.image_size, options.classes)
+        image_shape, classes = images(settings.data, options.image_size, options.classes)
         architecture = settings.model, image_shape, classes
         shown = text(*architecture)
         for smaller in settings.data.smaller:

@@ -72,7 +72,7 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
     batch = np.array([row["step"] for row in steps], dtype=np.float64)
     loss = np.array([row["loss"] for row in steps], dtype=np.float64)  # None becomes nan: a gap
     width = max(5, len(steps) // 60) if len(steps) >= 20 else 1
-    mean = _smooth(loss, width)
+    mean = smooth(loss, width)
     axes.plot(batch, loss, color=BLUE, alpha=0.4, linewidth=0.7, label="each batch", **_dots(loss))
     if width > 1:
         axes.plot(batch, mean, color=BLUE, linewidth=1.8, label=f"smoothed over {width} batches")
@@ -168,7 +168,7 @@ def _nothing(figure: Figure, axes: Axes, sentence: str) -> Figure:
     return figure
 
 
-def _smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+def smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """Mean of the `width` values around each, weighted by a bell, fewer at the ends; nan does not count."""
     finite = np.isfinite(values)
     window = np.hanning(width + 2)[1:-1]

@@ -113,7 +113,7 @@
     redraw();
   }).observe(document.body);
   let opened = [];
-  addEventListener("beforeprintx", () => {
+  addEventListener("beforeprint", () => {
     root.classList.add("paper");
     opened = [...document.querySelectorAll("details:not([open])")];
     for (const each of opened) each.open = true;

@@ -369,7 +369,7 @@ def _architectures(runs: Sequence[Run]) -> list[Row]:
     for same in found.values():
         settings = same[0].settings
         try:
-            image_shape, classes = describe._images(settings.data, None, None)
+            image_shape, classes = describe.images(settings.data, None, None)
             svg = describe.svg(settings.model, image_shape, classes)
             known, _ = drawn.setdefault((svg, ""), ([], describe.layers(settings.model, image_shape, classes)))
         except UserError:

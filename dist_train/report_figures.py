@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dist_train.plots import _smooth as smooth
+from dist_train.plots import smooth
 from dist_train.record import Row
 from dist_train.table import proportion
 

@@ -252,6 +252,7 @@ def _messages() -> Iterator[Message | None]:
 def _begin(first: Message) -> tuple[Any, str, bool]:
     """The run, where it is, and whether it is a new one, which has had nothing of the record."""
     import wandb
+    from wandb.sdk import wandb_setup  # wandb.setup would start the helper, and wait for good if that dies
 
     where = Path(first["run_dir"], "wandb")
     known = {key: value for key, value in first["settings"].items() if key in wandb.Settings.model_fields}
@@ -262,7 +263,7 @@ def _begin(first: Message) -> tuple[Any, str, bool]:
     def begin(mode: str) -> Any:
         return wandb.init(config=first["config"], settings=wandb.Settings(**known, mode=mode))
 
-    if _online(first["mode"], wandb.setup().settings):
+    if _online(first["mode"], wandb_setup.singleton().settings):
         try:
             run = begin("online")
             _tell(f"W&B: {run.url}")
@@ -329,7 +330,7 @@ class _Record:
 
     def __init__(self, first: Message) -> None:
         self._dir, self._first, self._seen = Path(first["run_dir"]), first, dict(first["seen"])
-        self._begin: float | None = None  # when rank 0 sampled itself for the first time
+        self._began: float | None = None  # the time of rank 0's first sample
 
     def pass_on(self, run: Any) -> None:
         """Log all new lines that are whole."""
@@ -339,11 +340,20 @@ class _Record:
                 run.log(_step_row(row, self._first["matrix_rate"]))
             elif row["kind"] == "eval":  # digests of the weights are nothing to draw
                 run.log(_eval_row(row, self._first["branches"]))
-        for path in sorted(self._dir.glob(SAMPLES)) if self._first["samples"] else []:
-            rank = path.stem.replace("-", "")
+        self._began = self._began or (self._first_sample() if self._first["samples"] else None)
+        if self._began is None:
+            return
+        for path in sorted(self._dir.glob(SAMPLES)):
             for line in self._new_lines(str(path.relative_to(self._dir))):
                 with contextlib.suppress(ValueError):  # torn by a kill, and the next start's first line behind it
-                    run.log(self._sample_row(json.loads(line), rank))
+                    run.log(_sample_row(json.loads(line), path.stem.replace("-", ""), self._began))
+
+    def _first_sample(self) -> float | None:
+        with contextlib.suppress(FileNotFoundError), (self._dir / "system/rank-0.jsonl").open() as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    return float(json.loads(line)["time"])
+        return None
 
     def _new_lines(self, name: str) -> list[bytes]:
         with (self._dir / name).open("rb") as file:  # opened anew: a network file system then asks for what is new
@@ -353,12 +363,10 @@ class _Record:
         self._seen[name] = self._seen.get(name, 0) + end
         return new[:end].splitlines()
 
-    def _sample_row(self, row: Message, rank: str) -> Message:
-        if self._begin is None:
-            with min(self._dir.glob(SAMPLES)).open() as file:
-                self._begin = json.loads(file.readline())["time"]
-        values = {f"ranks/{key}/{rank}": value for key, value in row.items() if key not in ("time", "host")}
-        return {"elapsed_seconds": row["time"] - self._begin, **values}
+
+def _sample_row(row: Message, rank: str, began: float) -> Message:
+    values = {f"ranks/{key}/{rank}": value for key, value in row.items() if key not in ("time", "host")}
+    return {"elapsed_seconds": row["time"] - began, **values}
 
 
 def _step_row(row: Message, matrix_rate: float) -> Message:

@@ -421,8 +421,8 @@ def test_loss_figure_draws_every_batch() -> None:
 
 def test_smoothing_keeps_a_constant_and_a_slope() -> None:
     line = np.arange(100.0)
-    np.testing.assert_allclose(plots._smooth(np.full(100, 3.0), 7), 3.0)
-    np.testing.assert_allclose(plots._smooth(line, 7)[7:-7], line[7:-7])
+    np.testing.assert_allclose(plots.smooth(np.full(100, 3.0), 7), 3.0)
+    np.testing.assert_allclose(plots.smooth(line, 7)[7:-7], line[7:-7])
 
 
 def test_accuracy_figure_marks_best_and_last() -> None:
