@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,23 +143,23 @@ def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
             _announce(run_dir, settings, found, here, step, steps)
             keeper = Keeper(run_dir, settings, here, found, steps, rate, state)
             held.callback(lambda: keeper.close(outcome.code, outcome.reason))
-        if settings.record.system == "all":
-            held.enter_context(sampled(run_dir, here.rank, here.device))
+        sampling = sampled(run_dir, here.rank, here.device) if settings.record.system == "all" else nullcontext()
         try:
-            step, stopped = train(
-                t,
-                settings.evaluate,
-                settings.checkpoint,
-                model,
-                optimizers,
-                data,
-                here,
-                state,
-                stop,
-                keeper.recorder if keeper else None,
-                keeper.writer if keeper else None,
-                settings.record.digest_every,
-            )
+            with sampling:
+                step, stopped = train(
+                    t,
+                    settings.evaluate,
+                    settings.checkpoint,
+                    model,
+                    optimizers,
+                    data,
+                    here,
+                    state,
+                    stop,
+                    keeper.recorder if keeper else None,
+                    keeper.writer if keeper else None,
+                    settings.record.digest_every,
+                )
         except DivergedError as error:
             if keeper:
                 write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())

@@ -1,7 +1,7 @@
 """W&B runs made from the records of run folders, as their trainings would have sent them.
 
     python -m dist_train.upload runs/block94-seed0-1a2b3c4d
-    python -m dist_train.upload runs/train-123/* --project again --offline
+    python -m dist_train.upload runs/train-123/seed* --project again --offline
 
 For runs that were trained without W&B, or whose W&B run is lost. Each becomes a new W&B run, with the curves, plots
 and tables that its folder holds, and with the name, group, tags and choice of artifacts in its configuration.

@@ -67,9 +67,14 @@ def own(row: Row) -> Row:
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
+def distinct(rows: list[Row]) -> list[Row]:
+    """Rows without those that came before: what curves are drawn from."""
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
 def offline_records(run_dir: Path, number: int = 0) -> list[Row]:
     """The records of a run's offline file, read by W&B's own tool. number: of the run's starts."""
-    folder = sorted((run_dir / "wandb").glob("offline-run-*"))[number]
+    folder = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))[number].parent
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [json.loads(line) for line in text.splitlines()]
