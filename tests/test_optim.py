@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -92,3 +93,16 @@ def test_state_goes_on_exactly_where_it_was_saved() -> None:
         step(0, number)
         step(1, number)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_the_gradient_norm_is_that_of_all_gradients_without_the_scale(scale: float | None) -> None:
+    torch.manual_seed(0)
+    model = network()
+    optimizers = Optimizers(model, OptimConfig(), 10, 5)
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+    optimizers.set_rates(1)
+    loss = sum((p * torch.arange(p.numel(), dtype=p.dtype).view(p.shape)).sum() for p in model.parameters())
+    scaler.scale(loss).backward()  # type: ignore[arg-type]
+    expected = math.sqrt(sum(k**2 for p in model.parameters() for k in range(p.numel())))
+    assert optimizers.step(scaler).item() == pytest.approx(expected, rel=1e-5)

@@ -107,7 +107,7 @@ if "RANK" in os.environ:
     step = Optimizers.step
     def slow(self, scaler):
         time.sleep(0.3)
-        step(self, scaler)
+        return step(self, scaler)
     Optimizers.step = slow
 """
 FAILING = """
@@ -119,7 +119,7 @@ if os.environ.get("RANK") == "1":
         steps.append(0)
         if len(steps) == 4:
             raise ValueError("out of luck on purpose")
-        step(self, scaler)
+        return step(self, scaler)
     Optimizers.step = fail
 """
 
