@@ -32,7 +32,6 @@ from dist_train.distributed import Ranks, ranks, sum_integers
 from dist_train.errors import UserError, say
 from dist_train.model import MixedBlock
 from dist_train.record import write_evaluation
-from dist_train.table import proportion
 
 _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
 _LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
@@ -299,6 +298,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def described(details: dict[str, Any]) -> str:
     """`evaluation.json` in words and as a table of the classes, for the terminal."""
+    from dist_train.table import proportion
+
     images, confusion = details["images"], np.array(details["confusion"])
     low, high = proportion(int(confusion.trace()), images)
     lines = [
