@@ -372,9 +372,13 @@ class _Stream:
             for chosen, (some,) in zip(indices.to(self.device).split(size), images, strict=True):
                 yield self._on_device(some), labels.index_select(0, chosen), chosen
         finally:
-            images.close()  # ends ffcv's thread, also if not all was asked for
+            # ends ffcv's thread, also if not all was asked for: there is nothing more to decode, and room for what it
+            # still has and for its word that it has ended, for which it would otherwise wait for ever
+            images.iter_ixes = iter(())
+            images.output_queue.maxsize = 1 << 30
+            images.close()
             with suppress(Empty):
-                while True:  # it would wait for ever to say that it has ended
+                while True:  # wakes it
                     images.output_queue.get_nowait()
 
     def _on_device(self, images: Tensor) -> Tensor:

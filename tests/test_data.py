@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,16 +162,20 @@ def test_normalising_and_cutting_out_are_those_of_the_plain_formulas(digits: Pat
         assert torch.equal(image.view(torch.int32), kept.view(torch.int32))  # nor a zero with a sign
 
 
-def test_a_stream_that_is_left_early_ends_its_thread(digits: Path) -> None:
-    data = loaded(digits, loader="stream", batch_size=64)
-    steps = data.steps(0)
-    next(steps)
-    threads = [thread for thread in threading.enumerate() if type(thread).__name__ == "EpochIterator"]
-    assert threads
-    del steps
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+@pytest.mark.parametrize("batch_size", [64, 176, 200, 232, 280, 352])  # 22, 8, 7, 6, 5 and 4 batches
+def test_a_stream_that_is_left_early_ends_its_thread(digits: Path, batch_size: int) -> None:
+    before = set(threading.enumerate())
+    data = loaded(digits, loader="stream", batch_size=batch_size)
+    for pause in (0.0, 0.2):  # in which it fills its queue
+        steps = data.steps(0)
+        next(steps)
+        time.sleep(pause)
+        threads = [t for t in set(threading.enumerate()) - before if type(t).__name__ == "EpochIterator"]
+        assert threads
+        del steps
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_alternate_flip_mirrors_every_image_every_other_epoch() -> None:
