@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from types import FrameType
@@ -34,3 +35,9 @@ class StopRequest:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+
+
+def ignore_at_exit() -> None:
+    """From the interpreter's end on, stop signals are too late: they are ignored. Python itself would set them back to
+    what they do of old, which is to end the process as failed."""
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from dist_train.errors import say
-from dist_train.stopping import SIGNALS
+from dist_train.stopping import SIGNALS, ignore_at_exit
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def main() -> int:
 
     for number in SIGNALS:
         signal.signal(number, stop)
+    ignore_at_exit()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     args = parse_args(sys.argv[1:])
     args.signals_to_handle = "SIGQUIT"  # of torchrun's own handlers; one it must have

@@ -33,7 +33,7 @@ from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
 from dist_train.main import BAD_INPUT, DONE, FAILED, PREEMPTED, parser, resolve
 from dist_train.record import read_history
-from dist_train.stopping import SIGNALS
+from dist_train.stopping import SIGNALS, ignore_at_exit
 from dist_train.train import TrainConfig
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
@@ -125,6 +125,7 @@ class Training:
 
     def run(self) -> int:
         """Train until all is done or stopped. Returns the exit code."""
+        ignore_at_exit()
         try:
             return self._run()
         except (UserError, data_prep.DataError) as error:
@@ -143,6 +144,7 @@ class Training:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
         arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # the last one counts
         known = len(read_history(self.run_dir))
+        outcome = ""
         if not self.stopping:
             self.process = subprocess.Popen(torchrun(arguments, per_node, here, meeting))
             if self.stopping:  # meanwhile
@@ -150,15 +152,17 @@ class Training:
             while not self._ended():
                 time.sleep(0.1)
             if self.process.wait() == 0:
-                if here.main and self.group:
-                    print(table.write(self.run_dir.parent), flush=True)
-                return DONE
-        return PREEMPTED if _preempted(self.run_dir, known, self.stopping) else FAILED
+                outcome = "done"
+        # otherwise by its record: a late signal may end torchrun when its ranks have done all
+        outcome = outcome or _outcome(self.run_dir, known, self.stopping)
+        if outcome == "done" and here.main and self.group:
+            print(table.write(self.run_dir.parent), flush=True)
+        return {"done": DONE, "preempted": PREEMPTED}.get(outcome, FAILED)
 
     def stop(self) -> None:
         """Have the ranks finish their step, save it and leave, and wait for it. Safe in a signal handler."""
         self.stopping = True
-        if self.process is not None:
+        if self.process is not None and not self._ended():
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGUSR1)  # not Popen.send_signal, which polls
             while not self._ended():
@@ -222,19 +226,19 @@ def _named(path: str) -> str:
     return path.replace("%j", job).replace("%A", job)
 
 
-def _preempted(run_dir: Path, known: int, stopping: bool) -> bool:
-    """Whether a training that is not done was stopped on request: by what its history says after the `known` lines, or,
-    where it says nothing, because it was asked to before it began. torchrun says of any end only that it failed, and
-    rank 0 may be on another node."""
+def _outcome(run_dir: Path, known: int, stopping: bool) -> str:
+    """How a training has ended, `done`, `preempted` or `failed`, by what its history says after the `known` lines;
+    where it says nothing and was asked to stop, that came before it began. torchrun says of any end only that it
+    failed, and rank 0 may be on another node."""
     deadline = time.monotonic() + _END
     while True:
         said = read_history(run_dir)[known:]
         if said and said[-1]["event"] == "end":
-            return bool(said[-1]["outcome"] == "preempted")
+            return str(said[-1]["outcome"])
         if not said and stopping:
-            return True
+            return "preempted"
         if time.monotonic() > deadline:
-            return False
+            return "failed"
         time.sleep(0.2)
 
 
@@ -283,7 +287,8 @@ def main() -> int:
 
     def stop(number: int, _: object) -> None:
         asked.append(number)
-        training.stop()
+        if len(asked) == 1:  # the first waits for the ranks
+            training.stop()
 
     for number in SIGNALS:
         signal.signal(number, stop)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ Train = Callable[..., dict[str, Any]]
 PREEMPTED = 75
 
 
+def processes(folder: Path) -> dict[int, list[bytes]]:
+    """The processes that have a run folder among their arguments: {process: its arguments}."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended
+            if entry.name.isdigit():
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+                if str(folder).encode() in arguments:
+                    found[int(entry.name)] = arguments
+    return found
+
+
 def ranks_of(folder: Path) -> dict[int, int]:
     """The processes of the run in a folder: {rank: process}, with the launcher as rank -1."""
     found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if not entry.name.isdigit() or str(folder).encode() not in (entry / "cmdline").read_bytes().split(b"\0"):
-                continue
-            variables = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
-            launcher = b"torch.distributed.run" in (entry / "cmdline").read_bytes().split(b"\0")
-            found[-1 if launcher else int(variables.get(b"RANK", b"0"))] = int(entry.name)
-        except OSError:  # it has ended
-            continue
+    for number, arguments in processes(folder).items():
+        with suppress(OSError):
+            environ = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+            variables = dict(v.partition(b"=")[::2] for v in environ)
+            launcher = b"torch.distributed.run" in arguments
+            found[-1 if launcher else int(variables.get(b"RANK", b"0"))] = number
     return found
 
 
@@ -124,6 +134,35 @@ def stopped_at(folder: Path) -> None:
     assert checkpoint.steps(folder / "checkpoints")[-1] == recorded
     last = read_history(folder)[-1]
     assert (last["event"], last["outcome"], last["step"]) == ("end", "preempted", recorded)
+
+
+def test_stop_signals_at_the_very_end_come_too_late(digits: Path, tmp_path: Path) -> None:
+    """Slurm's warning of the time limit goes to every process of a job, whatever that is about."""
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.node", *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said, everyone = "", set()
+    while "curves: " not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
+        everyone |= {*processes(tmp_path / "run")}
+    assert len(everyone) >= 4  # the node's, the launcher, its ranks
+    while process.poll() is None:
+        for number in everyone:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGUSR1)
+        time.sleep(0.001)
+    rest, _ = process.communicate()
+    assert process.returncode == 0, said + rest
+    assert read_history(tmp_path / "run")[-1]["outcome"] == "done"
 
 
 def test_a_dead_rank_is_named_and_a_failing_one_shows_its_own_traceback(digits: Path, tmp_path: Path) -> None:
