@@ -15,7 +15,7 @@ import data_prep
 from dist_train import __version__, config
 from dist_train.describe import markdown, totals
 from dist_train.plots import DATASETS
-from dist_train.record import EVALUATION, SUMMARY
+from dist_train.record import EVALUATION, SUMMARY, often_taken_for
 from dist_train.table import proportion
 from dist_train.trained import TrainedNetwork, stamp
 
@@ -186,10 +186,11 @@ def _results(network: TrainedNetwork, summary: dict[str, Any], evaluation: dict[
         f"drawing other test images.{fp32}\n\n"
     )
     classes = []
+    others = often_taken_for(evaluation)
     for number, (name, row) in enumerate(zip(evaluation["classes"], evaluation["confusion"], strict=True)):
-        count, wrong = sum(row), [*row[:number], 0, *row[number + 1 :]]
-        other = f"{evaluation['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else ""
-        classes.append([name, f"{count:,}", *(_share(row[number] / count, count) if count else ["", ""]), other])
+        count = sum(row)
+        share = _share(row[number] / count, count) if count else ["", ""]
+        classes.append([name, f"{count:,}", *share, others[number]])
     text += _table(["class", "images", "accuracy", "95 % interval", "most often taken for"], classes)
     calibration = evaluation["calibration"]
     confidence = sum(part["count"] * part["confidence"] for part in calibration["bins"] if part["count"]) / images

@@ -17,7 +17,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.record import RecordConfig
 from dist_train.wandb_run import logged_in
 
@@ -184,17 +184,14 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
+@command
 def main() -> int:
     args = parser().parse_args()
-    try:
-        view = workspace(args.project, args.entity, args.name, args.blocks)
-        if args.json:
-            print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))
-        else:
-            print(save(view))
-    except UserError as error:
-        say(str(error))
-        return 2
+    view = workspace(args.project, args.entity, args.name, args.blocks)
+    if args.json:
+        print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))
+    else:
+        print(save(view))
     return 0
 
 

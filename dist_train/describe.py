@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.betons import MANIFEST
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.plots import BLUE, ORANGE
 
@@ -478,6 +478,7 @@ def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
     return name, config.load(None, path, settings)
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -502,23 +503,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     picture: Path | None = options.picture
-    try:
-        if picture and picture.suffix not in PICTURES:
-            raise UserError(f"--picture {picture}: end the file's name in {', '.join(PICTURES)}")
-        name, settings = _resolve(options.what, options.settings)
-        image_shape, classes = images(settings.data, options.image_size, options.classes)
-        architecture = settings.model, image_shape, classes
-        shown = text(*architecture)
-        for smaller in settings.data.smaller:
-            layers(settings.model, (3, smaller.size, smaller.size), classes)
-        if picture:
-            try:
-                write_atomic(picture, _saved(figure(*architecture, name), picture.suffix))
-            except OSError as error:
-                raise UserError(f"--picture {picture}: cannot be written ({error.strerror}); name another") from None
-    except UserError as error:
-        say(str(error))
-        return 2
+    if picture and picture.suffix not in PICTURES:
+        raise UserError(f"--picture {picture}: end the file's name in {', '.join(PICTURES)}")
+    name, settings = _resolve(options.what, options.settings)
+    image_shape, classes = images(settings.data, options.image_size, options.classes)
+    architecture = settings.model, image_shape, classes
+    shown = text(*architecture)
+    for smaller in settings.data.smaller:
+        layers(settings.model, (3, smaller.size, smaller.size), classes)
+    if picture:
+        try:
+            write_atomic(picture, _saved(figure(*architecture, name), picture.suffix))
+        except OSError as error:
+            raise UserError(f"--picture {picture}: cannot be written ({error.strerror}); name another") from None
     if options.json:
         rows = [asdict(row) for row in layers(*architecture)]
         head = {"name": name, "image_shape": image_shape, "classes": classes}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(ValueError):
@@ -31,3 +35,17 @@ class LostPeerError(ConnectionError):
 def say(message: str) -> None:
     """Tell whoever started the run, in one sentence on stderr."""
     print(f"dist_train: {message}", file=sys.stderr, flush=True)
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """A command's `main`, which returns its exit code: bad input is said in its one sentence, and the code is 2."""
+
+    @functools.wraps(main)
+    def said(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            say(str(error))
+            return 2
+
+    return said

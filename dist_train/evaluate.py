@@ -31,7 +31,7 @@ from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, ranks, sum_integers
 from dist_train.errors import UserError, say
 from dist_train.model import MixedBlock
-from dist_train.record import write_evaluation
+from dist_train.record import often_taken_for, write_evaluation
 
 _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
 _LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
@@ -312,11 +312,11 @@ def described(details: dict[str, Any]) -> str:
     lines += [f"calibration error (15 bins) {details['calibration']['ece']:.4f}", ""]
     width = max(5, *(len(name) for name in details["classes"]))
     lines.append(f"{'class':{width}}  images  accuracy  most often taken for")
+    others = often_taken_for(details)
     for number, (name, row) in enumerate(zip(details["classes"], confusion, strict=True)):
-        count, others = int(row.sum()), np.where(np.arange(len(row)) == number, 0, row)
+        count = int(row.sum())
         share = f"{100 * row[number] / count:6.2f} %" if count else f"{'':8}"
-        other = f"{details['classes'][others.argmax()]} ({others.max()})" if others.any() else ""
-        lines.append(f"{name:{width}}  {count:6,}  {share}  {other}".rstrip())
+        lines.append(f"{name:{width}}  {count:6,}  {share}  {others[number]}".rstrip())
     return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command, say
 from dist_train.files import write_atomic
 
 if TYPE_CHECKING:
@@ -222,6 +222,7 @@ def _run_dir(checkpoint: Path) -> Path | None:
     return above if (above / "config.toml").exists() and (above / "checkpoints" / checkpoint.name).exists() else None
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     described = argparse.ArgumentParser(
@@ -237,17 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     from dist_train.trained import load
 
+    network = load(options.checkpoint, "cpu")
+    run_dir = _run_dir(options.checkpoint)
+    out = options.out or (run_dir or options.checkpoint.parent) / "export"
     try:
-        network = load(options.checkpoint, "cpu")
-        run_dir = _run_dir(options.checkpoint)
-        out = options.out or (run_dir or options.checkpoint.parent) / "export"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
-    except UserError as error:
-        say(str(error))
-        return 2
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if "onnx" in formats and missing:
         say(f'{FILES["onnx"]} needs {" and ".join(missing)}: pip install "dist-train[export]"')

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_prep.images import SUFFIXES
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,6 +118,7 @@ def _positive(text: str) -> int:
     return number
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     described = argparse.ArgumentParser(
@@ -149,11 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from dist_train.trained import load
 
-    try:
-        network = load(options.checkpoint, options.device)
-    except UserError as error:
-        say(str(error))
-        return 2
+    network = load(options.checkpoint, options.device)
     code, width = 0, max(map(len, network.classes))
     for found in results(network, sources(options.images), options.batch, options.top, options.tta):
         if isinstance(found, UserError):

@@ -497,6 +497,15 @@ def write_evaluation(run_dir: Path, details: Row) -> None:
     write_atomic(run_dir / EVALUATION, (json.dumps(_finite(details)) + "\n").encode())
 
 
+def often_taken_for(details: Row) -> list[str]:
+    """Of each class in an `evaluation.json`: the class that most of its wrong answers name, and how many do."""
+    found = []
+    for number, row in enumerate(details["confusion"]):
+        wrong = [*row[:number], 0, *row[number + 1 :]]
+        found.append(f"{details['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
+    return found
+
+
 def append_history(run_dir: Path, event: str, **fields: Any) -> None:
     """Add `{"event", "time", **fields}` to `history.jsonl`; `time` is UTC, in whole seconds. Rank 0 only.
 

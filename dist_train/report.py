@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.plots import DATASETS
 from dist_train.record import EVALUATION, METRICS, Row, read_history, read_metrics
@@ -506,6 +506,7 @@ def _time(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -517,17 +518,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     out: Path = options.out
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
+    text = page(options.runs, options.title, ["python", "-m", "dist_train.report", *given]).encode()
     try:
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
-        text = page(options.runs, options.title, ["python", "-m", "dist_train.report", *given]).encode()
-        try:
-            write_atomic(out, text)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
-    except UserError as error:
-        say(str(error))
-        return 2
+        write_atomic(out, text)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
     print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
     return 0
 

@@ -75,7 +75,7 @@ class Keeper:
         """matrix_rate: floating-point operations a second of matrix products on all ranks. state: of the checkpoint
         that the run goes on from, None for a new run. Says so, once, when the environment is another one than
         before."""
-        self.run_dir = run_dir
+        self.run_dir, self._artifacts = run_dir, settings.record.artifacts
         step = state["step"] if state else 0
         self.environments = self._environments(ranks, step, state["environments"] if state else [])
         self.recorder = Recorder(
@@ -125,7 +125,7 @@ class Keeper:
             self.recorder.finish({**summary, "environments": self.environments}, plots.draw)
         except OSError as error:
             return f"summary.json ({error.strerror})"
-        if last := checkpoint.newest(self.run_dir / "checkpoints"):
+        if self._artifacts == "last" and (last := checkpoint.newest(self.run_dir / "checkpoints")):
             self.recorder.checkpoint(last, last=True)
         return ""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.files import locked
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.record import SUMMARY, read_history
 
@@ -166,16 +166,13 @@ def write(group: Path) -> str:
     return text
 
 
+@command
 def main() -> int:
     described = argparse.ArgumentParser(
         prog="python -m dist_train.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     described.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
-    try:
-        print(write(described.parse_args().group), end="")
-    except UserError as error:
-        say(str(error))
-        return 2
+    print(write(described.parse_args().group), end="")
     return 0
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.files import claimed
 from dist_train.record import EVALUATION, METRICS, SUMMARY, read_history, read_metrics
 from dist_train.wandb_run import PREEMPTED, Message, beginning, closing, process
@@ -41,15 +41,12 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
+@command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 1 not all of it, 2 bad input, before anything is sent."""
     args = parser().parse_args(arguments)
     with ExitStack() as held:
-        try:
-            runs = [(run_dir, _messages(run_dir, args, held)) for run_dir in args.run_dirs]
-        except UserError as error:
-            say(str(error))
-            return 2
+        runs = [(run_dir, _messages(run_dir, args, held)) for run_dir in args.run_dirs]
         return max([_send(run_dir, messages) for run_dir, messages in runs])
 
 

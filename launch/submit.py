@@ -32,7 +32,7 @@ import torch
 import yaml
 
 from dist_train import table
-from dist_train.errors import UserError, say
+from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.main import parser as trainer_parser
 from dist_train.main import resolve
@@ -390,25 +390,22 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
+@command
 def main() -> int:
     args, arguments = parser().parse_known_args()
-    try:
-        more: dict[str, str | bool] = {}
-        for option in args.sbatch:
-            name, given, value = option.lstrip("-").partition("=")
-            more[name] = value if given else True
-        names = ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "time", "job_name")
-        options = Options(**{name: getattr(args, name) for name in names}, more=more)
-        named = members(arguments, args.seeds, args.grid, args.sweep)
-        at_most = args.at_most or (1 if args.local else 0)
-        plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
-        if args.dry_run:
-            print(_described(plan))
-            return 0
-        jobs = _start(plan)
-    except UserError as error:
-        say(str(error))
-        return 2
+    more: dict[str, str | bool] = {}
+    for option in args.sbatch:
+        name, given, value = option.lstrip("-").partition("=")
+        more[name] = value if given else True
+    names = ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "time", "job_name")
+    options = Options(**{name: getattr(args, name) for name in names}, more=more)
+    named = members(arguments, args.seeds, args.grid, args.sweep)
+    at_most = args.at_most or (1 if args.local else 0)
+    plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
+    if args.dry_run:
+        print(_described(plan))
+        return 0
+    jobs = _start(plan)
     _follow(jobs, plan)
     return _finish(jobs, plan.trainings[0].group) if args.wait or args.local else 0
 
