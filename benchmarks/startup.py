@@ -28,7 +28,7 @@ PARTS = {
     "record": "run folder, W&B's process",
     "DDP": "wrapping the network",
     "first step": "its computing, compilation included",
-    "rest": "configuration, checks, exchange between ranks",
+    "rest": "configuration, checks, the matrix product for MFU, exchange between ranks",
 }
 
 
