@@ -15,6 +15,18 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 # a network of all the parts, small enough to train in seconds on a fraction of a CPU
 TINY = ["train.epochs=2", "batch_size=256", "record.wandb=disabled"]
+# the files that take longest, in the order in which tests/run.sh's workers take them: none is left alone at the end
+LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others, and the tests within a file, stay as they are."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -17,4 +17,4 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -n 2 --dist loadfile "$@"  # much of the time is waiting, for Slurm above all
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # much of the time is waiting, for Slurm above all
