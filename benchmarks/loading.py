@@ -24,8 +24,8 @@ from typing import Literal
 
 import torch
 
-import data_prep
 from benchmarks.table import append, command, measured_on, spread, table
+from dist_train import data_prep
 from dist_train.data import Data, DataConfig
 from dist_train.distributed import Ranks
 

@@ -38,10 +38,9 @@ from pathlib import Path
 
 import torch
 
-import data_prep
 from benchmarks.table import append, command, measured_on, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
-from dist_train import config
+from dist_train import config, data_prep
 from dist_train.data import Data, Microbatch, manifest
 from dist_train.distributed import ranks, ranks_per_node
 from dist_train.errors import UserError, say

@@ -2,10 +2,10 @@
 afterwards.
 
 Importing this package is cheap: torch, ffcv, torchvision and scikit-learn are imported by the functions
-that need them. `python -m data_prep --help` shows the command.
+that need them. `python -m dist_train.data_prep --help` shows the command.
 """
 
-from data_prep.betons import (
+from dist_train.data_prep.betons import (
     Manifest,
     Split,
     check,
@@ -17,8 +17,8 @@ from data_prep.betons import (
     same_source,
     verify,
 )
-from data_prep.datasets import DATASETS
-from data_prep.files import DataError, NoNetworkError
+from dist_train.data_prep.datasets import DATASETS
+from dist_train.data_prep.files import DataError, NoNetworkError
 
 __all__ = [
     "DATASETS",

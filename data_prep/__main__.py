@@ -1,14 +1,14 @@
-"""The command `python -m data_prep`."""
+"""The command `python -m dist_train.data_prep`."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-from data_prep.betons import prepare, verify
-from data_prep.datasets import DATASETS
-from data_prep.files import DataError, NoNetworkError
-from data_prep.images import TEST_FRACTION
+from dist_train.data_prep.betons import prepare, verify
+from dist_train.data_prep.datasets import DATASETS
+from dist_train.data_prep.files import DataError, NoNetworkError
+from dist_train.data_prep.images import TEST_FRACTION
 
 BAD_INPUT, NO_NETWORK, INTERRUPTED = 2, 3, 130  # exit codes
 
@@ -16,7 +16,7 @@ BAD_INPUT, NO_NETWORK, INTERRUPTED = 2, 3, 130  # exit codes
 def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep",
+        prog="python -m dist_train.data_prep",
         description="Write a data set into FFCV files: train.beton, test.beton and manifest.json. "
         "A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder "
         "with a folder of images for each class, or with two such folders train and test (or val).",

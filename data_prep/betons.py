@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.datasets import DATASETS, load
-from data_prep.files import DataError, locked, sha256_of, sync
-from data_prep.images import TEST_FRACTION, load_images
+from dist_train.data_prep.datasets import DATASETS, load
+from dist_train.data_prep.files import DataError, locked, sha256_of, sync
+from dist_train.data_prep.images import TEST_FRACTION, load_images
 
 FORMAT = 1  # of manifest.json; raise it when what a folder holds changes its meaning
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def command(
     dataset: str, out: Path, source: Path | None = None, image_size: int = 0, test_fraction: float | None = None
 ) -> str:
     """The data_prep command that writes a data set; DIR or SIZE stand for what is needed and not given."""
-    words = ["python", "-m", "data_prep", "--dataset", dataset]
+    words = ["python", "-m", "dist_train.data_prep", "--dataset", dataset]
     own = dataset not in DATASETS
     if source or own:
         words += ["--source", str(source or "DIR")]

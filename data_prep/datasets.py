@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.files import DataError, NoNetworkError, locked
+from dist_train.data_prep.files import DataError, NoNetworkError, locked
 
 # Seconds without a sign of life from the download server before giving up.
 NETWORK_PATIENCE = 15.0

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_prep.datasets import Pixels
-from data_prep.files import DataError
+from dist_train.data_prep.datasets import Pixels
+from dist_train.data_prep.files import DataError
 
 TEST_FRACTION = 0.2  # of each class, where the folder has no test part
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-import data_prep
-from dist_train import __version__, config
+from dist_train import __version__, config, data_prep
 from dist_train.describe import markdown, totals
 from dist_train.plots import DATASETS
 from dist_train.record import EVALUATION, SUMMARY, often_taken_for

@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.files import sha256_of
+from dist_train.data_prep.files import sha256_of
 from dist_train.files import remove_partial, write_atomic
 
 Positive = Annotated[int, Field(gt=0)]

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-import data_prep
+from dist_train import data_prep
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
 from dist_train.randomness import derive, permutation, sample_bits, uniform_integers

@@ -22,7 +22,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.betons import MANIFEST
+from dist_train.data_prep.betons import MANIFEST
 from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.plots import BLUE, ORANGE

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.files import sha256_of
+from dist_train.data_prep.files import sha256_of
 from dist_train.errors import UserError
 from dist_train.record import METRICS, SUMMARY, Row, read_digests, read_history, read_metrics
 

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-import data_prep
+from dist_train import data_prep
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, ranks, sum_integers
 from dist_train.errors import UserError, say

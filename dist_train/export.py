@@ -137,7 +137,7 @@ def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
     """(N, C, H, W) from 0 to 1, and what they are: test images where the run's betons are there, else random ones."""
     import torch
 
-    import data_prep
+    from dist_train import data_prep
 
     with contextlib.suppress(data_prep.DataError):
         folder = network.config.data.folder

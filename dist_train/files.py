@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.files import sync
+from dist_train.data_prep.files import sync
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

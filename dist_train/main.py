@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-import data_prep
-from dist_train import checkpoint, config
+from dist_train import checkpoint, config, data_prep
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks, check_world_size, on_main, ranks, sum_integers
 from dist_train.environment import device_name, git_commit, matrix_rate, versions

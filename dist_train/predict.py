@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from data_prep.images import SUFFIXES
+from dist_train.data_prep.images import SUFFIXES
 from dist_train.errors import UserError, command, say
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from data_prep.files import sync
+from dist_train.data_prep.files import sync
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data_prep import Manifest
 from dist_train import checkpoint, config, plots
+from dist_train.data_prep import Manifest
 from dist_train.distributed import Ranks
 from dist_train.environment import Environment, changes, environment, git_commit, versions
 from dist_train.errors import UserError, say

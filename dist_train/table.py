@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.files import locked
+from dist_train.data_prep.files import locked
 from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
 from dist_train.record import SUMMARY, read_history

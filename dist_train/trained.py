@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from data_prep.images import square, unreadable
 from dist_train import checkpoint
 from dist_train.checkpoint import wrong
 from dist_train.config import Config, parse, to_toml
+from dist_train.data_prep.images import square, unreadable
 from dist_train.environment import Environment
 from dist_train.errors import UserError, say
 from dist_train.evaluate import Tta, views

@@ -1,6 +1,6 @@
 """torchrun, with its own options, that leaves stopping and the last word to the ranks.
 
-    python -m launch.agent --nnodes=2 --node-rank=0 ... -m dist_train.main ...
+    python -m dist_train.launch.agent --nnodes=2 --node-rank=0 ... -m dist_train.main ...
 
 It passes stop signals on to the ranks and waits for them, however long they take to save: torchrun would kill them
 after 30 seconds, and SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. Where torchrun

@@ -1,6 +1,6 @@
 """What a job does on each of its nodes: the data, then torchrun over all that the node has, to the end or a stop.
 
-    srun --ntasks-per-node=1 python -m launch.node [arguments of python -m dist_train.main]
+    srun --ntasks-per-node=1 python -m dist_train.launch.node [arguments of python -m dist_train.main]
 
 slurm/train.sh runs this line, and launch.submit the same through submitit. The scheduler's stop signals come here.
 They are passed on to the ranks, which finish their step, save it and leave; the job then goes back into the queue, and
@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-import data_prep
-from dist_train import checkpoint, table
+from dist_train import checkpoint, data_prep, table
 from dist_train.distributed import ranks_per_node
 from dist_train.errors import UserError, say
 from dist_train.files import write_atomic
@@ -95,7 +94,7 @@ def torchrun(arguments: Sequence[str], per_node: int, here: Place, meeting: str 
         host, _, port = meeting.rpartition(":")
         where = [f"--nnodes={here.nodes}", f"--node-rank={here.index}"]
         where += [f"--master-addr={host}", f"--master-port={port}"]
-    start = [sys.executable, "-m", "launch.agent", *where, f"--nproc-per-node={per_node}"]
+    start = [sys.executable, "-m", "dist_train.launch.agent", *where, f"--nproc-per-node={per_node}"]
     return [*start, "-m", "dist_train.main", *arguments]
 
 

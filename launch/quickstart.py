@@ -1,6 +1,6 @@
 """Prepare the data set that a configuration names, then train over everything this machine has.
 
-    python -m launch.quickstart [arguments of python -m dist_train.main]
+    python -m dist_train.launch.quickstart [arguments of python -m dist_train.main]
 
 Without a network and without $CIFAR10_DIR it trains the preset `digits` instead, and says so.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import sys
 
-import data_prep
-from dist_train import config
+from dist_train import config, data_prep
 from dist_train.errors import UserError
+from dist_train.launch.node import Place, local_ranks, torchrun
 from dist_train.main import parser, resolve
-from launch.node import Place, local_ranks, torchrun
 
 
 def main() -> int:

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
-exec .venv/bin/python -m launch.quickstart "$@"
+exec .venv/bin/python -m dist_train.launch.quickstart "$@"

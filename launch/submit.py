@@ -1,14 +1,14 @@
 """Submit one training, or an array of them over seeds and settings, to Slurm through submitit; or run it here.
 
-    python -m launch.submit --nodes 2 --preset block94 epochs=12
-    python -m launch.submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
-    python -m launch.submit --sweep dist_train/examples/sweep.yaml --at-most 4
-    python -m launch.submit --local --preset digits
+    python -m dist_train.launch.submit --nodes 2 --preset block94 epochs=12
+    python -m dist_train.launch.submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
+    python -m dist_train.launch.submit --sweep dist_train/examples/sweep.yaml --at-most 4
+    python -m dist_train.launch.submit --local --preset digits
 
 Whatever is not listed below is for python -m dist_train.main, as is. Options that are not given are those of
 slurm/train.sh. In Python:
 
-    from launch import submit
+    from dist_train.launch import submit
     job = submit.train(["--preset", "block94", "epochs=12"], nodes=2)
     print(job.result().test_accuracy)
 """
@@ -34,11 +34,11 @@ import yaml
 from dist_train import table
 from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
+from dist_train.launch import cluster
+from dist_train.launch.node import Training, as_name
 from dist_train.main import parser as trainer_parser
 from dist_train.main import resolve
 from dist_train.record import SUMMARY
-from launch import cluster
-from launch.node import Training, as_name
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
@@ -366,7 +366,7 @@ def _job(handle: submitit.Job[str], training: Training) -> Job:
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(
-        prog="python -m launch.submit",
+        prog="python -m dist_train.launch.submit",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

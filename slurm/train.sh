@@ -36,4 +36,4 @@ source .venv/bin/activate
 # export WANDB_MODE=offline
 # end of set-up
 
-exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 python -u -m launch.node "$@"
+exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 python -u -m dist_train.launch.node "$@"

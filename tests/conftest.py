@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Betons of the handwritten digits."""
     out = tmp_path_factory.mktemp("betons") / "digits"
-    command = [sys.executable, "-m", "data_prep", "--dataset", "digits", "--out", str(out)]
+    command = [sys.executable, "-m", "dist_train.data_prep", "--dataset", "digits", "--out", str(out)]
     subprocess.run(command, check=True, cwd=REPOSITORY)
     return out
 
@@ -44,7 +44,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not os.environ.get("CIFAR10_DIR"):
         pytest.skip("CIFAR10_DIR is unset: no real CIFAR-10 here")
     out = tmp_path_factory.mktemp("betons") / "cifar10"
-    subprocess.run([sys.executable, "-m", "data_prep", "--out", str(out)], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-m", "dist_train.data_prep", "--out", str(out)], check=True, cwd=REPOSITORY)
     return out
 
 

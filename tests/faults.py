@@ -737,7 +737,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     data = args.data.absolute() if args.data else out / "digits"
     if not args.data:
-        command = [sys.executable, "-m", "data_prep", "--dataset", "digits", "--out", str(data)]
+        command = [sys.executable, "-m", "dist_train.data_prep", "--dataset", "digits", "--out", str(data)]
         subprocess.run(command, check=True)
     if args.launcher == "fork":
         warm_up()

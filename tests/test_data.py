@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import data_prep
+from dist_train import data_prep
 from dist_train.data import Data, DataConfig, Smaller, augment, manifest
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data_prep
-from data_prep import DataError
-from data_prep.__main__ import main
+from dist_train import data_prep
+from dist_train.data_prep import DataError
+from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
 FILES = ("manifest.json", "test.beton", "train.beton")
 
 
 def start(*arguments: object, **variables: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    command = [sys.executable, "-m", "dist_train.data_prep", *map(str, arguments)]
     return subprocess.Popen(
         command,
         cwd=REPO,
@@ -164,7 +164,7 @@ def test_damage_is_refused_with_a_remedy_and_left_alone(
 ) -> None:
     damage(copy)
     before = snapshot(copy)
-    remedy = f"delete the folder {copy} and run python -m data_prep --dataset digits --out {copy}"
+    remedy = f"delete the folder {copy} and run python -m dist_train.data_prep --dataset digits --out {copy}"
     refused(run("--dataset", "digits", "--out", copy), str(copy), *words, remedy)
     with pytest.raises(DataError, match=remedy):
         data_prep.check(copy)
@@ -194,7 +194,7 @@ def test_a_folder_with_other_peoples_files_is_never_deleted_nor_said_to_be(tmp_p
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
     out = tmp_path / "digits"
     result = run("--verify", "--out", out)
-    refused(result, "is missing", f": run python -m data_prep --dataset digits --out {out}")
+    refused(result, "is missing", f": run python -m dist_train.data_prep --dataset digits --out {out}")
 
 
 def test_unwritable_out(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_verify_finds_what_the_fast_check_cannot(copy: Path) -> None:
 
 
 def test_tables_that_would_lead_ffcv_astray_are_refused(copy: Path, digits: Path) -> None:
-    from data_prep.betons import _write_beton
+    from dist_train.data_prep.betons import _write_beton
 
     path = copy / "test.beton"
     _write_beton(path, np.zeros((360, 40, 40, 3), np.uint8), np.zeros(360, np.int64))
@@ -395,6 +395,6 @@ def test_cifar10_source_may_be_the_batches_folder_itself(cifar10: Path, tmp_path
     batches = Path(os.environ["CIFAR10_DIR"]) / "cifar-10-batches-py"
     if not batches.is_dir():
         pytest.skip("CIFAR10_DIR is the batches folder itself already")
-    from data_prep.datasets import load
+    from dist_train.data_prep.datasets import load
 
     assert len(load("cifar10", batches).splits["test"][1]) == 10000

@@ -17,8 +17,7 @@ from conftest import REPOSITORY, TINY, command, environment, lines, trainer
 from PIL import Image
 from torch import Tensor, nn
 
-import data_prep
-from dist_train import config
+from dist_train import config, data_prep
 from dist_train.data import Data, DataConfig, manifest
 from dist_train.distributed import Ranks
 from dist_train.evaluate import Tta, evaluate

@@ -20,8 +20,7 @@ from conftest import REPOSITORY, command, environment, trainer
 from PIL import Image
 from torch import Tensor
 
-import data_prep
-from dist_train import config, export, load
+from dist_train import config, data_prep, export, load
 from dist_train.errors import UserError
 from dist_train.table import proportion
 
@@ -253,7 +252,7 @@ def test_the_card_has_the_run_s_figures(run: Path, exported: subprocess.Complete
         f"`{summary['weights_sha256']}`",
         f"`{data_prep.check(digits).splits['train'].content_sha256}` (train)",
         "| **block 3** |",
-        "python -m data_prep --dataset digits --out data/digits",
+        "python -m dist_train.data_prep --dataset digits --out data/digits",
         "thirteen people",
     ):
         assert words in body

@@ -19,8 +19,7 @@ from conftest import REPOSITORY, environment
 from PIL import Image, ImageDraw
 from test_data_prep import edit_manifest, refused, run_here, snapshot
 
-import data_prep
-from dist_train import config
+from dist_train import config, data_prep
 from dist_train.data import Data, DataConfig, manifest
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
@@ -247,7 +246,7 @@ def test_what_is_asked_for_must_be_there(shapes: Path, betons: Path, tmp_path: P
     refused(run_here("--image-size", 20, *out), "--image-size 20 is for images of your own, not for cifar10")
     before = snapshot(betons)
     assert run_here("--dataset", "shapes", "--out", betons).returncode == 0  # the source is not needed any more
-    command = f"python -m data_prep --dataset shapes --source {shapes} --image-size 30 --out {betons}"
+    command = f"python -m dist_train.data_prep --dataset shapes --source {shapes} --image-size 30 --out {betons}"
     refused(
         write(betons, shapes, 30), "holds images of 20x20 pixels, not 30x30", f"delete the folder {betons}", command
     )
@@ -288,7 +287,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
     with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
         DataConfig("digits", str(out), image_size=20).prepare()
     with pytest.raises(
-        UserError, match=r"there is no such folder; write the data set with python -m data_prep"
+        UserError, match=r"there is no such folder; write the data set with python -m dist_train.data_prep"
     ) as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))
     words = shlex.split(str(said.value).partition(" with ")[2])

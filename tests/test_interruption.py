@@ -140,7 +140,7 @@ def test_stop_signals_at_the_very_end_come_too_late(digits: Path, tmp_path: Path
     """Slurm's warning of the time limit goes to every process of a job, whatever that is about."""
     arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.node", *arguments],
+        [sys.executable, "-m", "dist_train.launch.node", *arguments],
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -13,8 +13,8 @@ from conftest import REPOSITORY
 
 from dist_train import config, table
 from dist_train.errors import UserError
+from dist_train.launch import cluster, submit
 from dist_train.record import append_history
-from launch import cluster, submit
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-import data_prep
-from dist_train import TrainedNetwork, load, predict
+from dist_train import TrainedNetwork, data_prep, load, predict
 from dist_train.data import Data, manifest
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError

@@ -25,9 +25,9 @@ from wandb_server import distinct, expected_rows, offline_records, own
 from dist_train import table
 from dist_train.diff import main as diff
 from dist_train.errors import UserError
+from dist_train.launch import cluster as slurm
+from dist_train.launch import submit
 from dist_train.record import read_history
-from launch import cluster as slurm
-from launch import submit
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
 if why := missing():
@@ -237,7 +237,7 @@ def test_submitit_says_why_it_failed(lab: Lab, limited: str, tmp_path: Path, mon
 
 def test_an_array_of_seeds_and_its_table(lab: Lab, limited: str) -> None:
     arguments = ["--seeds", "0-2", "--at-most", "2", "--job-name", "seeds", *lab.common, "train.epochs=4"]
-    command = [sys.executable, "-m", "launch.submit", "--wait", *arguments]
+    command = [sys.executable, "-m", "dist_train.launch.submit", "--wait", *arguments]
     waiting = subprocess.Popen(command, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lab.cluster.wait(lambda: "seeds" in lab.cluster.run("squeue", "--format=%j"), "the array")
     array = lab.cluster.run("squeue", "--noheader", "--name=seeds", "--format=%F").split()[0]
@@ -329,7 +329,7 @@ def test_gpus_of_a_whole_node(lab: Lab) -> None:
 
 def test_an_array_on_this_machine(lab: Lab) -> None:
     arguments = ["--local", "--seeds", "0,1", *lab.common, "train.epochs=1", "--run-dir", str(lab.folder / "here")]
-    command = [sys.executable, "-m", "launch.submit", *arguments]
+    command = [sys.executable, "-m", "dist_train.launch.submit", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith((lab.folder / "here" / "table.md").read_text())
@@ -349,7 +349,7 @@ def test_dry_run_submits_nothing(lab: Lab, capsys: pytest.CaptureFixture[str], m
 
 
 def test_a_node_without_the_run_folder(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch import node
+    from dist_train.launch import node
 
     monkeypatch.setattr(node, "_MEET", 1.0)
     training = node.Training(lab.common, tmp_path / "elsewhere")
@@ -361,7 +361,7 @@ def test_a_node_without_the_run_folder(lab: Lab, tmp_path: Path, monkeypatch: py
 
 
 def test_stopped_before_its_ranks_have_begun(lab: Lab, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.node", *lab.long, "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "dist_train.launch.node", *lab.long, "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, env=environment(), cwd=lab.folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()  # from here on it listens

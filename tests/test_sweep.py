@@ -17,8 +17,8 @@ from wandb_server import ENTITY, Row, Server
 
 from dist_train import config, table
 from dist_train.errors import UserError
+from dist_train.launch import submit
 from dist_train.main import parser, resolve
-from launch import submit
 
 EXAMPLE = REPOSITORY / "dist_train" / "examples" / "sweep.yaml"
 
