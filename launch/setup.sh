@@ -1,41 +1,102 @@
 #!/usr/bin/env bash
-# Set up .venv beside this folder: system headers for ffcv, then pip install -e ".[$1]". Skips what is done.
+# Set up an environment for this clone: .venv, or the one that $DIST_TRAIN_VENV names. Skips what is done.
+#
+#   bash launch/setup.sh [--latest] [dev]
+#
+# dev: also what the tests need. --latest: the newest versions that pyproject.toml allows, instead of those in
+# launch/lock.txt. Without root or a compiler it goes without ffcv, and all else works.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-}
 
 say() { printf '%s\n' "setup: $*" >&2; }
 fail() { say "$*"; exit 2; }
 
-wanted=$(sha256sum pyproject.toml | cut -d' ' -f1)
-stamp=.venv/.installed${extras:+-$extras}
-if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+latest= extras=
+for argument; do
+  case $argument in
+    --latest) latest=--latest ;;
+    dev) extras=dev ;;
+    *) fail "$argument: there is no such argument; use --latest, dev or none" ;;
+  esac
+done
+environment=${DIST_TRAIN_VENV:-.venv}
+python=$environment/bin/python
 
-python=$(command -v python3 || true)
-[ -n "$python" ] || python=none
-usable() { "$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
-built() { pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null; }
-headers() { [ -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; }
+buildable() { # whether ffcv can be built
+  pkg-config --exists opencv4 libturbojpeg 2>/dev/null && command -v g++ >/dev/null &&
+    [ -f "$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]
+}
+has_ffcv() { "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ffcv") is None)' 2>/dev/null; }
+usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-if ! usable || ! built || ! headers; then
-  packages=(g++ pkg-config libopencv-dev libturbojpeg0-dev)
-  if [ "$python" = none ] || [[ $(readlink -f "$python") == /usr/bin/* ]]; then packages+=(python3 python3-venv python3-dev); fi
-  command -v apt-get >/dev/null || fail "ffcv is built here and needs a C++ compiler, pkg-config, the headers of OpenCV 4 and libturbojpeg, and Python 3.10 or newer with venv and headers; install them with this system's package manager (on Debian: ${packages[*]}) and start again"
-  root=()
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || fail "these system packages are missing and there is no sudo to install them with: ${packages[*]}; ask an administrator for them and start again"
-    root=(sudo)
-  fi
-  say "installing system packages: ${packages[*]}"
-  log=$(mktemp)
-  { "${root[@]}" apt-get update -qq && "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >"$log" 2>&1 || { tail -n 20 "$log" >&2; fail "apt-get could not install ${packages[*]}; the end of its output is above"; }
-  rm -f "$log"
-  python=$(command -v python3)
-  usable || fail "$python is not Python 3.10 or newer with venv; install one, put it first in PATH and start again"
+wanted=$(cat pyproject.toml launch/lock.txt | sha256sum | cut -d' ' -f1)
+stamp=$environment/.dist_train${extras:+-$extras}
+if [ -z "$latest" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && { has_ffcv || ! buildable "$python"; }; then exit 0; fi
+SECONDS=0
+
+# System packages, where this user may install them. ffcv's come first, those that only tests need last.
+root=none
+if command -v apt-get >/dev/null; then
+  if [ "$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; fi
 fi
+install_packages() { # NAME...
+  [ "$root" != none ] || return 1
+  { $root apt-get update -qq && $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >"$log" 2>&1
+}
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
-[ -x .venv/bin/python ] || { say "making .venv with $("$python" --version)"; "$python" -m venv .venv; }
-say "installing Python packages into .venv (several GB with torch; minutes the first time)"
-bar=$([ -t 2 ] && echo on || echo off)
-.venv/bin/python -m pip install -q --disable-pip-version-check --progress-bar "$bar" -e ".${extras:+[$extras]}" >&2
-echo "$wanted" | tee .venv/.installed >"$stamp"
+keep=
+if [ ! -e "$environment" ]; then
+  base=
+  for name in python3 python3.1{4,3,2,1,0}; do
+    if usable "$name"; then base=$(command -v "$name"); break; fi
+  done
+  if [ -z "$base" ] && ! command -v uv >/dev/null; then
+    say "installing python3 python3-venv python3-dev"
+    install_packages python3 python3-venv python3-dev && usable /usr/bin/python3 ||
+      fail "there is no Python 3.10 or newer with venv here; install one (on Debian: python3 and python3-venv), or uv, and start again"
+    base=/usr/bin/python3
+  fi
+  if [ -n "$base" ]; then
+    say "making $environment with $("$base" --version)"
+    "$base" -m venv "$environment"
+  else
+    say "making $environment with uv"
+    uv venv -q --python '>=3.10' "$environment" || fail "uv found no Python 3.10 or newer and could not install one; install Python and start again"
+  fi
+elif [ ! -x "$python" ]; then
+  fail "$environment holds no bin/python: name a virtual or conda environment with DIST_TRAIN_VENV, or a folder that does not exist yet"
+elif ! compgen -G "$environment/.dist_train*" >/dev/null; then
+  keep=--keep # somebody else's: what it holds stays, where it will do
+fi
+environment=$(cd "$environment" && pwd) python=$environment/bin/python
+
+packages=()
+if ! buildable "$python"; then
+  packages+=(g++ pkg-config libopencv-dev libturbojpeg0-dev)
+  if [[ $(readlink -f "$python") == /usr/bin/* ]]; then packages+=(python3-dev); fi
+fi
+if [ -n "$extras" ]; then
+  PATH=$PATH:/usr/sbin command -v slurmctld munged >/dev/null || packages+=(slurmctld slurmd slurm-client munge)
+  command -v chromium chromium-browser google-chrome >/dev/null || packages+=(chromium)
+fi
+system=
+if [ ${#packages[@]} -gt 0 ] && [ "$root" != none ]; then
+  say "system packages: ${packages[*]}"
+  install_packages "${packages[@]}" & # while the Python packages are downloaded
+  system=$!
+fi
+"$python" launch/install.py $latest $keep $extras
+if [ -n "$system" ]; then
+  if wait "$system"; then say "system packages: done"; else tail -n 5 "$log" >&2; say "apt-get could not install them; the end of its output is above"; fi
+fi
+if ! has_ffcv; then
+  if buildable "$python"; then
+    "$python" launch/install.py $latest $keep --ffcv $extras
+  else
+    say "ffcv is not installed, since building it takes a C++ compiler, pkg-config, Python.h and the headers of OpenCV 4 and libturbojpeg (on Debian: g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev); data_prep writes and reads the betons without it"
+  fi
+fi
+echo "$wanted" | tee "$environment/.dist_train" >"$stamp"
+say "$environment is ready ($SECONDS s)"
