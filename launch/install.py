@@ -1,6 +1,6 @@
 """Install this clone and the packages it stands on into the environment of the Python that runs this.
 
-    ENVIRONMENT/bin/python launch/install.py [--latest | --keep] [--ffcv] [EXTRA ...]
+    ENVIRONMENT/bin/python launch/install.py [--latest | --keep] [EXTRA ...]
 
 launch/setup.sh calls it. It imports the standard library alone. The versions are those of launch/lock.txt as far as the
 package index and pip's own configuration allow, and otherwise the newest within the ranges of pyproject.toml: uv, which
@@ -58,13 +58,13 @@ def say(message: str) -> None:
 
 @contextmanager
 def timed(part: str) -> Iterator[None]:
-    """Say what begins, from time to time that it goes on, and how many seconds it took."""
+    """Print what begins, the seconds so far every PROGRESS seconds, and how many it took."""
     say(part)
     start, done = time.monotonic(), threading.Event()
 
     def report() -> None:
         while not done.wait(PROGRESS):
-            say(f"{part}: {time.monotonic() - start:.0f} s so far")
+            say(f"... {time.monotonic() - start:.0f} s")
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
@@ -128,12 +128,9 @@ def resolve(uv: str, extras: list[str], preferred: str, variables: dict[str, str
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "versions.txt"
         output.write_text(preferred)
-        options = [word for extra in extras for word in ("--extra", extra)]
-        run(
-            [uv, "pip", "compile", "-q", "--python", sys.executable, *options, "pyproject.toml"]
-            + ["--no-header", "--no-annotate", "-o", str(output)],
-            variables,
-        )
+        options = ["-q", "--no-header", "--no-annotate", "--python", sys.executable, "-o", str(output)]
+        options += [word for extra in extras for word in ("--extra", extra)]
+        run([uv, "pip", "compile", *options, "pyproject.toml"], variables)
         return output.read_text()
 
 
@@ -173,7 +170,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/install.py", description="Called by launch/setup.sh.")
     parser.add_argument("--latest", action="store_true", help="the newest versions that pyproject.toml allows")
     parser.add_argument("--keep", action="store_true", help="prefer what the environment holds to the lock")
-    parser.add_argument("--ffcv", action="store_true", help="then build ffcv; without it all else still works")
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     args = parser.parse_args()
     lock = "" if args.latest else LOCK.read_text()
@@ -183,23 +179,18 @@ def main() -> int:
         missing = [line for line in lock.splitlines() if line.partition("==")[0].lower() not in mine]
         preferred = "\n".join([*missing, *(f"{name}=={version}" for name, version in mine.items()), ""])
     variables = pip_configuration(run([sys.executable, "-m", "pip", "config", "list"])) if PIP_IS_THERE else {}
+    part = f"Python packages into {sys.prefix} (some 3 GB to download the first time)"
+    if "ffcv" in args.extras:
+        part = "ffcv, built from source"
     try:
         path = uv()
-        with timed(f"Python packages into {sys.prefix} (some 3 GB to download the first time)"):
+        with timed(part):
             install(path, args.extras, resolve(path, args.extras, preferred, variables), variables)
     except InstallError as error:
         print(error, file=sys.stderr)
-        say("the Python packages could not be installed; the end of what was printed is above")
+        say(f"{part}: this failed; the end of what was printed is above")
         return 2
-    if args.ffcv:
-        try:
-            with timed("ffcv, built from source"):
-                extras = [*args.extras, "ffcv"]
-                install(path, extras, resolve(path, extras, preferred, variables), variables)
-        except InstallError as error:
-            print(error, file=sys.stderr)
-            say("ffcv could not be built; the end of what was printed is above")
-    if changed := sorted(deviations(lock), key=_indirect):
+    if "ffcv" not in args.extras and (changed := sorted(deviations(lock), key=_indirect)):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         why = "the environment held others" if args.keep else "the package index or pip's constraints here rule it out"
         say(f"not the locked version, since {why}: {', '.join(changed[:3])}{more}")

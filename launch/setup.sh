@@ -31,7 +31,8 @@ usable() { "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3,
 
 wanted=$(cat pyproject.toml launch/lock.txt | sha256sum | cut -d' ' -f1)
 stamp=$environment/.dist_train${extras:+-$extras}
-if [ -z "$latest" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && { has_ffcv || ! buildable "$python"; }; then exit 0; fi
+if [ -z "$latest" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] &&
+  { has_ffcv || ! buildable "$python" || [ -e "$environment/.dist_train-without-ffcv" ]; }; then exit 0; fi
 SECONDS=0
 
 # System packages, where this user may install them. ffcv's come first, those that only tests need last.
@@ -91,12 +92,14 @@ fi
 if [ -n "$system" ]; then
   if wait "$system"; then say "system packages: done"; else tail -n 5 "$log" >&2; say "apt-get could not install them; the end of its output is above"; fi
 fi
-if ! has_ffcv; then
-  if buildable "$python"; then
-    "$python" launch/install.py $latest $keep --ffcv $extras
-  else
-    say "ffcv is not installed, since building it takes a C++ compiler, pkg-config, Python.h and the headers of OpenCV 4 and libturbojpeg (on Debian: g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev); data_prep writes and reads the betons without it"
-  fi
+if ! buildable "$python"; then
+  why="building it takes a C++ compiler, pkg-config, Python.h and the headers of OpenCV 4 and libturbojpeg (on Debian: g++ pkg-config python3-dev libopencv-dev libturbojpeg0-dev)"
+elif ! "$python" launch/install.py $latest $keep $extras ffcv; then
+  why="it could not be built"
+  touch "$environment/.dist_train-without-ffcv" # so that the next start does not try again
+else
+  rm -f "$environment/.dist_train-without-ffcv"
 fi
+has_ffcv || say "without ffcv, since $why; data_prep writes and reads the betons by itself"
 echo "$wanted" | tee "$environment/.dist_train" >"$stamp"
 say "$environment is ready ($SECONDS s)"
