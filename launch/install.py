@@ -29,6 +29,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK = REPOSITORY / "launch" / "lock.txt"
+PYPI = "https://pypi.org/simple"  # pip's default
 UV = "uv>=0.5,<1"
 PIP_IS_THERE = find_spec("pip") is not None
 PROGRESS = 10.0  # seconds between two lines about a part that takes longer
@@ -36,8 +37,6 @@ PROGRESS = 10.0  # seconds between two lines about a part that takes longer
 # pip's options and the variables by which uv takes the same
 _VARIABLES = {
     "index-url": "UV_DEFAULT_INDEX",
-    "extra-index-url": "UV_INDEX",
-    "find-links": "UV_FIND_LINKS",
     "constraint": "UV_CONSTRAINT",
     "trusted-host": "UV_INSECURE_HOST",
     "no-index": "UV_NO_INDEX",
@@ -99,9 +98,13 @@ def pip_configuration(listed: str) -> dict[str, str]:
             if match:
                 options[match[1]] = str(ast.literal_eval(match[2]))
     found = {_VARIABLES[name]: " ".join(value.split()) for name, value in options.items() if name in _VARIABLES}
-    if "UV_FIND_LINKS" in found:
-        found["UV_FIND_LINKS"] = found["UV_FIND_LINKS"].replace(" ", ",")
-    if "UV_INDEX" in found or "UV_FIND_LINKS" in found:
+    if "find-links" in options:
+        found["UV_FIND_LINKS"] = ",".join(options["find-links"].split())
+    if extra := options.get("extra-index-url", "").split():
+        # The default index comes last, and of a version that is in several, uv sees the files of the first alone.
+        *first, found["UV_DEFAULT_INDEX"] = [options.get("index-url", PYPI), *extra]
+        found["UV_INDEX"] = " ".join(first)
+    if "extra-index-url" in options or "find-links" in options:
         found["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip, too, takes the best version of all indexes
     return {name: value for name, value in found.items() if name not in os.environ}
 
