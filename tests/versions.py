@@ -7,8 +7,8 @@
 
 Environments, made anew under build/versions/: `lowest` has the lowest versions that pyproject.toml allows, on the
 oldest Python here, and `newest` the newest, on the newest Python. `locked-3.11` and its like have those of
-launch/lock.txt, one for each Python here, and `without-ffcv` has them without ffcv. The Pythons are those in PATH and in
-pyenv. The benchmark runs on the two ends.
+launch/lock.txt, one for each Python here, and `without-ffcv` has them without ffcv. The Pythons are those in PATH and
+in pyenv. The benchmark runs on the two ends.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def make(environment: Environment, python: Path) -> Path:
         versions = folder / "versions.txt"
         extras = [word for extra in environment.extras.split(",") for word in ("--extra", extra)]
         choice = ["--resolution", environment.resolution, "--python", str(own), *extras, "pyproject.toml"]
-        subprocess.run([UV, "pip", "compile", "-q", *choice, "-o", versions], cwd=REPOSITORY, check=True)
+        subprocess.run([UV, "pip", "compile", "-q", *choice, "-o", str(versions)], cwd=REPOSITORY, check=True)
     wanted = ["-e", f".[{environment.extras}]", "-c", str(versions)]
     subprocess.run([UV, "pip", "install", "-q", "--python", str(own), *wanted], cwd=REPOSITORY, check=True)
     return own
@@ -128,18 +128,8 @@ def check(environment: Environment, python: Path, arguments: list[str], speed: l
     versions = dict(zip(_installed(environment), told, strict=True))
     path = f"{own.parent}{os.pathsep}{os.environ['PATH']}"
     report = own.parent.parent / "tests.xml"
-    command = [
-        own,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        f"--junitxml={report}",
-    ]
+    command = [str(own), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    command += [f"--junitxml={report}", *arguments]
     start = time.monotonic()
     subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PATH": path}, check=False)
     minutes = (time.monotonic() - start) / 60
@@ -149,7 +139,7 @@ def check(environment: Environment, python: Path, arguments: list[str], speed: l
     tests, failures, errors, skipped = (int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped"))
     measured = ""
     if speed:
-        done = subprocess.run([own, *speed], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run([str(own), *speed], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False)
         measured = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else "failed"
     failed = failures + errors
     return Result(environment, versions, tests - failed - skipped, failed, skipped, minutes, measured)
