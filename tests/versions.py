@@ -123,7 +123,7 @@ def check(environment: Environment, python: Path, arguments: list[str], speed: l
     """Make the environment, run the tests in it, and the benchmark, unless `speed` is empty."""
     print(f"versions: {environment.name} on Python {_dotted(environment.python)}", file=sys.stderr, flush=True)
     own = make(environment, python)
-    asked = [own, "-c", f"from importlib.metadata import version as v; print(*map(v, {_installed(environment)}))"]
+    asked = [str(own), "-c", f"from importlib.metadata import version as v; print(*map(v, {_installed(environment)}))"]
     told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
     versions = dict(zip(_installed(environment), told, strict=True))
     path = f"{own.parent}{os.pathsep}{os.environ['PATH']}"

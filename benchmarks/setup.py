@@ -1,0 +1,92 @@
+"""Seconds from a fresh clone to the first training step, and to tests that passed, by part.
+
+    python -m benchmarks.setup [--tests] [--rounds 1] [--out FILE] [arguments of the trainer]
+
+Each round clones this repository's HEAD twice, and runs `launch/quickstart.sh` in the first clone with empty caches of
+pip and uv and in the second with those that the first has filled. System packages count as far as this machine lacks
+them. With --tests each clone then runs `tests/run.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.table import append, command, measured_on, spread, table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_DONE = re.compile(r"setup: (.*?)(?: into .*)?: done in ([0-9.]+) s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tests", action="store_true", help="then the whole test command")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args, trainer = parser.parse_known_args()
+    rows: dict[str, list[dict[str, float]]] = {"empty": [], "warm": []}
+    for _ in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder) / "home"
+            home.mkdir()
+            for caches, found in rows.items():
+                clone = Path(folder) / caches
+                subprocess.run(["git", "clone", "-q", REPOSITORY, clone], check=True)
+                found.append(_round(clone, home, trainer, args.tests))
+    parts = list(dict.fromkeys(part for found in rows.values() for row in found for part in row))
+    body = [[part, *(spread([row.get(part, 0.0) for row in found], 1) for found in rows.values())] for part in parts]
+
+    import torch
+
+    where = measured_on(torch.device("cpu"), os.cpu_count() or 1)
+    head = ["part", *(f"seconds, {caches} caches" for caches in rows)]
+    text = f"n = {args.rounds}; {where}\n\n```bash\n{command('benchmarks.setup')}\n```\n\n{table(head, body)}\n"
+    print(text)
+    if args.out:
+        append(args.out, text)
+
+
+def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str, float]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("UV_CACHE", "PIP_CACHE", "XDG_", "VIRTUAL_ENV"))}
+    environment = {**kept, "HOME": str(home), "WANDB_MODE": "offline"}
+    start = time.monotonic()
+    setup = subprocess.run(
+        ["bash", "launch/setup.sh"], cwd=clone, env=environment, stderr=subprocess.PIPE, text=True, check=True
+    )
+    row = {part: float(seconds) for part, seconds in _DONE.findall(setup.stderr)}
+    whole = time.monotonic() - start
+    row["set-up, the rest"] = whole - sum(row.values())
+    row["set-up"] = whole
+
+    begun = time.monotonic()
+    process = subprocess.Popen(
+        ["bash", "launch/quickstart.sh", *trainer, "log_every=1"],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    there = False
+    while not there and process.poll() is None:
+        there = any('"step"' in path.read_text() for path in clone.glob("runs/*/metrics.jsonl"))
+        time.sleep(0.05)
+    row["data step and start of the training"] = time.monotonic() - begun
+    row["clone to the end of the first step"] = time.monotonic() - start
+    process.terminate()
+    process.wait()
+    if not there:
+        raise SystemExit("benchmarks.setup: the training ended before its first step")
+    if tests:
+        begun = time.monotonic()
+        subprocess.run(["bash", "tests/run.sh"], cwd=clone, env=environment, check=True)
+        row["tests/run.sh after that"] = time.monotonic() - begun
+    return row
+
+
+if __name__ == "__main__":
+    main()
