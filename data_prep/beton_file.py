@@ -109,11 +109,17 @@ class BetonFile:
         header = content[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != VERSION:
             raise ValueError(f"it has version {header['version']} of the beton format where {VERSION} can be read")
-        count, end = int(header["samples"]), int(header["allocations"])
+        count, page, end = (int(header[name]) for name in ("samples", "page_size", "allocations"))
         first = _TABLE + count * SAMPLE.itemsize  # the first byte that an image may have
         if header["fields"] != len(_FIELDS) or content[HEADER.itemsize : _TABLE].tobytes() != _FIELDS.tobytes():
             raise ValueError("it does not hold images with a label each")
-        if not count or first > end or end + count * ALLOCATION.itemsize != total:
+        if (
+            not count
+            or page < _SMALLEST_PAGE
+            or page & (page - 1)
+            or first > end
+            or end + count * ALLOCATION.itemsize != total
+        ):
             raise damaged
         table = content[_TABLE:first].view(SAMPLE)
         allocations = content[end:].view(ALLOCATION)
