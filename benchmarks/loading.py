@@ -142,13 +142,14 @@ def main() -> None:
             ]
     if ffcv_library.version():
         kinds["ffcv with its own augmentations, num_workers=2"] = [partial(ffcv_loader, args.data, manifest)]
-    ours: list[tuple[str, Loader, str, bool]] = [("`resident`", "resident", "", False)]
+    loaders: list[tuple[str, Loader, str, bool]] = [("`resident`", "resident", "", False)]
     for how in ("through ffcv", MAP) if ffcv_library.version() else (MAP,):
-        ours += [(f"`stream` {how}", "stream", how, False), (f"reading alone, {how}", "stream", how, True)]
-    for title, *kind in ours:
+        loaders += [(f"`stream` {how}", "stream", how, False), (f"reading alone, {how}", "stream", how, True)]
+    for title, loader, how, alone in loaders:
+        make = partial(our_loader, args.data, manifest, loader, how, alone)
         for count in (1, 2):
             name = f"{title}, {count} process" + "es" * (count > 1)
-            kinds[name] = [partial(our_loader, args.data, manifest, *kind, rank, count) for rank in range(count)]
+            kinds[name] = [partial(make, rank, count) for rank in range(count)]
 
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, list[Connection]] = {name: [] for name in kinds}
@@ -156,10 +157,10 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     try:
         for name, makes in kinds.items():
-            for make in makes:
+            for begin in makes:
                 ours, theirs = context.Pipe()
                 pipes[name].append(ours)
-                context.Process(target=serve, args=(make, theirs)).start()
+                context.Process(target=serve, args=(begin, theirs)).start()
                 theirs.close()
             starts[name] = max(pipe.recv() for pipe in pipes[name])
         for _ in range(args.rounds):
