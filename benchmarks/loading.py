@@ -3,9 +3,10 @@
     python -m benchmarks.loading [--data data/cifar10] [--cifar10 DIR] [--rounds 9] [--out FILE]
 
 Mirrored, shifted by up to two pixels, normalised float32 images on the CPU, in batches of 250. Every loader has
-processes of its own, with one thread of torch each; all are measured in turns. Prints a Markdown table with medians
-(quartiles) over the rounds, the ratio to torchvision's best number of workers in the same round, and the seconds from
-building the loader to its first batch, where ffcv compiles.
+processes of its own, with one thread of torch each; all are measured in turns. `stream` is measured through ffcv and
+without it, from a memory map, and so is its reading alone: raw pixels, not augmented. Prints a Markdown table with
+medians (quartiles) over the rounds, the ratio to torchvision's best number of workers in the same round, and the
+seconds from building the loader to its first batch, where ffcv compiles.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ import torch
 from benchmarks.table import append, command, measured_on, spread, table
 from dist_train import data_prep
 from dist_train.data import Data, DataConfig
+from dist_train.data_prep import ffcv_library
 from dist_train.distributed import Ranks
+from dist_train.randomness import permutation
 
 BATCH, MICROBATCHES = 2000, 8  # of the preset block94
 SIZE = BATCH // MICROBATCHES
 SLOW = 2500  # images in an epoch of torchvision's; the others' have 50,000
 
 Loader = Literal["resident", "stream"]
+MAP = "from a memory map"
 Epoch = Callable[[], Iterator[int]]  # begins an epoch and gives the number of images in each of its batches
 
 
@@ -54,7 +58,7 @@ def torchvision_loader(folder: str, manifest: data_prep.Manifest, workers: int) 
 
 def ffcv_loader(folder: str, manifest: data_prep.Manifest) -> Epoch:
     """ffcv with its own augmentations; its RandomTranslate leaves a border of one colour where ours reflects."""
-    data_prep.betons.import_ffcv()
+    ffcv_library.version()  # imports it in less time
     import ffcv.loader
     import numpy as np
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
@@ -75,10 +79,18 @@ def ffcv_loader(folder: str, manifest: data_prep.Manifest) -> Epoch:
     return lambda: (len(labels) for _, labels in loader)
 
 
-def our_loader(folder: str, manifest: data_prep.Manifest, loader: Loader, rank: int, world_size: int) -> Epoch:
+def our_loader(
+    folder: str, manifest: data_prep.Manifest, loader: Loader, how: str, alone: bool, rank: int, world_size: int
+) -> Epoch:
+    """how: through ffcv or from a memory map. alone: read the rank's share of the images, no more."""
+    if how == MAP:
+        ffcv_library.version = lambda: None  # type: ignore[assignment]
     config = DataConfig(manifest.dataset, folder, loader=loader, flip="random")
     cpu = torch.device("cpu")
     data = Data(config, manifest, Ranks(rank, world_size, cpu, cpu), BATCH, MICROBATCHES, seed=0)
+    if alone:
+        order = permutation(manifest.splits["train"].count, 0)[rank::world_size]
+        return lambda: (len(labels) for _, labels, _ in data.sources["train"].batches(order, SIZE))
     steps = data.steps(0)
 
     def epoch() -> Iterator[int]:
@@ -128,12 +140,16 @@ def main() -> None:
             kinds[f"torchvision, num_workers={workers}"] = [
                 partial(torchvision_loader, args.cifar10, manifest, workers)
             ]
-    kinds["ffcv with its own augmentations, num_workers=2"] = [partial(ffcv_loader, args.data, manifest)]
-    loaders: tuple[Loader, ...] = ("resident", "stream")
-    for loader in loaders:
+    if ffcv_library.version():
+        kinds["ffcv with its own augmentations, num_workers=2"] = [partial(ffcv_loader, args.data, manifest)]
+    loaders: list[tuple[str, Loader, str, bool]] = [("`resident`", "resident", "", False)]
+    for how in ("through ffcv", MAP) if ffcv_library.version() else (MAP,):
+        loaders += [(f"`stream` {how}", "stream", how, False), (f"reading alone, {how}", "stream", how, True)]
+    for title, loader, how, alone in loaders:
+        make = partial(our_loader, args.data, manifest, loader, how, alone)
         for count in (1, 2):
-            name = f"`{loader}`, {count} process" + "es" * (count > 1)
-            kinds[name] = [partial(our_loader, args.data, manifest, loader, rank, count) for rank in range(count)]
+            name = f"{title}, {count} process" + "es" * (count > 1)
+            kinds[name] = [partial(make, rank, count) for rank in range(count)]
 
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, list[Connection]] = {name: [] for name in kinds}
@@ -141,10 +157,10 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     try:
         for name, makes in kinds.items():
-            for make in makes:
+            for begin in makes:
                 ours, theirs = context.Pipe()
                 pipes[name].append(ours)
-                context.Process(target=serve, args=(make, theirs)).start()
+                context.Process(target=serve, args=(begin, theirs)).start()
                 theirs.close()
             starts[name] = max(pipe.recv() for pipe in pipes[name])
         for _ in range(args.rounds):

@@ -23,7 +23,7 @@ PARTS = {
     "launcher": "until the rank's process starts: torchrun",
     "imports": "Python, torch, this package",
     "process group": "the ranks find each other",
-    "data": "ffcv's import, betons checked and decoded onto the device",
+    "data": "betons checked and read onto the device",
     "model": "network, whitening, optimizers",
     "record": "run folder, W&B's process",
     "DDP": "wrapping the network",

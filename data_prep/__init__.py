@@ -1,17 +1,17 @@
-"""Write CIFAR-10, scikit-learn's digits or a folder of images into FFCV beton files once, and check and read them
-afterwards.
+"""Write CIFAR-10, scikit-learn's digits or a folder of images into beton files (ffcv's format) once, and check and
+read them afterwards.
 
 Importing this package is cheap: torch, ffcv, torchvision and scikit-learn are imported by the functions
 that need them. `python -m dist_train.data_prep --help` shows the command.
 """
 
+from dist_train.data_prep.beton_file import BetonFile
 from dist_train.data_prep.betons import (
     Manifest,
     Split,
     check,
-    check_tables,
     command,
-    keeping_torch_threads,
+    open_split,
     prepare,
     read_split,
     same_source,
@@ -22,14 +22,14 @@ from dist_train.data_prep.files import DataError, NoNetworkError
 
 __all__ = [
     "DATASETS",
+    "BetonFile",
     "DataError",
     "Manifest",
     "NoNetworkError",
     "Split",
     "check",
-    "check_tables",
     "command",
-    "keeping_torch_threads",
+    "open_split",
     "prepare",
     "read_split",
     "same_source",

@@ -17,7 +17,7 @@ def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_train.data_prep",
-        description="Write a data set into FFCV files: train.beton, test.beton and manifest.json. "
+        description="Write a data set into files of ffcv's format: train.beton, test.beton and manifest.json. "
         "A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder "
         "with a folder of images for each class, or with two such folders train and test (or val).",
         epilog="Exit codes: 0 the data set is ready; 2 something given or found is wrong (one sentence on "
@@ -52,7 +52,7 @@ def main() -> int:
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="write nothing: decode everything and compare with the manifest"
+        "--verify", action="store_true", help="write nothing: read everything and compare with the manifest"
     )
     parser.add_argument(
         "--force",
@@ -86,11 +86,7 @@ def main() -> int:
         print(f"data_prep: {error}", file=sys.stderr)
         return NO_NETWORK if isinstance(error, NoNetworkError) else BAD_INPUT
     except ImportError as error:
-        print(
-            f"data_prep: {error}: install the project's requirements, for ffcv also its system libraries "
-            "(libopencv-dev and libturbojpeg0-dev)",
-            file=sys.stderr,
-        )
+        print(f"data_prep: {error}: install the project's requirements", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("data_prep: interrupted, nothing was published", file=sys.stderr)

@@ -1,20 +1,18 @@
 """A prepared data set: a folder with train.beton, test.beton and the manifest.json that vouches for them."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from dist_train.data_prep import beton_file, ffcv_library
+from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync
 from dist_train.data_prep.images import TEST_FRACTION, load_images
@@ -23,10 +21,6 @@ FORMAT = 1  # of manifest.json; raise it when what a folder holds changes its me
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
 OUR_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
-PAGE = 1 << 21  # bytes; the smallest page FFCV allows, since a file is padded to whole pages; an image must fit in
-
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,9 @@ class Split:
 class Manifest:
     """What manifest.json says.
 
-    image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. Of a folder of
-    images: source, its path, and test_fraction, by which it was, or would have been, divided.
+    image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
+    the ffcv that wrote the files; None if beton_file.write did. Of a folder of images: source, its path, and
+    test_fraction, by which it was, or would have been, divided.
     """
 
     dataset: str
@@ -58,35 +53,9 @@ class Manifest:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: dict[str, Split]
-    ffcv_version: str
+    ffcv_version: str | None
     source: str | None = None
     test_fraction: float | None = None
-
-
-def import_ffcv() -> None:
-    """Import ffcv without the seconds in which numba compiles a dictionary of its two image modes: only plain
-    Python reads it."""
-    import numba.typed
-
-    typed = numba.typed.Dict
-    numba.typed.Dict = dict
-    try:
-        import ffcv  # noqa: F401
-    finally:
-        numba.typed.Dict = typed
-
-
-@contextmanager
-def keeping_torch_threads() -> Iterator[None]:
-    """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        import_ffcv()
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def command(
@@ -113,13 +82,12 @@ def check(folder: Path, write: str = "") -> Manifest:
     """The manifest of a prepared folder, after a fast check that trainers can afford at every start.
 
     Checks that the manifest is readable and of our format, that both files are there with the right size
-    and SHA-256, and that the installed ffcv has the major version that wrote them. Imports neither ffcv
-    nor torch. write: the command that writes the folder, for messages; guessed from the folder unless given.
-    Raises DataError.
+    and SHA-256, and that their tables fit it. Imports neither ffcv nor torch. write: the command that writes the
+    folder, for messages; guessed from the folder unless given. Raises DataError.
     """
     manifest = _read_manifest(folder, write)
     remedy = _remedy(folder, write or _command(folder, manifest))
-    for split in manifest.splits.values():
+    for name, split in manifest.splits.items():
         path = folder / split.file
         try:
             size = path.stat().st_size
@@ -129,12 +97,7 @@ def check(folder: Path, write: str = "") -> Manifest:
                 raise DataError(f"{path} was altered (its SHA-256 is not the one in {MANIFEST}): {remedy}")
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
-    installed = _ffcv_version()
-    if installed.split(".")[0] != manifest.ffcv_version.split(".")[0]:
-        raise DataError(
-            f"{folder} was written by ffcv {manifest.ffcv_version} but ffcv {installed} is installed: "
-            f"install ffcv {manifest.ffcv_version}, or {remedy}"
-        )
+        _open(folder, name, manifest, write)
     return manifest
 
 
@@ -159,35 +122,25 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_split(folder: Path, split: str) -> tuple[Images, Labels]:
-    """Decode one split ("train" or "test") through FFCV: images uint8 (N, H, W, 3), labels int64 (N,).
+    """Read one split ("train" or "test"): images uint8 (N, H, W, 3), labels int64 (N,).
 
     Index i is sample i of the data set. Does not compute checksums (check() does), but refuses a file whose
-    tables do not fit the manifest. Leaves torch's number of threads and numpy's global generator as they
-    were. On a machine with GPUs ffcv touches the current CUDA device, so set it before. Raises DataError.
+    tables do not fit the manifest. Raises DataError.
     """
-    path, manifest = check_tables(folder, split)
-    try:
-        return _decode(path, manifest.splits[split].count, manifest.image_shape)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, _command(folder, manifest))}") from error
+    file = open_split(folder, split)
+    return file.images(), file.labels
 
 
-@keeping_torch_threads()
-def check_tables(folder: Path, split: str) -> tuple[Path, Manifest]:
-    """The path of one split's file and the manifest, after a look at the tables in the file.
+def open_split(folder: Path, split: str) -> BetonFile:
+    """The file of one split, open for reading, after a look at the tables in it.
 
-    FFCV's decoder checks nothing; it is safe to use when the fields, the number of samples, their sizes and
-    the range of their labels are what the manifest says. Raises DataError.
+    Neither BetonFile's nor ffcv's reader can then leave the file, and the number of samples, their size and the range
+    of their labels are what the manifest says. Raises DataError.
     """
     manifest = _read_manifest(folder)
     if split not in manifest.splits:
         raise DataError(f"split {split!r} is not in {folder}: choose one of {', '.join(SPLITS)}")
-    path = folder / manifest.splits[split].file
-    try:
-        _check_tables(path, manifest.splits[split].count, manifest.image_shape, len(manifest.classes))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be decoded ({error}): {_remedy(folder, _command(folder, manifest))}") from error
-    return path, manifest
+    return _open(folder, split, manifest)
 
 
 def prepare(
@@ -212,6 +165,11 @@ def prepare(
     """
     if image_size < 0:
         raise DataError(f"--image-size {image_size} is no number of pixels: give one above 0")
+    if image_size**2 * 3 > beton_file.LARGEST_IMAGE:
+        raise DataError(
+            f"--image-size {image_size} is more than a beton has room for: give "
+            f"{math.isqrt(beton_file.LARGEST_IMAGE // 3)} at most"
+        )
     if test_fraction is not None and not 0 < test_fraction < 1:
         raise DataError(f"--test-fraction {test_fraction} is no share of the images: give one between 0 and 1")
     if dataset in DATASETS and (image_size or test_fraction is not None):
@@ -235,7 +193,6 @@ def prepare(
         )
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: choose a folder")
-    _ffcv_version()
     real = out.resolve()  # through links, since the folder is published by renaming its neighbour
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +272,24 @@ def _command(folder: Path, manifest: Manifest | None = None) -> str:
     return command(folder.name if folder.name in DATASETS else "cifar10", folder)
 
 
-def _ffcv_version() -> str:
+def _open(folder: Path, split: str, manifest: Manifest, write: str = "") -> BetonFile:
+    """The file of a split, which is what the manifest says. write: see check(). Raises DataError."""
+    path, expected = folder / manifest.splits[split].file, manifest.splits[split]
     try:
-        return importlib.metadata.version("ffcv")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError("ffcv is not installed: install it with pip install ffcv") from error
+        return _opened(path, expected.count, manifest.image_shape, len(manifest.classes))
+    except (OSError, ValueError) as error:
+        remedy = _remedy(folder, write or _command(folder, manifest))
+        raise DataError(f"{path} cannot be decoded ({error}): {remedy}") from error
+
+
+def _opened(path: Path, count: int, shape: tuple[int, ...], classes: int) -> BetonFile:
+    """The open file, which holds what is expected. Raises OSError or ValueError."""
+    file = BetonFile(path)
+    if len(file.labels) != count or file.shape != shape:
+        raise ValueError(f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each")
+    if file.labels.min() < 0 or file.labels.max() >= classes:
+        raise ValueError(f"it has labels up to {file.labels.max()} where the manifest has {classes} classes")
+    return file
 
 
 def _read_manifest(folder: Path, write: str = "") -> Manifest:
@@ -361,13 +331,12 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
 
 def _sensible(manifest: Manifest) -> bool:
     """Whether every value has the type and range that the rest of the code takes for granted."""
-    texts = [manifest.dataset, manifest.ffcv_version, *manifest.classes]
+    texts = [manifest.dataset, *manifest.classes]
     sizes: list[int] = [*manifest.image_shape]
     for split in manifest.splits.values():
         texts += [split.file, split.file_sha256, split.content_sha256]
         sizes += [split.count, split.bytes]
-    if manifest.source is not None:
-        texts.append(manifest.source)
+    texts += [text for text in (manifest.ffcv_version, manifest.source) if text is not None]
     numbers = [*manifest.mean, *manifest.std]
     if manifest.test_fraction is not None:
         numbers.append(manifest.test_fraction)
@@ -389,17 +358,19 @@ def _write(dataset: str, folder: Path, source: Path | None, image_size: int, tes
         assert source is not None
         pixels, origin = load_images(source, image_size, test_fraction), str(source.resolve())
         test_fraction = test_fraction or TEST_FRACTION
+    version = ffcv_library.version()
+    write_file = ffcv_library.write if version else beton_file.write
     folder.mkdir()
     splits = {}
     for name in SPLITS:
         images, labels = pixels.splits[name]
         path = folder / f"{name}.beton"
-        _write_beton(path, images, labels)
+        write_file(path, images, labels)
         content = _content_sha256(images, labels)
         sync(path)
         try:
-            _check_tables(path, len(images), images.shape[1:], len(pixels.classes))
-            good = _content_sha256(*_decode(path, len(images), images.shape[1:])) == content
+            file = _opened(path, len(images), images.shape[1:], len(pixels.classes))
+            good = _content_sha256(file.images(), file.labels) == content
         except ValueError:
             good = False
         if not good:
@@ -408,98 +379,12 @@ def _write(dataset: str, folder: Path, source: Path | None, image_size: int, tes
     mean, std = _mean_and_std(pixels.splits["train"][0])
     height, width, channels = pixels.splits["train"][0].shape[1:]
     shape = (height, width, channels)
-    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, _ffcv_version(), origin, test_fraction)
+    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction)
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
     return manifest
-
-
-@keeping_torch_threads()
-def _write_beton(path: Path, images: Images, labels: Labels) -> None:
-    """Write images and labels with FFCV's DatasetWriter, in order and in this process.
-
-    DatasetWriter.from_indexed_dataset does the same steps in forked workers, but waits for ever if one of
-    them fails (a full disk), and leaves them behind if this process is killed. One process writes
-    CIFAR-10 just as fast, and the same bytes every time.
-    """
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.writer import DatasetWriter, handle_sample
-    from tqdm import tqdm
-
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    page = max(PAGE, 1 << (images[0].size - 1).bit_length())
-    writer = DatasetWriter(str(path), fields, page_size=page, num_workers=1)
-    writer.num_samples = len(images)
-    writer.prepare()
-    try:
-        table = np.zeros(len(images), writer.metadata_type)
-        allocator = MemoryAllocator(str(path), writer.data_region_start, page)
-        try:
-            with allocator:
-                for i in tqdm(range(len(images)), desc=f"write {path.name}", unit="image", disable=None):
-                    sample = (images[i], int(labels[i]))
-                    handle_sample(sample, i, writer.metadata_type.names, table, allocator, fields)
-        finally:
-            allocator.fp.close()  # the allocator leaves it open if its last write fails
-        writer.metadata_sm.buf[: table.nbytes] = table.tobytes()
-        writer.finalize(allocator.allocations)
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-
-
-@keeping_torch_threads()
-def _decode(path: Path, count: int, shape: Sequence[int]) -> tuple[Images, Labels]:
-    """Read a beton, whose tables were checked, of `count` raw images of `shape` (H, W, 3).
-
-    Raw pixels need no decoder, and without ffcv's Loader there is nothing to compile for two seconds.
-    """
-    from ffcv.reader import Reader
-
-    table = Reader(str(path)).metadata
-    pixels = np.asarray(np.memmap(path, np.uint8, "r"))
-    images = np.empty((count, math.prod(shape)), np.uint8)
-    for image, start in zip(images, table["f0"]["data_ptr"].tolist(), strict=True):
-        image[:] = pixels[start : start + len(image)]
-    return images.reshape(count, *shape), table["f1"].astype(np.int64).reshape(count)
-
-
-def _check_tables(path: Path, count: int, shape: Sequence[int], classes: int) -> None:
-    """Raise ValueError unless FFCV's decoder, which checks nothing, would stay inside its buffers."""
-    import_ffcv()
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.rgb_image import IMAGE_MODES
-    from ffcv.reader import Reader
-
-    try:
-        reader = Reader(str(path))
-        kinds = {name: type(field) for name, field in reader.handlers.items()}
-        good = kinds == {"image": RGBImageField, "label": IntField} and len(reader.metadata) == count
-        if good:
-            table = reader.metadata["f0"]
-            good = bool(
-                np.all(table["mode"] == IMAGE_MODES["raw"])
-                and np.all((table["height"] == shape[0]) & (table["width"] == shape[1]))
-                and np.all(reader.alloc_table["size"] == math.prod(shape))
-                and np.array_equal(np.sort(reader.alloc_table["ptr"]), np.sort(table["data_ptr"]))
-                and int(table["data_ptr"].max()) + math.prod(shape) <= path.stat().st_size
-            )
-    except (
-        AssertionError,
-        LookupError,
-        MemoryError,
-        OverflowError,
-        ValueError,
-    ) as error:  # what Reader makes of a damaged file
-        raise ValueError("it is not a whole beton file") from error
-    if not good:
-        raise ValueError(f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each")
-    labels = reader.metadata["f1"]
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"it has labels up to {labels.max()} where the manifest has {classes} classes")
 
 
 def _content_sha256(images: Images, labels: Labels) -> str:

@@ -1,32 +1,28 @@
 """From betons to microbatches on the device: which samples, in which order, with which augmentation.
 
-`resident` decodes a whole set once onto the device; `stream` reads through ffcv's Loader and serves sets that
-do not fit. Both give the same indices and the same augmented pixels, because ffcv only decodes: order and
-augmentation are computed here, from the seed, the epoch and the sample's index alone.
+`resident` reads a whole set once onto the device; `stream` leaves it in its file, for sets that do not fit, and reads
+it through ffcv's Loader, or without ffcv from a memory map. All give the same indices and the same augmented pixels,
+because they only read: order and augmentation are computed here, from the seed, the epoch and the sample's index alone.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import suppress
-from copy import copy
+from contextlib import closing
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from queue import Empty
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from dist_train import data_prep
+from dist_train.data_prep import ffcv_library
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
 from dist_train.randomness import derive, permutation, sample_bits, uniform_integers
@@ -351,35 +347,19 @@ class _Resident:
 
 
 class _Stream:
-    """A split read through ffcv's Loader, which only decodes images; built when it is first used."""
-
-    _compiled: ClassVar[dict[tuple[int, ...], Any]] = {}  # by image shape: a Loader whose code fits any other file
+    """A split that stays in its file, read through ffcv where it is installed."""
 
     def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
-        self.file, manifest = data_prep.check_tables(config.folder, split)
-        self.shape, self.device = manifest.image_shape, device
+        self.file, self.device = data_prep.open_split(config.folder, split), device
+        self.labels = torch.from_numpy(self.file.labels).to(device)
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images, labels, indices) in the order of `indices`, `size` at a time. The images lie in a buffer
-        of ffcv that is filled anew: they are valid until the next ones are asked for."""
-        loader, labels = self._opened
-        order: NDArray[np.uint64] = indices.numpy().astype(np.uint64)
-        # ffcv's sequential order is the given indices; both can be set anew for every epoch
-        loader.batch_size, loader.traversal_order.indices, loader.first_traversal_order = size, order, order
-        images = iter(loader)
-        try:
-            for chosen, (some,) in zip(indices.to(self.device).split(size), images, strict=True):
-                yield self._on_device(some), labels.index_select(0, chosen), chosen
-        finally:
-            # ends ffcv's thread, also if not all was asked for: there is nothing more to decode, and room for what it
-            # still has and for its word that it has ended, for which it would otherwise wait for ever
-            images.iter_ixes = iter(())
-            images.output_queue.maxsize = 1 << 30
-            images.close()
-            with suppress(Empty):
-                while True:  # wakes it
-                    images.output_queue.get_nowait()
+        """(images, labels, indices) in the order of `indices`, `size` at a time. The images may lie in a buffer that
+        is filled anew: they are valid until the next ones are asked for."""
+        with closing(self._reader.batches(indices.numpy(), size)) as images:  # ends its thread
+            for chosen, some in zip(indices.to(self.device).split(size), images, strict=True):
+                yield self._on_device(torch.from_numpy(some)), self.labels.index_select(0, chosen), chosen
 
     def _on_device(self, images: Tensor) -> Tensor:
         if self.copying is None:
@@ -390,30 +370,6 @@ class _Stream:
         return copied
 
     @cached_property
-    @data_prep.keeping_torch_threads()
-    def _opened(self) -> tuple[Any, Tensor]:
-        """The Loader, and all labels of the split on the device."""
-        from ffcv.fields.decoders import SimpleRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.memory_managers import OSCacheManager
-        from ffcv.reader import Reader
-        from ffcv.transforms import ToTensor
-
-        if self.shape in self._compiled:
-            loader = copy(self._compiled[self.shape])
-            loader.reader = Reader(str(self.file))
-            loader.memory_manager = OSCacheManager(loader.reader)
-        else:
-            loader = self._compiled[self.shape] = Loader(
-                str(self.file),
-                batch_size=1,
-                num_workers=1,  # copying needs no more, and code for one compiles faster
-                seed=0,  # unused by this order, but none would draw from numpy's generator
-                os_cache=True,
-                order=OrderOption.SEQUENTIAL,
-                drop_last=False,
-                pipelines={"image": [SimpleRGBImageDecoder(), ToTensor()], "label": None},
-            )
-        # ffcv sets torch's threads to its own, also while it runs, so it must have the same number
-        loader.num_workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-        return loader, torch.from_numpy(loader.reader.metadata["f1"].astype(np.int64)).to(self.device)
+    def _reader(self) -> data_prep.BetonFile | ffcv_library.Stream:
+        """Built when it is first used: ffcv takes seconds."""
+        return ffcv_library.Stream(self.file.path, self.file.shape) if ffcv_library.version() else self.file

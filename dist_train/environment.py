@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import time
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,21 @@ def changes(before: Environment, now: Environment) -> dict[str, list[str]]:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python, this package and those it stands on."""
+    """Versions of Python, this package and those it stands on; None for what is not installed, as ffcv need not be."""
     packages = ("torch", "torchvision", "ffcv", "numpy", "wandb")
     return {
         "python": platform.python_version(),
         "dist_train": __version__,
-        **{package: version(package) for package in packages},
+        **{package: _installed(package) for package in packages},
         "cuda": torch.version.cuda,
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 # a network of all the parts, small enough to train in seconds on a fraction of a CPU
 TINY = ["train.epochs=2", "batch_size=256", "record.wandb=disabled"]
+needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the files that take longest, in the order in which tests/run.sh's workers take them: none is left alone at the end
 LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]
 
@@ -70,12 +72,14 @@ def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main")
     return [*start, module, *map(str, arguments)]
 
 
-def trainer(*arguments: object, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the trainer to its end."""
+def trainer(
+    *arguments: object, ranks: int = 1, timeout: float = 300, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the trainer to its end. variables: what is added to the environment."""
     return subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=REPOSITORY,
-        env=environment(),
+        env={**environment(), **(variables or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -35,8 +35,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from dist_train.data_prep import ffcv_library
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT = 10  # train.timeout of every run
@@ -128,15 +131,17 @@ def _steps(lines: list[bytes]) -> list[int]:
 
 def warm_up() -> None:
     """Import all that a rank imports, and start no thread: a forked process would wait for it for ever."""
-    numba: Any = import_module("numba")
-    # ffcv sets its number of threads while it is imported, for which numba would start them
-    start_threads, numba.set_num_threads = numba.set_num_threads, lambda _: None
-    import_module("data_prep.betons").import_ffcv()
-    compiler: Any = import_module("ffcv.pipeline.compiler")
-    compiler.set_num_threads = numba.set_num_threads = start_threads
-    # numba takes long to compile its first function
-    manager: Any = import_module("ffcv.memory_managers.os_cache").OSCacheManager
-    manager.__new__(manager).compile_reader()
+    if find_spec("ffcv"):
+        numba: Any = import_module("numba")
+        # ffcv sets its number of threads while it is imported, for which numba would start them
+        start_threads, numba.set_num_threads = numba.set_num_threads, lambda _: None
+        if ffcv_library.version():
+            compiler: Any = import_module("ffcv.pipeline.compiler")
+            compiler.set_num_threads = start_threads
+            # numba takes long to compile its first function
+            manager: Any = import_module("ffcv.memory_managers.os_cache").OSCacheManager
+            manager.__new__(manager).compile_reader()
+        numba.set_num_threads = start_threads
     # torch.use_deterministic_algorithms imports the first, the others are imported where they are used
     for name in ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg", "dist_train.main"):
         import_module(name)

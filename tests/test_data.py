@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from conftest import needs_ffcv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train import data_prep
 from dist_train.data import Data, DataConfig, Smaller, augment, manifest
+from dist_train.data_prep import ffcv_library
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
 from dist_train.randomness import derive, sample_bits, uniform_integers
@@ -27,6 +29,15 @@ def loaded(folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 2
     return Data(config, manifest(config), ranks, batch_size=batch_size, microbatches=4, seed=3)
 
 
+@pytest.fixture(params=[pytest.param("ffcv", marks=needs_ffcv), "map"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What streams: ffcv, or the memory map that takes its place where it is not installed."""
+    if request.param == "map":
+        monkeypatch.setattr(ffcv_library, "version", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("flip", ["random", "alternate"])
 def test_stream_and_resident_and_ranks_give_the_same_microbatches(digits: Path, flip: str) -> None:
     resident = loaded(digits, flip=flip, translate=2, cutout=8)
@@ -54,6 +65,7 @@ def test_an_epoch_shows_each_sample_at_most_once_and_epochs_differ(digits: Path)
     assert not torch.equal(epochs[0], epochs[1])
 
 
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("loader", ["resident", "stream"])
 def test_evaluation_counts_every_image_once(digits: Path, loader: str) -> None:
     expected = torch.from_numpy(data_prep.read_split(digits, "test")[1]).sort().values
@@ -163,14 +175,15 @@ def test_normalising_and_cutting_out_are_those_of_the_plain_formulas(digits: Pat
 
 
 @pytest.mark.parametrize("batch_size", [64, 176, 200, 232, 280, 352])  # 22, 8, 7, 6, 5 and 4 batches
-def test_a_stream_that_is_left_early_ends_its_thread(digits: Path, batch_size: int) -> None:
+def test_a_stream_that_is_left_early_ends_its_thread(digits: Path, batch_size: int, reader: str) -> None:
     before = set(threading.enumerate())
     data = loaded(digits, loader="stream", batch_size=batch_size)
     for pause in (0.0, 0.2):  # in which it fills its queue
         steps = data.steps(0)
         next(steps)
         time.sleep(pause)
-        threads = [t for t in set(threading.enumerate()) - before if type(t).__name__ == "EpochIterator"]
+        started = set(threading.enumerate()) - before
+        threads = [t for t in started if reader == "map" or type(t).__name__ == "EpochIterator"]
         assert threads
         del steps
         for thread in threads:

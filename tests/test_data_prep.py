@@ -1,6 +1,7 @@
 """data_prep through its command, on real beton files; then the functions that trainers call."""
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -12,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import needs_ffcv
 
 from dist_train import data_prep
-from dist_train.data_prep import DataError
+from dist_train.data_prep import DataError, beton_file, ffcv_library
 from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -141,6 +144,13 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+def as_version_3(folder: Path) -> None:
+    """A file of a later ffcv, and a manifest that vouches for it."""
+    content = (folder / "test.beton").read_bytes()
+    (folder / "test.beton").write_bytes(b"\3" + content[1:])
+    vouch_for(folder, "test")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -156,7 +166,8 @@ def write(name: str, text: str) -> Callable[[Path], object]:
         pytest.param(change("format", 999), ["manifest.json", "format 999"], id="other format"),
         pytest.param(change("std", [0.2]), ["manifest.json", "garbles"], id="short std"),
         pytest.param(change("splits", {}), ["manifest.json", "garbles"], id="no splits"),
-        pytest.param(change("ffcv_version", "99.0"), ["ffcv 99.0", "installed"], id="other ffcv"),
+        pytest.param(change("ffcv_version", 1), ["manifest.json", "garbles"], id="no version"),
+        pytest.param(as_version_3, ["test.beton", "version 3 of the beton format"], id="other beton format"),
     ],
 )
 def test_damage_is_refused_with_a_remedy_and_left_alone(
@@ -169,6 +180,22 @@ def test_damage_is_refused_with_a_remedy_and_left_alone(
     with pytest.raises(DataError, match=remedy):
         data_prep.check(copy)
     assert snapshot(copy) == before
+
+
+@pytest.mark.parametrize("writer", ["0.0.3", "1.0.2", "99.0", None])
+def test_a_manifest_of_any_writer_is_read(copy: Path, writer: str | None) -> None:
+    change("ffcv_version", writer)(copy)
+    assert data_prep.check(copy).ffcv_version == writer
+
+
+@needs_ffcv
+def test_the_manifest_says_who_wrote_and_both_write_the_same(
+    copy: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert data_prep.check(digits).ffcv_version == importlib.metadata.version("ffcv")
+    monkeypatch.setattr(ffcv_library, "version", lambda: None)
+    assert run_here("--dataset", "digits", "--out", copy, "--force").returncode == 0
+    assert data_prep.verify(copy) == replace(data_prep.check(digits), ffcv_version=None)
 
 
 def test_force_replaces_a_damaged_folder_by_the_same_bytes(copy: Path, digits: Path) -> None:
@@ -267,7 +294,7 @@ def test_wrong_source(tmp_path: Path) -> None:
 
 def test_importing_and_checking_stay_light(digits: Path) -> None:
     code = (
-        "import sys, pathlib, data_prep; data_prep.check(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from dist_train import data_prep; data_prep.check(pathlib.Path(sys.argv[1]));"
         "print({'torch', 'ffcv', 'torchvision', 'sklearn', 'numba'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, str(digits)]
@@ -344,12 +371,16 @@ def test_verify_finds_what_the_fast_check_cannot(copy: Path) -> None:
 
 
 def test_tables_that_would_lead_ffcv_astray_are_refused(copy: Path, digits: Path) -> None:
-    from dist_train.data_prep.betons import _write_beton
-
     path = copy / "test.beton"
-    _write_beton(path, np.zeros((360, 40, 40, 3), np.uint8), np.zeros(360, np.int64))
+    beton_file.write(path, np.zeros((360, 40, 40, 3), np.uint8), np.zeros(360, np.int64))
     with pytest.raises(DataError, match="does not hold 360 raw images of 32x32"):
         data_prep.read_split(copy, "test")
+    beton_file.write(path, np.zeros((360, 32, 32, 3), np.uint8), np.arange(360))
+    with pytest.raises(DataError, match="labels up to 359 where the manifest has 10 classes"):
+        data_prep.read_split(copy, "test")
+    vouch_for(copy, "test")
+    with pytest.raises(DataError, match="labels up to 359"):
+        data_prep.check(copy)
     whole = (digits / "test.beton").read_bytes()
     # Nothing, less than a header, a header alone, half the pixels, and every sort of nonsense in the header.
     for content in (b"", whole[:10], whole[:30], whole[:2_500_000], b"\0" * 5000, b"\xff" * 5000):

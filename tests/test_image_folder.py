@@ -126,7 +126,7 @@ def test_images_of_every_kind_become_rgb_squares(tmp_path: Path) -> None:
             assert abs(image[-2, 1] - lower).max() <= 3, classes[label]
 
 
-def test_an_image_larger_than_a_page_of_ffcv_is_written_too(tmp_path: Path) -> None:
+def test_an_image_larger_than_the_smallest_page_is_written_too(tmp_path: Path) -> None:
     draw(tmp_path / "in", classes=2, count=2, width=30, height=30)
     splits = written(tmp_path / "out", tmp_path / "in", 840)
     assert splits["train"][0].shape == (2, 840, 840, 3)
@@ -242,6 +242,7 @@ def test_what_is_asked_for_must_be_there(shapes: Path, betons: Path, tmp_path: P
     refused(run_here("--dataset", "shapes", *out), "'shapes' is unknown: choose one of cifar10, digits", "--source")
     refused(run_here("--dataset", "shapes", "--source", shapes, *out), "--image-size is missing")
     refused(write(tmp_path / "out", shapes, -1), "--image-size -1")
+    refused(write(tmp_path / "out", shapes, 26_755), "--image-size 26755", "give 26754 at most")
     refused(write(tmp_path / "out", shapes, 20, "--test-fraction", 1), "--test-fraction 1.0", "between 0 and 1")
     refused(run_here("--image-size", 20, *out), "--image-size 20 is for images of your own, not for cifar10")
     before = snapshot(betons)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -27,6 +28,43 @@ def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Trai
         assert other["weights_sha256"] == alone["weights_sha256"]
         assert lines(tmp_path / name) == lines(tmp_path / "1")
     assert train("seeded", *phases, "seed=1")["weights_sha256"] != alone["weights_sha256"]
+
+
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_without_ffcv_the_same_betons_are_written_and_the_same_bits_trained(
+    how: str, train: Train, digits: Path, tmp_path: Path
+) -> None:
+    alone = train("1")
+    hidden, betons = tmp_path / "hidden", tmp_path / "betons"
+    (hidden / "ffcv").mkdir(parents=True)
+    if how == "missing":
+        (hidden / "sitecustomize.py").write_text("import sys\n\nsys.modules['ffcv'] = None\n")
+    else:
+        (hidden / "ffcv" / "__init__.py").write_text("raise ImportError('libopencv_core.so.4: no such file')\n")
+    path = f"{hidden}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    prepared = subprocess.run(
+        command("--dataset", "digits", "--out", betons, module="dist_train.data_prep"),
+        cwd=REPOSITORY,
+        env={**environment(), "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads((betons / "manifest.json").read_text())["ffcv_version"] is None
+    for file in ("train.beton", "test.beton"):
+        assert (betons / file).read_bytes() == (digits / file).read_bytes()
+    said = [prepared.stderr]
+    for ranks, loader in ((1, "resident"), (2, "stream")):
+        arguments = ("--preset", "digits", f"data.dir={betons}", *TINY, f"loader={loader}", "--run-dir")
+        done = trainer(*arguments, tmp_path / loader, ranks=ranks, variables={"PYTHONPATH": path})
+        assert done.returncode == 0, done.stderr
+        said.append(done.stderr)
+        summary = json.loads((tmp_path / loader / "summary.json").read_text())
+        assert summary["weights_sha256"] == alone["weights_sha256"]
+        assert lines(tmp_path / loader) == lines(tmp_path / "1")
+    sentence = "ffcv is installed but cannot be imported (libopencv_core.so.4: no such file)"
+    # once by each command that would use it, on however many ranks; a resident set needs no ffcv
+    assert [text.count(sentence) for text in said] == ([1, 0, 1] if how == "broken" else [0, 0, 0])
 
 
 def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -> None:
