@@ -191,7 +191,7 @@ def _set_arithmetic(deterministic: bool) -> None:
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
     # The deterministic mode would also fill every new tensor with NaN, 3 % of a step on a CPU, so that reads of what
     # nobody wrote repeat. There are none, and no result depends on it: tests/test_train.py trains with and without.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", "max_pool2d_with_indices_backward_cuda does not have a deterministic")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

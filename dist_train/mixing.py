@@ -323,7 +323,8 @@ def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     # A matrix product depends on oneDNN, which is up to twelve times slower in some versions and on some processors.
     ones = x.new_ones(len(x), dtype=torch.float32)
     how = (ones, None, None, ones.new_zeros(len(x)), ones, True, 0.0, (False, True, False))
-    return torch.ops.aten.native_batch_norm_backward(x[None], y[None], *how)[1].to(dtype)
+    dots: Tensor = torch.ops.aten.native_batch_norm_backward(x[None], y[None], *how)[1]
+    return dots.to(dtype)
 
 
 def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
