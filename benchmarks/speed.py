@@ -1,6 +1,7 @@
 """The time of a training beside that of other projects' scripts: on the same device, in one run, in turns.
 
     python -m benchmarks.speed --airbench DIR [--hiverge DIR] [--compile-peer] [--peer-as-is] [key=value ...]
+    python -m benchmarks.speed --short [--airbench DIR]    # in one line, from two steps of each kind
     python -m benchmarks.speed --one-rank     # ours on as many ranks as cores, against one rank of as many threads
 
 DIR are clones of github.com/KellerJordan/cifar10-airbench and github.com/hiverge/cifar10-speedrun. Their scripts run
@@ -13,7 +14,8 @@ steps, by the images' size and by whether the stem still learns. The first of ea
 each then are. A training takes the median of each kind times its number in the whole schedule, added up. n counts
 turns. "CPU s", likewise a median, is of all threads and ranks, and nearly free of what else the machine does. What the
 peers' loaders do with all images at once for every epoch counts; evaluation, checkpoints, the initial whitening and
-our record (one line a step) count for nobody.
+our record (one line a step) count for nobody. The last line printed has our share of the matrix rate too, which needs
+no peer: the schedule's operations a second beside a matrix product's in this process, with a thread for each core.
 
 On a CPU a peer runs eagerly, with a thread for each core, and with our allocator's settings; --compile-peer adds a row
 with its own torch.compile, --peer-as-is one as its README starts it: compiled, and with nothing set. On a GPU it is
@@ -43,11 +45,12 @@ from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
 from dist_train.data import Data, Microbatch, manifest
 from dist_train.distributed import ranks, ranks_per_node
+from dist_train.environment import matrix_rate
 from dist_train.errors import UserError, say
-from dist_train.model import BlockNetwork, shapes
+from dist_train.model import BlockNetwork, shapes, training_flops
 from dist_train.optim import Optimizers
 from dist_train.stopping import StopRequest
-from dist_train.train import build_model, total_steps, train
+from dist_train.train import DTYPES, build_model, total_steps, train
 
 PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
@@ -104,10 +107,17 @@ def be_ours(args: argparse.Namespace) -> None:
             model = build_model(settings.model, t, data).to(here.device)
             return model, Optimizers(model, settings.optim, steps, data.steps_per_epoch)
 
-        schedule = kinds(data, new()[1])
+        _, optimizers = new()
+        schedule = kinds(data, optimizers)
         data.pacer, data.warm_up = Pacer(args.ours, args.name, here.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
-        data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule))
+        flops = 0
+        for kind in schedule:
+            shape = (data.manifest.image_shape[2], *data.image_size(kind.first))
+            learns = optimizers.learns("stem", kind.first)
+            of_image = training_flops(settings.model, shape, len(data.manifest.classes), learns)
+            flops += kind.count * t.batch_size * of_image
+        data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule), flops)
         for kind in schedule:
             data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)
             if data.counted < 1:
@@ -202,6 +212,17 @@ def whole(program: Program) -> tuple[float, float, float, float]:
     return low, middle, high, cpu
 
 
+def in_short(found: list[Program], preset: str, rate: float) -> str:
+    """One line. rate: operations a second of a matrix product."""
+    seconds = whole(found[0])[1]
+    words = [
+        f"torch {torch.__version__}: {preset} trains in {seconds:.0f} s, at {found[0].flops / seconds / rate:.2f} "
+    ]
+    words.append(f"of the matrix rate of {rate / 1e9:,.0f} GFLOP/s")
+    words += [f"; {seconds / whole(peer)[1]:.3f} of the time of {peer.name}" for peer in found[1:]]
+    return "".join(words)
+
+
 def tell(name: str, label: str, step: Step) -> None:
     print(f"{name}: {label}: {step.seconds:.3f} s", file=sys.stderr, flush=True)
 
@@ -221,7 +242,8 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--airbench", metavar="DIR", type=Path, help="clone of cifar10-airbench")
     described.add_argument("--hiverge", metavar="DIR", type=Path, help="clone of cifar10-speedrun")
     described.add_argument("--preset", default="block94", help="ours (default: block94)")
-    described.add_argument("--steps", metavar="N", type=int, default=10, help="counted, of each kind (default: 10)")
+    described.add_argument("--short", action="store_true", help="print the last line only; 2 steps, and 1 to warm up")
+    described.add_argument("--steps", metavar="N", type=int, help="counted, of each kind (default: 10)")
     described.add_argument("--warm-up", metavar="N", type=int, help="not counted (default: 2, on a GPU 5)")
     described.add_argument("--turn", metavar="N", type=int, default=1, help="steps in one turn (default: 1)")
     described.add_argument("--compile-peer", action="store_true", help="also with the peer's own torch.compile")
@@ -245,16 +267,23 @@ def main() -> None:
     channels = manifest(settings.data).image_shape[2]
     for smaller in settings.data.smaller:
         shapes(settings.model, (channels, smaller.size, smaller.size))  # refuses what the network cannot take
-    args.warm_up = args.warm_up or (5 if device == "cuda" else 2)
+    args.steps = args.steps or (2 if args.short else 10)
+    args.warm_up = args.warm_up or (5 if device == "cuda" else 1 if args.short else 2)
     cores = len(os.sched_getaffinity(0))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the programs end with this one
     with tempfile.TemporaryDirectory() as folder:
         prepare_images(settings, Path(folder) / "cifar10")
         found = programs(args, device, cores, Path(folder))
         take_turns(found, Path(folder) / "turns", tell)
+    torch.set_num_threads(cores)
+    rate = matrix_rate(torch.device(device), DTYPES[settings.train.precision])
+    line = in_short(found, args.preset, rate)
+    if args.short:
+        print(line)
+        return
     clones = [commit_of(clone) for clone in (args.airbench, args.hiverge) if clone]
     where = measured_on(torch.device(device), cores, *clones)
-    text = f"{where}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(found))}\n"
+    text = f"{where}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(found))}\n\n{line}\n"
     print(text)
     if args.out:
         append(args.out, text)

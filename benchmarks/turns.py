@@ -36,9 +36,10 @@ class Pacer:
         self.label: str | None = None
         self.taken, self.clock = 0, Clock(self.wait)
 
-    def plan(self, steps: dict[str, int], turns: int) -> None:
-        """Say how many steps of each kind a whole run has, and about how many turns will be taken here."""
-        self._send({"name": self.name, "steps": steps, "turns": turns})
+    def plan(self, steps: dict[str, int], turns: int, flops: int = 0) -> None:
+        """Say how many steps of each kind a whole run has, about how many turns will be taken here, and how many
+        operations a whole run takes, where that is known."""
+        self._send({"name": self.name, "steps": steps, "turns": turns, "flops": flops})
 
     def step(self, label: str | None) -> None:
         """Begin a step of this kind, which ends where the next one begins or at `close`. None: not counted."""
@@ -123,6 +124,7 @@ class Program:
     environment: dict[str, str]
     folder: Path | None = None
     steps: dict[str, int] = field(default_factory=dict)  # of a whole run, by kind
+    flops: int = 0  # of a whole run, all ranks together; 0: unknown
     measured: dict[str, list[Step]] = field(default_factory=dict)  # by kind
     _lines: list[Any] = field(default_factory=list)
     _process: subprocess.Popen[bytes] | None = None
@@ -138,7 +140,7 @@ class Program:
 
     def joined(self, lines: Any, hello: dict[str, Any]) -> None:
         self._lines.append(lines)
-        self.steps, self._planned = hello["steps"], hello["turns"]
+        self.steps, self._planned, self.flops = hello["steps"], hello["turns"], hello["flops"]
 
     @property
     def complete(self) -> bool:

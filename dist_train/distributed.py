@@ -189,9 +189,14 @@ def _set_arithmetic(deterministic: bool) -> None:
     # windows that do not overlap, as here, give each input at most one addend.
     # torch.use_deterministic_algorithms does the same, and imports the compiler for two seconds.
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
+    # The deterministic mode would also fill every new tensor with NaN, 3 % of a step on a CPU, so that reads of what
+    # nobody wrote repeat. There are none, and no result depends on it: tests/test_train.py trains with and without.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", "max_pool2d_with_indices_backward_cuda does not have a deterministic")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    # torch 2.9 asks for settings of another name, which torch.compile does not take yet
+    warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,24 @@ def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path
         parts, whole = [float(row[training]) for row in mine[:2]], float(mine[2][training].split()[0].strip("*"))
         assert abs(sum(parts) - whole) < 0.02
     assert float(rows[-1][-1].split()[0].strip("*")) > 0
+
+
+def test_speed_in_short_is_one_line(digits: Path) -> None:
+    settings = ["--preset", "digits", "--short", "--steps", "1", f"data.dir={digits}", "train.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", *settings],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(
+        r"torch \S+: digits trains in (\d+) s, at (\d+\.\d+) of the matrix rate of ([\d,]+) GFLOP/s\n", done.stdout
+    )
+    assert found, done.stdout
+    assert all(float(number.replace(",", "")) > 0 for number in found.groups())
 
 
 def test_startup_takes_the_time_to_the_first_step_apart(digits: Path, tmp_path: Path) -> None:

@@ -117,6 +117,61 @@ def test_autocast_is_near_the_formula(form: Form, x_dtype: torch.dtype, dtype: t
         assert (one.double() - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)],
+)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 5), (13, 1025), (250, 2304), (7, 61504)])
+def test_dot_products_are_those_of_float64(n: int, k: int, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(k)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y = torch.randn(2, n, k).mul(300).to(dtype)  # fp16 does not hold the products
+    for rows in (y, x, x[:1].expand(n, k), x[:, :1].expand(n, k), x.t().contiguous().t()):
+        found, products = mixing._dot(rows, y, wide), rows.double() * y.double()
+        assert found.dtype == wide
+        size = products.norm(dim=1) + products.sum(1).abs()
+        assert ((found.double() - products.sum(1)).abs() <= tolerance * size).all()
+    assert mixing._dot(x, y, torch.float64).dtype == torch.float64
+    assert mixing._dot(x[:0], y[:0], wide).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dot_product_is_a_function_of_its_two_rows(dtype: torch.dtype) -> None:
+    x, y = torch.randn(2, 21, 1023).to(dtype)
+    together = mixing._dot(x, y, torch.float32)
+    one_by_one = [mixing._dot(x[i : i + 1], y[i : i + 1], torch.float32) for i in range(len(x))]
+    assert torch.equal(together, torch.cat(one_by_one))
+    for bad in (torch.nan, torch.inf):
+        x[4, 7] = bad
+        found = mixing._dot(x, y, torch.float32)
+        assert not found[4].isfinite()
+        found[4] = together[4]
+        assert torch.equal(found, together)
+
+
+def test_dot_products_in_bf16_compiled() -> None:
+    x, y = torch.randn(2, 9, 2304).bfloat16()
+    compiled = torch.compile(mixing._dot, backend="aot_eager", dynamic=False)
+    found, expected = (dot(x, y, torch.float32) for dot in (compiled, mixing._dot))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["outputs", "inputs"])
+def test_gradients_of_coefficients_in_bf16_are_those_of_the_rounded_images(form: Form) -> None:
+    torch.manual_seed(0)
+    a, x = inputs(5, 9, 2, torch.bfloat16, channels=32)
+    convolutions = [convolution(1, 32, 32).bfloat16(), convolution(1, 32, 32).bfloat16()]
+    for one in convolutions:  # whole powers of two, with one input each: the branches are exact in bf16
+        one.weight.data.copy_(
+            2.0 ** torch.randint(-2, 3, (32, 1, 1, 1)) * torch.eye(32)[torch.randperm(32), :, None, None]
+        )
+    total = mix(a, x, convolutions, form)
+    direction = torch.randn_like(total)
+    (found,) = torch.autograd.grad(total, a, direction)
+    products = torch.stack([direction.double() * c(x).double() for c in convolutions], 1).flatten(2)
+    assert ((found - products.sum(2)).abs() < 1e-6 * products.norm(dim=2)).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_again(form: Form) -> None:
     convolutions = [convolution(3, 32, 32), convolution(3, 32, 32)]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,40 @@ def test_compiled_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> N
     assert train("2", "compile=true", "epochs=1", ranks=2)["weights_sha256"] == alone["weights_sha256"]
     eager = train("eager", "epochs=1")
     assert alone["train_loss"] == pytest.approx(eager["train_loss"], rel=0.02)
+
+
+FILLING = """
+import torch
+from dist_train import main, train
+
+def filling(*arguments, original=train.train):
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(100).isnan().all()
+    found = original(*arguments)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    return found
+
+main.train = filling
+raise SystemExit(main.main())
+"""
+
+
+def test_new_tensors_are_not_filled_and_no_result_depends_on_it(train: Train, tmp_path: Path) -> None:
+    summary = train("run", "evaluate.tta=shift", "data.smaller=[{size=20, until_epoch=0.6}]")
+    rerun = ["--config", tmp_path / "run" / "config.toml", "--run-dir", tmp_path / "filled"]
+    done = subprocess.run(
+        [sys.executable, "-c", FILLING, *map(str, rerun)],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    filled = json.loads((tmp_path / "filled" / "summary.json").read_text())
+    assert filled["weights_sha256"] == summary["weights_sha256"]
+    assert lines(tmp_path / "filled") == lines(tmp_path / "run")
 
 
 def test_training_learns(train: Train) -> None:
