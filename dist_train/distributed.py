@@ -219,11 +219,11 @@ def gather_shares(ranks: Ranks, mine: Tensor, count: int) -> Tensor:
     sizes = [len(share(count, rank, ranks.world_size)) for rank in range(ranks.world_size)]
     padded = mine.new_zeros(max(sizes), *mine.shape[1:], device=ranks.wire)
     padded[: len(mine)] = mine
-    everyone = padded.new_empty(len(sizes) * len(padded), *mine.shape[1:])
+    parts = [torch.empty_like(padded) for _ in sizes]
     with ranks.exchange():
-        dist.all_gather_into_tensor(everyone, padded)
-    parts = zip(everyone.split(len(padded)), sizes, strict=True)
-    return torch.cat([part[:size] for part, size in parts]).to(mine.device)
+        # not all_gather_into_tensor, which torch 2.14 calls deprecated; what it names instead came with 2.14
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(mine.device)
 
 
 def sum_integers(ranks: Ranks, counts: Tensor) -> Tensor:
