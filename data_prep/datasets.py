@@ -1,8 +1,11 @@
 """Where pixels come from: one function for each data set, listed in DATASETS."""
 
+import contextlib
 import http.client
+import io
 import os
 import socket
+import sys
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +88,12 @@ def _download_cifar10() -> Path:
         with locked(cache / ".lock"):
             # urllib waits for ever on a silent server unless told otherwise.
             socket.setdefaulttimeout(NETWORK_PATIENCE)
-            CIFAR10(str(cache), download=True)
+            # torchvision draws its bar, which has no name, into files as well
+            shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+            if not (cache / CIFAR10_FOLDER).is_dir():
+                print(f"data_prep: downloading CIFAR-10 into {cache}", file=sys.stderr, flush=True)
+            with shown:
+                CIFAR10(str(cache), download=True)
     # torchvision's RuntimeError is a download with a wrong checksum: cut short, or a login page.
     except (
         urllib.error.URLError,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,7 +140,8 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
             return f"{paths[place].relative_to(source)} ({unreadable(error)})"
         return ""
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, of images that it reads all the same
         done = tqdm(pool.map(read, range(len(paths))), "read images", len(paths), unit="image", disable=None)
         wrong = [said for said in done if said]
     if wrong:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from dist_train.data_prep.betons import MANIFEST
 from dist_train.errors import UserError, command
 from dist_train.files import write_atomic
-from dist_train.plots import BLUE, ORANGE
+from dist_train.plots import BLUE, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -305,13 +305,12 @@ class _Page:
 
     def __init__(self, branches: int, ink: str) -> None:
         """branches: of the block that has the most; more than six make the page wider than 300 points."""
-        from matplotlib.figure import Figure
+        self.figure = new_figure()  # first: it keeps matplotlib quiet
         from matplotlib.transforms import Affine2D
 
         self.span = 33.0 * max(6, branches)  # what a block's branches share; its mixing comes right of them
         self.middle, self.right = self.left + 6 + self.span / 2, self.left + 6 + self.span + 78
         self.y, self.ink = 8.0, ink
-        self.figure = Figure()
         self.points = Affine2D()
         self.transform = self.points + self.figure.dpi_scale_trans
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -118,15 +119,16 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
         _stop_with_launcher()
     alone = "RANK" not in os.environ
     try:
-        dist.init_process_group(
-            backend,
-            init_method="tcp://127.0.0.1:0" if alone else "env://",
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-            # the watch comes first, and says who it was
-            timeout=timedelta(seconds=timeout + 30),
-            device_id=here if backend == "nccl" else None,
-        )
+        with _unheard_stdout():
+            dist.init_process_group(
+                backend,
+                init_method="tcp://127.0.0.1:0" if alone else "env://",
+                rank=0 if alone else -1,
+                world_size=1 if alone else -1,
+                # the watch comes first, and says who it was
+                timeout=timedelta(seconds=timeout + 30),
+                device_id=here if backend == "nccl" else None,
+            )
         watch = Watch(rank, world_size, timeout) if world_size > 1 else None
     except RuntimeError as error:
         raise LostPeerError(
@@ -146,6 +148,26 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
     if watch:
         watch.close()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _unheard_stdout() -> Iterator[None]:
+    """Drop what is written to stdout, by C++ too: the gloo of torch 2.9 says there how many peers it has found, which
+    no setting of it prevents."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        sys.stdout.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _device(kind: str, local_rank: int, share_gpus: bool) -> torch.device:
@@ -195,7 +217,7 @@ def _set_arithmetic(deterministic: bool) -> None:
     warnings.filterwarnings("ignore", "max_pool2d_with_indices_backward_cuda does not have a deterministic")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    # torch 2.9 asks for settings of another name, which torch.compile does not take yet
+    # torch 2.9 warns of these names, but reads them itself, and raises where only those that it names were set
     warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -224,11 +246,11 @@ def gather_shares(ranks: Ranks, mine: Tensor, count: int) -> Tensor:
     sizes = [len(share(count, rank, ranks.world_size)) for rank in range(ranks.world_size)]
     padded = mine.new_zeros(max(sizes), *mine.shape[1:], device=ranks.wire)
     padded[: len(mine)] = mine
-    everyone = padded.new_empty(len(sizes) * len(padded), *mine.shape[1:])
+    parts = [torch.empty_like(padded) for _ in sizes]
     with ranks.exchange():
-        dist.all_gather_into_tensor(everyone, padded)
-    parts = zip(everyone.split(len(padded)), sizes, strict=True)
-    return torch.cat([part[:size] for part, size in parts]).to(mine.device)
+        # not all_gather_into_tensor, which torch 2.14 calls deprecated; what it names instead came with 2.14
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(mine.device)
 
 
 def sum_integers(ranks: Ranks, counts: Tensor) -> Tensor:

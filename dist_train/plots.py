@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,10 +150,17 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
     return figure
 
 
-def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
+def new_figure(**options: Any) -> Figure:
+    """An empty figure of matplotlib's; the options are those of its `Figure`."""
+    # that it builds its list of fonts, or has no home folder to keep it in: it does without
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    return Figure(**options)
+
+
+def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
+    figure = new_figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
     shown = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
     axes.set_title(f"{title} · {shown} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
+import warnings
 from dataclasses import dataclass as plain_dataclass
 from signal import Signals
 from typing import Annotated, Any, Literal
@@ -100,6 +102,8 @@ def train(
     step = state.load(start) if start else 0
     compiled: nn.Module = model
     if settings.compile:
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # not enabled, so that bits stay
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of a CUDA toolkit without a GPU
         torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # tells the compiler too
         compiled = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     gradients = FixedOrderSum(ranks, compiled, settings.microbatches)

@@ -26,6 +26,7 @@ from dist_train.data_prep import DataError, beton_file, ffcv_library
 from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
+STEPS = ("data_prep: writing", "data_prep: downloading")
 FILES = ("manifest.json", "test.beton", "train.beton")
 
 
@@ -61,7 +62,7 @@ def refused(result: "subprocess.CompletedProcess[str]", *words: str, code: int =
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
-    sentence = [line for line in result.stderr.splitlines() if not line.startswith("data_prep: writing")]
+    sentence = [line for line in result.stderr.splitlines() if not line.startswith(STEPS)]
     assert len(sentence) == 1, result.stderr
     for word in words:
         assert word in sentence[0]
