@@ -81,7 +81,8 @@ def partitions() -> dict[str, list[Node]]:
     asked = ["sinfo", "--noheader", "--Node", "--format=%P|%N|%o|%G|%c|%l"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"Slurm does not answer ({done.stderr.strip()}); ask its administrator, or use --local")
+        reason = ["no reason given", *done.stderr.splitlines()][-1]
+        raise UserError(f"Slurm does not answer ({reason}); ask its administrator, or use --local")
     found: dict[str, list[Node]] = {}
     for line in done.stdout.splitlines():
         partition, name, address, gres, cpus, limit = line.split("|")

@@ -209,10 +209,15 @@ MODULES = (
 )
 
 
+def squeezed(text: str) -> str:
+    """Without quotes and line breaks."""
+    return re.sub(r"[\s\"]+", " ", text).strip()
+
+
 def test_help(place: Path) -> None:
     sources = [path.read_text() for path in (REPOSITORY / "dist_train").glob("**/*.py")]
     sources += [path.read_text() for part in ("data_prep", "launch") for path in (REPOSITORY / part).glob("*.py")]
-    written = re.sub(r"[\s\"]+", " ", " ".join([*sources, reference()]))
+    written = squeezed(" ".join([*sources, reference()]))
     names = "main data_prep launch.quickstart launch.submit evaluate predict export report plots table diff describe"
     modules = [f"dist_train.{name}" for name in [*names.split(), "upload", "dashboard"]]
     with ThreadPoolExecutor(2) as pool:
@@ -224,7 +229,7 @@ def test_help(place: Path) -> None:
         # of the rest, what is not indented stands in our sources, up to where lines break
         headings = ("positional arguments:", "options:")
         text = [line for line in lines if line and not line.startswith(" ") and line not in headings]
-        assert [line for line in text if " ".join(line.split()) not in written] == [], module
+        assert [line for line in text if squeezed(line) not in written] == [], module
 
 
 # what Python runs at its start, as a library would: a warning, a remark in a log, and noise at exit
