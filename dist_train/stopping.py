@@ -37,6 +37,33 @@ class StopRequest:
         self.received = number
 
 
+class StopNow:
+    """While it is entered, the first stop signal raises Stopped from whatever is being done, and `received` is its
+    number; later ones are ignored. There is nothing to be saved yet."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopNow:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if not self.received:
+            self.received = number
+            raise Stopped
+
+
+class Stopped(BaseException):
+    """A stop signal came."""
+
+
 def ignore_at_exit() -> None:
     """From the interpreter's end on, stop signals are too late: they are ignored. Python itself would set them back to
     what they do of old, which is to end the process as failed."""

@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw
 from test_data_prep import edit_manifest, refused, run_here, snapshot
 
 from dist_train import config, data_prep
-from dist_train.data import Data, DataConfig, manifest
+from dist_train.data import Data
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
-from dist_train.model import Block, Convolution
 from dist_train.record import read_metrics
+from dist_train.settings import Block, Convolution, DataConfig, manifest
 
 EXAMPLES = REPOSITORY / "dist_train" / "examples"
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "purple")
