@@ -60,11 +60,11 @@ def _cifar10(source: Path | None) -> Pixels:
             f"give the folder that contains {CIFAR10_FOLDER}, leave {setting} out to download CIFAR-10, or give images "
             f"of your own another name with --dataset"
         )
+    root = source if source is not None else _download_cifar10()
     # torchvision takes seconds to import, so only once the source looks right.
     from torchvision.datasets import CIFAR10
     from tqdm import tqdm
 
-    root = source if source is not None else _download_cifar10()
     splits = {}
     for split in tqdm(("train", "test"), desc="read cifar10", unit="split", disable=None):
         try:
@@ -103,8 +103,9 @@ def _download_cifar10() -> Path:
                     if not _is_official(archive):
                         raise RuntimeError("what came is not the official file")
                 with tarfile.open(archive) as files:
-                    # some versions of Python 3.10 know no filter
-                    files.extractall(cache, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+                    # some versions of Python 3.10 have none
+                    files.extraction_filter = getattr(tarfile, "data_filter", None)
+                    files.extractall(cache)
     # A RuntimeError is a download with a wrong checksum: cut short, or a login page.
     except (
         urllib.error.URLError,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
+import os
 import sys
 import textwrap
 import typing
@@ -168,13 +170,18 @@ def difference(mine: Config, other: Config) -> list[str]:
 
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
-    OSError when it cannot be read."""
+    OSError when it cannot be read, or cannot be made."""
     path = run_dir / "config.toml"
-    if path.exists() and (differing := set(difference(settings, load(None, path, []))) - {*DRIFTING}):
-        raise UserError(
-            f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
-            f"give the settings it was started with, or another folder"
-        )
+    if path.exists():
+        if differing := set(difference(settings, load(None, path, []))) - {*DRIFTING}:
+            raise UserError(
+                f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
+                f"give the settings it was started with, or another folder"
+            )
+        return
+    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
 
 
 def _binding(tree: dict[str, Any]) -> dict[str, Any]:

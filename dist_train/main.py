@@ -10,12 +10,18 @@ do where it is unambiguous.
 
 from __future__ import annotations
 
+from dist_train.stopping import hold_back
+
+if __name__ == "__main__":
+    # The launcher stops a rank as soon as another fails. By bad input all do, and this one may have to say so.
+    hold_back()
+
 import argparse
 import os
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,9 +37,10 @@ from dist_train.errors import (
 )
 from dist_train.launched import check_world_size, first_of_node, stop_with_launcher
 from dist_train.settings import check_batch, check_images, shapes
-from dist_train.stopping import SIGNALS, StopNow
+from dist_train.stopping import StopNow, Stopped, ended_within
 
 _PATIENCE = 2.0  # seconds until waiting for the betons is worth a word
+_SPEAKING = 10.0  # seconds for the rank that speaks for the others to do so
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,19 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             start = time.perf_counter()
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
-            with StopNow() as stopped:
-                # The launcher ends a rank when another fails. This one has said by now what was wrong.
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-                try:
-                    waited, manifest = _prepared(settings)
-                except BaseException:
-                    if not stopped.received:
-                        raise
-                    outcome.code = PREEMPTED
-                    if first_of_node():
-                        name = signal.Signals(stopped.received).name
-                        say(f"stopped by {name} before the training began; the same command starts it")
-                    return outcome.code
+            with StopNow():
+                waited, manifest = _prepared(settings)
             outcome.found_by = "one"
             from dist_train.run import Job, run  # imports torch, for seconds
 
@@ -89,6 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         except (UserError, data_prep.DataError) as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
             _say_once(outcome)
+        except Stopped as stopped:
+            outcome.code = PREEMPTED
+            if first_of_node():
+                say(f"stopped by {stopped.name} before the training began; the same command starts it")
         except DivergedError as error:  # all ranks have it
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
@@ -116,8 +116,10 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
     check_world_size(settings.train.microbatches)
     check_batch(settings.train.batch_size, settings.train.microbatches)
     run_dir = args.run_dir or _run_dir(name, settings)
-    with suppress(OSError):  # rank 0 says so when it opens the folder
+    try:
         config.check_folder(run_dir, settings)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
     settings.data.check()
     return settings, run_dir
 
@@ -154,19 +156,15 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
 
 def _say_once(outcome: Outcome) -> None:
     """Say what was wrong, where another rank does not."""
-    rank = os.environ.get("RANK", "0")
-    if outcome.found_by == "one" and rank != "0":
-        # Others may have found it too. Rank 0 speaks for them, and the launcher then ends this one.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(BAD_INPUT))
-        time.sleep(10)
-    if outcome.found_by == "one" or (first_of_node() if outcome.found_by == "node" else rank == "0"):
+    speaks = first_of_node() if outcome.found_by == "node" else os.environ.get("RANK", "0") == "0"
+    # The one that speaks leaves at once, and the launcher then ends the others. To leave before it could end it.
+    if speaks or (not ended_within(_SPEAKING) and outcome.found_by == "one"):
         say(outcome.reason)
 
 
 def _entry() -> None:
     # Ctrl-C ends the process without a traceback, until the training is there to be saved.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         code = main()
     except Exception as error:

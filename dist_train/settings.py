@@ -138,7 +138,7 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
     config.check()
     write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
     if config._empty():
-        raise UserError(f"data.dir = {config.folder}: there is no data set; write the data set with {write}")
+        raise UserError(f"data.dir = {config.folder}: there is no data set; write it with {write}")
     found = data_prep.check(config.folder, write)
     if found.dataset != config.dataset:
         raise UserError(
