@@ -286,9 +286,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
         manifest(DataConfig("shapes", str(out), source=str(shapes)))
     with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
         DataConfig("digits", str(out), image_size=20).prepare()
-    with pytest.raises(
-        UserError, match=r"there is no data set; write it with python -m dist_train.data_prep"
-    ) as said:
+    with pytest.raises(UserError, match=r"there is no data set; write it with python -m dist_train.data_prep") as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))
     words = shlex.split(str(said.value).partition(" with ")[2])
     assert run_here(*words[3:]).returncode == 0
