@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if "onnx" in formats and missing:
-        say(f'{FILES["onnx"]} needs {" and ".join(missing)}: pip install onnx onnxscript onnxruntime')
+        say(f"{FILES['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
         formats.remove("onnx")
         code = 1 if options.format else 0
     try:

@@ -1,6 +1,8 @@
 """data_prep through its command, on real beton files; then the functions that trainers call."""
 
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,7 +22,7 @@ import numpy as np
 import pytest
 
 from dist_train import data_prep
-from dist_train.data_prep import DataError
+from dist_train.data_prep import DataError, datasets
 from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -249,6 +252,36 @@ def test_no_network_is_told_promptly_with_an_exit_code_of_its_own(tmp_path: Path
     refused(result, "CIFAR-10 could not be downloaded", "CIFAR10_DIR", "--dataset digits", code=3)
     assert time.monotonic() - started < 60
     assert not (tmp_path / "out").exists()
+
+
+def test_a_download_says_one_line_and_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = tmp_path / "served"
+    (served / datasets.CIFAR10_FOLDER).mkdir(parents=True)
+    (served / datasets.CIFAR10_FOLDER / "batches.meta").write_bytes(bytes(1 << 20))
+    archive = Path(shutil.make_archive(str(served / "cifar"), "gztar", served, datasets.CIFAR10_FOLDER))
+    handler = functools.partial(SilentHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+        monkeypatch.setattr(datasets, "CIFAR10_URL", url)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with pytest.raises(data_prep.NoNetworkError, match="what came is not the official file"):
+            datasets._download_cifar10()
+        capsys.readouterr()
+        monkeypatch.setattr(datasets, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+        (tmp_path / "cache" / "dist_train" / "cifar10" / archive.name).write_bytes(b"of a download that was cut short")
+        cache = datasets._download_cifar10()
+        server.shutdown()
+    assert capsys.readouterr().err == f"data_prep: downloading {url} (0 MB) into {cache}\n"
+    assert (cache / datasets.CIFAR10_FOLDER / "batches.meta").stat().st_size == 1 << 20
+
+
+class SilentHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
 
 
 def test_wrong_source(tmp_path: Path) -> None:

@@ -32,23 +32,22 @@ def variables(folder: Path, **more: str) -> dict[str, str]:
 
 
 def start(
-    folder: Path, *arguments: object, ranks: int = 1, launcher: tuple[str, ...] = (), **more: str
+    folder: Path,
+    *arguments: object,
+    ranks: int = 1,
+    launcher: tuple[str, ...] = (),
+    more: dict[str, str] | None = None,
 ) -> subprocess.Popen[str]:
+    """Start the trainer in a folder. launcher: options of torchrun, in place of those that `ranks` gives. more: of the
+    environment."""
     words = command(*arguments, ranks=ranks)
     if launcher:
-        words = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *launcher,
-            "-m",
-            "dist_train.main",
-            *map(str, arguments),
-        ]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher]
+        words = [*torchrun, "-m", "dist_train.main", *map(str, arguments)]
     return subprocess.Popen(
         words,
         cwd=folder,
-        env=variables(folder, **more),
+        env=variables(folder, **(more or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,12 +103,12 @@ def test_two_nodes_write_once_on_a_shared_disk_and_each_on_its_own(tmp_path: Pat
         launcher = ("--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}")
         where = f"data.dir={tmp_path / ('betons' if shared else f'betons{node}')}"
         arguments = [*DIGITS, where, "--run-dir", tmp_path / "run"]
-        nodes.append(start(tmp_path, *arguments, launcher=(*launcher, "--nproc-per-node=2")))
+        nodes.append(start(tmp_path, *arguments, launcher=(*launcher, "--nproc-per-node=1")))
     texts = [ended(node)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     writers = [sum("data_prep: writing" in line for line in said(text)) for text in texts]
     assert sum(writers) == 1 if shared else writers == [1, 1]
-    assert summary(tmp_path / "run")["world_size"] == 4
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 def test_images_of_ones_own_are_prepared_too(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_images_of_ones_own_are_prepared_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, ranks: int) -> None:
-    process = start(tmp_path, ranks=ranks, **NOWHERE)
+    process = start(tmp_path, ranks=ranks, more=NOWHERE)
     stdout, stderr = ended(process)
     (line,) = [line for line in said(stderr) if "the other ranks" not in line]
     assert line.startswith("dist_train: CIFAR-10 could not be downloaded from https://")
@@ -146,7 +145,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path: Path, ranks: i
 def test_a_stop_while_downloading_ends_it_at_once(tmp_path: Path, number: signal.Signals, ranks: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process = start(tmp_path, ranks=ranks, HTTPS_PROXY=proxy, https_proxy=proxy)
+        process = start(tmp_path, ranks=ranks, more={"HTTPS_PROXY": proxy, "https_proxy": proxy})
         silent.settimeout(120)
         connection, _ = silent.accept()
         with connection:
@@ -168,7 +167,7 @@ def test_a_stop_while_downloading_ends_it_at_once(tmp_path: Path, number: signal
 def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        process = start(tmp_path, HTTPS_PROXY=proxy, https_proxy=proxy)
+        process = start(tmp_path, more={"HTTPS_PROXY": proxy, "https_proxy": proxy})
         _, stderr = ended(process, 100)
     assert process.returncode == 2
     assert "could not be downloaded" in stderr

@@ -102,7 +102,7 @@ def test_every_command_works_outside_the_repository(archives: tuple[Path, Path, 
     with zipfile.ZipFile(archives[1]) as zipped:
         zipped.extractall(packages)
     (tmp_path / ".gitignore").write_text("*\n")
-    git = ["git", "-C", tmp_path, "-c", "user.name=somebody", "-c", "user.email=s@example.org"]
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=somebody", "-c", "user.email=s@example.org"]
     for words in (["init", "-q"], ["add", "-f", ".gitignore"], ["commit", "-qm", "of another project"]):
         subprocess.run([*git, *words], check=True)
 
