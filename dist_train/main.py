@@ -157,7 +157,8 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
 def _say_once(outcome: Outcome) -> None:
     """Say what was wrong, where another rank does not."""
     speaks = first_of_node() if outcome.found_by == "node" else os.environ.get("RANK", "0") == "0"
-    # The one that speaks leaves at once, and the launcher then ends the others. To leave before it could end it.
+    # The one that speaks leaves at once, and the launcher then ends the others. One that left before it would have the
+    # launcher end that one.
     if speaks or (not ended_within(_SPEAKING) and outcome.found_by == "one"):
         say(outcome.reason)
 
