@@ -43,12 +43,13 @@ import torch
 from benchmarks.table import append, command, measured_on, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
-from dist_train.data import Data, Microbatch, manifest
+from dist_train.data import Data, Microbatch
 from dist_train.distributed import ranks, ranks_per_node
 from dist_train.environment import matrix_rate
 from dist_train.errors import UserError, say
-from dist_train.model import BlockNetwork, shapes, training_flops
+from dist_train.model import BlockNetwork, training_flops
 from dist_train.optim import Optimizers
+from dist_train.settings import manifest, shapes
 from dist_train.stopping import StopRequest
 from dist_train.train import DTYPES, build_model, total_steps, train
 

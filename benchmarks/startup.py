@@ -93,7 +93,7 @@ def _child(out: Path, trainer: list[str]) -> None:
     started = boot + ticks / os.sysconf("SC_CLK_TCK")
     import torch.distributed
 
-    from dist_train import main, record, train
+    from dist_train import main, record, run, settings, train
 
     seconds = {"started": started, "imports": time.time() - started}
     open_parts: list[str] = []
@@ -116,10 +116,11 @@ def _child(out: Path, trainer: list[str]) -> None:
         setattr(owner, name, call)
 
     timed(torch.distributed, "init_process_group", "process group")
-    for name, part in (("manifest", "data"), ("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
-        timed(main, name, part)
+    timed(settings.DataConfig, "prepare", "data")
+    for name, part in (("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
+        timed(run, name, part)
     for name in ("open_folder", "Keeper"):
-        timed(main, name, "record")
+        timed(run, name, "record")
     timed(train, "FixedOrderSum", "DDP")
 
     step = record.Recorder.step

@@ -7,6 +7,7 @@ that need them. `python -m dist_train.data_prep --help` shows the command.
 
 from dist_train.data_prep.beton_file import BetonFile
 from dist_train.data_prep.betons import (
+    MANIFEST,
     Manifest,
     Split,
     check,
@@ -22,6 +23,7 @@ from dist_train.data_prep.files import DataError, NoNetworkError
 
 __all__ = [
     "DATASETS",
+    "MANIFEST",
     "BetonFile",
     "DataError",
     "Manifest",

@@ -13,7 +13,7 @@ import numpy as np
 
 from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
-from dist_train.data_prep.datasets import DATASETS, load
+from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync
 from dist_train.data_prep.images import TEST_FRACTION, load_images
 
@@ -206,9 +206,10 @@ def prepare(
                 return found
             if foreign := _foreign(real):
                 raise DataError(f"--out {out} also holds {foreign[0]}: choose a folder of its own")
-            print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
             try:
-                manifest = _write(dataset, fresh, source, image_size, test_fraction)
+                pixels = _load(dataset, source, image_size, test_fraction)
+                print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
+                manifest = _write(dataset, pixels, fresh, source, test_fraction)
                 if real.exists():
                     real.rename(old)
                 fresh.rename(real)
@@ -350,14 +351,18 @@ def _sensible(manifest: Manifest) -> bool:
     )
 
 
-def _write(dataset: str, folder: Path, source: Path | None, image_size: int, test_fraction: float | None) -> Manifest:
-    """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
+def _load(dataset: str, source: Path | None, image_size: int, test_fraction: float | None) -> Pixels:
     if dataset in DATASETS:
-        pixels, origin = load(dataset, source), None
-    else:
-        assert source is not None
-        pixels, origin = load_images(source, image_size, test_fraction), str(source.resolve())
-        test_fraction = test_fraction or TEST_FRACTION
+        return load(dataset, source)
+    assert source is not None
+    return load_images(source, image_size, test_fraction)
+
+
+def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test_fraction: float | None) -> Manifest:
+    """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
+    origin = None
+    if dataset not in DATASETS and source is not None:
+        origin, test_fraction = str(source.resolve()), test_fraction or TEST_FRACTION
     version = ffcv_library.version()
     write_file = ffcv_library.write if version else beton_file.write
     folder.mkdir()

@@ -143,7 +143,11 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
     with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         warnings.simplefilter("ignore")  # Pillow's, of images that it reads all the same
         done = tqdm(pool.map(read, range(len(paths))), "read images", len(paths), unit="image", disable=None)
-        wrong = [said for said in done if said]
+        try:
+            wrong = [said for said in done if said]
+        except BaseException:  # a stop signal need not wait for the images that are left
+            pool.shutdown(cancel_futures=True)
+            raise
     if wrong:
         raise DataError(
             f"{len(wrong)} of the {len(paths)} images in {source} cannot be read: {_some(wrong)}; remove or replace "

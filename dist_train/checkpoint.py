@@ -8,31 +8,12 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 
 from dist_train.data_prep.files import sha256_of
 from dist_train.files import remove_partial, write_atomic
-
-Positive = Annotated[int, Field(gt=0)]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class CheckpointConfig:
-    """A checkpoint is written every `every_epochs` epochs, every `every_steps` steps when that is not 0, and at the
-    end; the newest `keep` stay."""
-
-    every_epochs: Positive = 1
-    every_steps: Annotated[int, Field(ge=0)] = 0
-    keep: Positive = 2
-
-    def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether one is due after `step` steps."""
-        by_steps = self.every_steps > 0 and step % self.every_steps == 0
-        return by_steps or step % (self.every_epochs * steps_per_epoch) == 0
 
 
 class Writer:

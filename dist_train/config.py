@@ -1,4 +1,4 @@
-"""The configuration: typed sections, each owned and checked by the module it configures.
+"""The configuration: the typed sections of settings.py and record.py, put together.
 
 Values are taken in this order, the later the stronger: defaults, preset, file, command line. The resolved
 configuration of a run is written to its run folder as `config.toml` and is enough to repeat the run.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
+import os
 import sys
 import textwrap
 import typing
@@ -20,14 +22,19 @@ import tomli_w
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dist_train.checkpoint import CheckpointConfig
-from dist_train.data import DataConfig
 from dist_train.errors import UserError
-from dist_train.evaluate import EvaluateConfig
-from dist_train.model import Block, Convolution, ModelConfig
-from dist_train.optim import Group, OptimConfig
 from dist_train.record import RecordConfig
-from dist_train.train import TrainConfig
+from dist_train.settings import (
+    Block,
+    CheckpointConfig,
+    Convolution,
+    DataConfig,
+    EvaluateConfig,
+    Group,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,6 +166,22 @@ def difference(mine: Config, other: Config) -> list[str]:
     """Dotted keys, among those the final weights depend on, in which two configurations differ."""
     a, b = (_flat(_binding(to_dict(config))) for config in (mine, other))
     return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
+
+
+def check_folder(run_dir: Path, settings: Config) -> None:
+    """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
+    OSError when it cannot be read, or cannot be made."""
+    path = run_dir / "config.toml"
+    if path.exists():
+        if differing := set(difference(settings, load(None, path, []))) - {*DRIFTING}:
+            raise UserError(
+                f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
+                f"give the settings it was started with, or another folder"
+            )
+        return
+    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
 
 
 def _binding(tree: dict[str, Any]) -> dict[str, Any]:

@@ -9,93 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from dist_train import data_prep
 from dist_train.data_prep import ffcv_library
 from dist_train.distributed import Ranks
-from dist_train.errors import UserError
 from dist_train.randomness import derive, permutation, sample_bits, uniform_integers
-
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class Smaller:
-    """Train on images of `size` x `size` pixels until that epoch, which may be a fraction: the middle of each
-    image (`crop`), or all of it scaled down (`scale`)."""
-
-    size: Annotated[int, Field(gt=0)]
-    until_epoch: Annotated[float, Field(gt=0)]
-    how: Literal["crop", "scale"] = "crop"
+from dist_train.settings import DataConfig, Smaller, check_batch, check_images
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class DataConfig:
-    """dataset: cifar10, digits, or a name for one's own images. dir: folder of the betons, `data/DATASET` when empty.
-    source: folder that the betons are written from, of one's own images or with CIFAR-10's official files. image_size:
-    side of one's own images in pixels; 0 takes the betons'. holdout: training images kept as a validation split. flip:
-    mirror images never, at random, or every other epoch starting at random per image (Jordan 2024, "94% on CIFAR-10 in
-    3.29 seconds", 3.6). translate: largest shift in pixels, the border reflected. cutout: side of the square set to the
-    mean. smaller: sizes that training images have at first, after the other augmentations (progressive resizing, Howard
-    2018); evaluation is at full size. eval_batch: images in one forward pass of evaluation."""
-
-    dataset: Annotated[str, Field(min_length=1)] = "cifar10"
-    dir: str = ""
-    source: str = ""
-    image_size: NonNegative = 0
-    loader: Literal["resident", "stream"] = "resident"
-    holdout: NonNegative = 0
-    flip: Literal["none", "random", "alternate"] = "alternate"
-    translate: NonNegative = 2
-    cutout: NonNegative = 0
-    smaller: list[Smaller] = field(default_factory=list)
-    eval_batch: Annotated[int, Field(gt=0)] = 500
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.dir or f"data/{self.dataset}")
-
-    @property
-    def source_folder(self) -> Path | None:
-        return Path(self.source) if self.source else None
-
-    def check(self) -> None:
-        """Raise UserError for a data set that is neither there nor can be written."""
-        if self.dataset in data_prep.DATASETS:
-            if self.image_size:
-                raise UserError(
-                    f"data.image_size = {self.image_size}: {self.dataset} has images of a size of its own; leave it "
-                    f"out, or give images of your own another name with data.dataset"
-                )
-        elif not self.folder.exists():
-            if not self.source:
-                raise UserError(
-                    f"data.dataset = {self.dataset}: there is no such data set; choose one of "
-                    f"{', '.join(data_prep.DATASETS)}, or set data.source to a folder of images of your own"
-                )
-            if not self.image_size:
-                raise UserError(
-                    f"data.image_size = 0: the images of {self.dataset} need a size; set the side in pixels, such as 64"
-                )
-
-    def prepare(self) -> None:
-        """Write the betons, unless they are there. Raises UserError or data_prep.DataError."""
-        self.check()
-        data_prep.prepare(self.dataset, self.folder, self.source_folder, image_size=self.image_size)
-
-
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Microbatch:
     """images: (n, C, H, W) float32, normalised, channels_last; labels and indices: (n,) int64; all on the
     device. slot: its place in the global batch."""
@@ -104,34 +32,6 @@ class Microbatch:
     images: Tensor
     labels: Tensor
     indices: Tensor
-
-
-def manifest(config: DataConfig) -> data_prep.Manifest:
-    """Check the betons and return their manifest. Raises UserError or data_prep.DataError."""
-    config.check()
-    write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
-    if not config.folder.exists():
-        raise UserError(f"data.dir = {config.folder}: there is no such folder; write the data set with {write}")
-    found = data_prep.check(config.folder, write)
-    if found.dataset != config.dataset:
-        raise UserError(
-            f"data.dir = {config.folder} holds {found.dataset}, but data.dataset = {config.dataset}; "
-            f"name the right folder or data set"
-        )
-    if not data_prep.same_source(found, config.source_folder):
-        raise UserError(
-            f"data.dir = {config.folder} holds the images of {found.source}, but data.source = {config.source}; give "
-            f"these another data.dataset, or leave data.source out"
-        )
-    height, width, _ = found.image_shape
-    if config.image_size and (height, width) != (config.image_size, config.image_size):
-        other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
-        write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
-        raise UserError(
-            f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
-            f"{config.image_size}; set data.dir={other} and write that with {write}"
-        )
-    return found
 
 
 class Data:
@@ -148,30 +48,9 @@ class Data:
     ) -> None:
         """batch_size: images in a global batch of `microbatches` parts. Raises UserError when the batch does
         not split or the training set is too small for it."""
-        if batch_size % microbatches:
-            raise UserError(
-                f"train.batch_size = {batch_size} does not split into train.microbatches = {microbatches} "
-                f"equal parts; use {batch_size // microbatches * microbatches or microbatches}"
-            )
-        ends = [smaller.until_epoch for smaller in config.smaller]
-        if ends != sorted(set(ends)):
-            raise UserError(f"data.smaller: until_epoch must rise from one size to the next, not {ends}; sort them")
-        if too_large := [s.size for s in config.smaller if s.size > min(manifest.image_shape[:2])]:
-            raise UserError(
-                f"data.smaller: size = {too_large[0]} is larger than the images of {manifest.dataset} "
-                f"({manifest.image_shape[0]}x{manifest.image_shape[1]} pixels); make it smaller"
-            )
-        if config.translate >= min(manifest.image_shape[:2]):
-            raise UserError(
-                f"data.translate = {config.translate} shifts images of {manifest.image_shape[1]}x"
-                f"{manifest.image_shape[0]} pixels out of sight; use {min(manifest.image_shape[:2]) - 1} at most"
-            )
+        check_batch(batch_size, microbatches)
+        check_images(config, manifest, batch_size)
         count = manifest.splits["train"].count
-        if config.holdout + batch_size > count:
-            raise UserError(
-                f"data.holdout = {config.holdout} and train.batch_size = {batch_size} need more than the "
-                f"{count} training images of {manifest.dataset}; lower one of them"
-            )
         self.config, self.manifest, self.ranks, self.seed = config, manifest, ranks, seed
         self.batch_size, self.size = batch_size, batch_size // microbatches
         self.slots = ranks.share(microbatches)

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dist_train.config import Config
-    from dist_train.data import DataConfig
-    from dist_train.model import Block, Convolution, ModelConfig
+    from dist_train.settings import Block, Convolution, DataConfig, ModelConfig
 
 Shape = tuple[int, int, int]
 
@@ -60,7 +59,8 @@ class Layer:
 def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
     """The layers from the input to the logits; a block's are its convolutions, its mixing, and in one row what
     follows the sum. image_shape: (C, H, W). Raises UserError for an architecture that cannot be built."""
-    from dist_train.model import flops, shapes, summed
+    from dist_train.model import flops
+    from dist_train.settings import shapes, summed
 
     entry, *left = shapes(model, image_shape)
     of_stem, *of_blocks, of_output = flops(model, image_shape, classes)
@@ -225,7 +225,7 @@ def _output(model: ModelConfig, widths: list[int]) -> list[str]:
 
 def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "", ink: str = "black") -> Figure:
     """The network from top to bottom, narrow enough for a phone. name: for its head. ink: of lines and text."""
-    from dist_train.model import shapes, summed
+    from dist_train.settings import shapes, summed
 
     entry, *left = shapes(model, image_shape)
     rows, whole = layers(model, image_shape, classes), totals(model, image_shape, classes)

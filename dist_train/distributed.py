@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,13 +14,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from dist_train import launcher
 from dist_train.errors import LostPeerError, UserError
+from dist_train.launched import launched_as, libc, stop_with_launcher
 from dist_train.watch import Watch
 
 T = TypeVar("T")
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def share(count: int, rank: int, world_size: int) -> range:
@@ -59,35 +57,6 @@ class Ranks:
             self.watch.step = step
 
 
-def launched_as() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun says; (0, 1, 0) when started alone. No communication.
-
-    Raises UserError when only part of the launcher's variables is set."""
-    given = [name for name in _LAUNCHER if name in os.environ]
-    if not given:
-        return 0, 1, 0
-    if missing := [name for name in _LAUNCHER if name not in os.environ]:
-        raise UserError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with torchrun, "
-            f"or unset all of them"
-        )
-    try:
-        rank, world_size, local_rank = (int(os.environ[name]) for name in _LAUNCHER[:3])
-    except ValueError:
-        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers; start with torchrun") from None
-    return rank, world_size, local_rank
-
-
-def check_world_size(microbatches: int) -> None:
-    """Raises UserError for more ranks than there are microbatches."""
-    world_size = launched_as()[1]
-    if world_size > microbatches:
-        raise UserError(
-            f"train.microbatches = {microbatches} gives work to {microbatches} ranks at most, but {world_size} were "
-            f"started; start fewer, or raise train.microbatches"
-        )
-
-
 def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
     """The fewest ranks on each of `nodes` nodes, no more than there are microbatches, that are as fast as `workers` on
     each: a step takes as long as the largest share."""
@@ -96,12 +65,15 @@ def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
 
 
 @contextmanager
-def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend: str = "auto") -> Iterator[Ranks]:
+def ranks(
+    device: str, threads: int, deterministic: bool, timeout: int, backend: str = "auto", first_timeout: int = 0
+) -> Iterator[Ranks]:
     """Join the process group for the time of the context.
 
     device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank. timeout: seconds after which a rank that
     is waited for counts as lost. backend: `auto` takes NCCL on GPUs, gloo on CPUs; with `gloo` several ranks can
-    share a GPU. Raises UserError when the device is not there, LostPeerError when a peer does not come or goes.
+    share a GPU. first_timeout: seconds to wait for the others to come, where that is longer. Raises UserError when
+    the device is not there, LostPeerError when a peer does not come or goes.
     """
     rank, world_size, local_rank = launched_as()
     here = _device(device, local_rank, share_gpus=backend == "gloo")
@@ -115,18 +87,23 @@ def ranks(device: str, threads: int, deterministic: bool, timeout: int, backend:
         keep_memory()
     torch.set_num_threads(threads)
     _set_arithmetic(deterministic)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _stop_with_launcher()
+    stop_with_launcher()
     alone = "RANK" not in os.environ
     try:
+        # the watch comes first, and says who it was
+        patience = timedelta(seconds=timeout + 30)
+        coming = max(patience, timedelta(seconds=first_timeout))
+        where = "tcp://127.0.0.1:0" if alone else "env://"
+        store, *_ = next(rendezvous(where, rank, world_size, timeout=coming))
+        store.set(f"here/{rank}", b"")
+        store.wait([f"here/{each}" for each in range(world_size)], coming)
         with _unheard_stdout():
             dist.init_process_group(
                 backend,
-                init_method="tcp://127.0.0.1:0" if alone else "env://",
-                rank=0 if alone else -1,
-                world_size=1 if alone else -1,
-                # the watch comes first, and says who it was
-                timeout=timedelta(seconds=timeout + 30),
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=patience,
                 device_id=here if backend == "nccl" else None,
             )
         watch = Watch(rank, world_size, timeout) if world_size > 1 else None
@@ -176,33 +153,20 @@ def _device(kind: str, local_rank: int, share_gpus: bool) -> torch.device:
         return torch.device("cpu")
     if not gpus:
         raise UserError("train.device = cuda, but torch sees no GPU here; use train.device=cpu")
-    if local_rank >= gpus and not share_gpus:
+    # by what torchrun says of all of them, so that all find it
+    started = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if started > gpus and not share_gpus:
         raise UserError(
-            f"torchrun started a local rank {local_rank}, but this machine has {gpus} GPUs; lower "
-            f"--nproc_per_node, or use train.device=cpu"
+            f"torchrun started {started} ranks on this machine, which has {gpus} GPUs; lower --nproc_per_node, or use "
+            f"train.device=cpu"
         )
     return torch.device("cuda", local_rank % gpus)
-
-
-def _stop_with_launcher() -> None:
-    """Ask the kernel for the stop signal when the launcher dies: it could no longer stop this rank itself."""
-    _libc("prctl", 1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:
-        raise LostPeerError("the launcher has ended while this rank was starting")
 
 
 def keep_memory() -> None:
     """Have glibc keep freed memory: pages of large activations are else faulted in anew at every layer."""
     for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 512 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        _libc("mallopt", parameter, value)
-
-
-def _libc(function: str, *arguments: int) -> None:
-    """Call a function of glibc; with another C library do without."""
-    try:
-        getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
-    except (OSError, AttributeError):
-        return
+        libc("mallopt", parameter, value)
 
 
 def _set_arithmetic(deterministic: bool) -> None:

@@ -90,9 +90,11 @@ def code_digest() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with a + when files differ from it; None outside a repository."""
+    """The commit this code is at, with a + when files differ from it; None when it is in no repository, also when it is
+    only installed into a folder of another project's."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,13 +1,26 @@
-"""The errors whose message is for the person who started the run."""
+"""The errors whose message is for the person who started the run, and the exit codes."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from dataclasses import dataclass
+from typing import Any, Literal, ParamSpec
 
 P = ParamSpec("P")
+# Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+
+
+@dataclass
+class Outcome:
+    """How a run ends, known before its record is closed. found_by: the ranks that come upon the same bad input: all of
+    this `node`, `all` there are, or possibly no more than this `one`."""
+
+    code: int = FAILED
+    reason: str = ""
+    found_by: Literal["node", "one", "all"] = "node"
 
 
 class UserError(ValueError):
@@ -46,6 +59,6 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return main(*args, **kwargs)
         except UserError as error:
             say(str(error))
-            return 2
+            return BAD_INPUT
 
     return said

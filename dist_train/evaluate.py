@@ -14,45 +14,31 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from dist_train import data_prep
-from dist_train.data import Data, manifest
+from dist_train.data import Data
 from dist_train.distributed import Ranks, ranks, sum_integers
 from dist_train.errors import UserError, say
 from dist_train.model import MixedBlock
 from dist_train.record import often_taken_for, write_evaluation
+from dist_train.settings import Tta, manifest
 
 _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
 _LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
 _BINS = 15  # of confidence, for the calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks")
 _WRONG = 40  # images shown of those that were classified wrong
 
-Tta = Literal["none", "mirror", "shift"]
 
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class EvaluateConfig:
-    """tta: test-time augmentation of the last evaluation, whose figures come beside those without it. `mirror`
-    averages the logits of an image and its mirror image; `shift` does so for the image (half of the weight) and for
-    it shifted by one pixel up and left and down and right (a quarter each; Jordan 2024, "94% on CIFAR-10 in 3.29
-    seconds", 3.5). every: epochs from one evaluation to the next; the last epoch has one in any case."""
-
-    tta: Tta = "none"
-    every: Annotated[int, Field(gt=0)] = 1
-
-
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Evaluation:
     """What a network makes of a split of N images.
 

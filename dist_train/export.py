@@ -6,7 +6,7 @@ CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a mod
 
     model.safetensors  the weights, with configuration and classes in the metadata; dist_train.load reads it
     model.pt2          torch.export: float32 images (N, C, H, W) from 0 to 1, any N, to logits
-    model.onnx         the same for ONNX Runtime and others; needs pip install "dist-train[export]"
+    model.onnx         the same for ONNX Runtime and others; needs pip install onnx onnxscript onnxruntime
     config.toml        the configuration, without the folders of this machine
     README.md          the model card
 
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if "onnx" in formats and missing:
-        say(f'{FILES["onnx"]} needs {" and ".join(missing)}: pip install "dist-train[export]"')
+        say(f"{FILES['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
         formats.remove("onnx")
         code = 1 if options.format else 0
     try:

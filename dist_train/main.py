@@ -10,40 +10,41 @@ do where it is unambiguous.
 
 from __future__ import annotations
 
+from dist_train.stopping import hold_back
+
+if __name__ == "__main__":
+    # The launcher stops a rank as soon as another fails. By bad input all do, and this one may have to say so.
+    hold_back()
+
 import argparse
-import json
 import os
+import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from dist_train import config, data_prep
+from dist_train.errors import (
+    BAD_INPUT,
+    PREEMPTED,
+    DivergedError,
+    LostPeerError,
+    Outcome,
+    UserError,
+    say,
+)
+from dist_train.launched import check_world_size, first_of_node, stop_with_launcher
+from dist_train.settings import check_batch, check_images, shapes
+from dist_train.stopping import StopNow, Stopped, ended_within
 
-from dist_train import checkpoint, config, data_prep
-from dist_train.data import Data, manifest
-from dist_train.distributed import Ranks, check_world_size, on_main, ranks, sum_integers
-from dist_train.environment import device_name, git_commit, matrix_rate, versions
-from dist_train.errors import DivergedError, LostPeerError, UserError, say
-from dist_train.files import write_atomic
-from dist_train.model import BlockNetwork, flops, shapes
-from dist_train.optim import Optimizers
-from dist_train.record import best_eval, read_metrics
-from dist_train.run_folder import Keeper, check_data, open_folder
-from dist_train.startup import leave_out_compiler
-from dist_train.stopping import StopRequest
-from dist_train.system import sampled
-from dist_train.train import DTYPES, build_model, total_steps, train, weights_digest
-
-# Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+_PATIENCE = 2.0  # seconds until waiting for the betons is worth a word
+_SPEAKING = 10.0  # seconds for the rank that speaks for the others to do so
 
 
 def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(
+    described = _Parser(
         prog="python -m dist_train.main",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,28 +62,33 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
-@dataclass
-class _Outcome:
-    """How the command ends, known before its record is closed."""
+class _Parser(argparse.ArgumentParser):
+    """An argument parser for a command that many ranks run."""
 
-    code: int = FAILED
-    reason: str = ""
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop, with all saved."""
-    args = parser().parse_intermixed_args(arguments)
-    outcome = _Outcome()
+    outcome = Outcome()
     with ExitStack() as held:
         try:
-            _run(args, held, outcome)
+            start = time.perf_counter()
+            settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
+            with StopNow():
+                waited, manifest = _prepared(settings)
+            outcome.found_by = "one"
+            from dist_train.run import Job, run  # imports torch, for seconds
+
+            run(Job(settings, run_dir, manifest, waited, start), held, outcome)
         except (UserError, data_prep.DataError) as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
-            if os.environ.get("RANK", "0") != "0":
-                # Rank 0 speaks for all, and the launcher ends the others when it leaves. Whoever is still there
-                # after this is the only one that knows.
-                time.sleep(10)
-            say(outcome.reason)
+            _say_once(outcome)
+        except Stopped as stopped:
+            outcome.code = PREEMPTED
+            if first_of_node():
+                say(f"stopped by {stopped.name} before the training began; the same command starts it")
         except DivergedError as error:  # all ranks have it
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
@@ -104,89 +110,18 @@ def resolve(args: argparse.Namespace) -> tuple[str, config.Config]:
     return preset or args.config.stem, config.load(preset, args.config, settings)
 
 
-def _run(args: argparse.Namespace, held: ExitStack, outcome: _Outcome) -> None:
-    """held: what is to be closed when the outcome is known."""
-    start = time.perf_counter()
+def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
+    """The configuration and the run folder, after every check that takes no more than these. Raises UserError."""
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
+    check_batch(settings.train.batch_size, settings.train.microbatches)
     run_dir = args.run_dir or _run_dir(name, settings)
-    t = settings.train
-    if not t.compile:
-        leave_out_compiler()
-    with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
-        # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
-        stop = held.enter_context(StopRequest())
-        found = on_main(here, lambda: manifest(settings.data))
-        height, width, channels = found.image_shape
-        shapes(settings.model, (channels, height, width))
-        for smaller in settings.data.smaller:
-            shapes(settings.model, (channels, smaller.size, smaller.size))
-        data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
-        steps = total_steps(t, data)
-        newest = on_main(here, lambda: open_folder(run_dir, settings, held))
-        state = checkpoint.load(newest) if newest else None
-        if state:
-            check_data(state, found, run_dir)
-        if newest and checkpoint.step_of(newest) == steps and (run_dir / "summary.json").exists():
-            outcome.code = DONE
-            if here.main:
-                print(f"{run_dir} is finished already")
-                _report(run_dir)
-            return
-        step = state["step"] if state else 0
-        model = build_model(settings.model, t, data).to(here.device)
-        optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
-        rate = _matrix_rate(here, t.precision)
-        keeper = None
-        if here.main:
-            _announce(run_dir, settings, found, here, step, steps)
-            keeper = Keeper(run_dir, settings, here, found, steps, rate, state)
-            held.callback(lambda: keeper.close(outcome.code, outcome.reason))
-        sampling = sampled(run_dir, here.rank, here.device) if settings.record.system == "all" else nullcontext()
-        try:
-            with sampling:
-                step, stopped = train(
-                    t,
-                    settings.evaluate,
-                    settings.checkpoint,
-                    model,
-                    optimizers,
-                    data,
-                    here,
-                    state,
-                    stop,
-                    keeper.recorder if keeper else None,
-                    keeper.writer if keeper else None,
-                    settings.record.digest_every,
-                )
-        except DivergedError as error:
-            if keeper:
-                write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
-            raise
-
-        def finish() -> str:
-            """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
-            assert keeper is not None
-            if missing := keeper.last_checkpoint():
-                return missing
-            if stopped:
-                return ""
-            summary = _summary(settings, model, data, here, rate, run_dir)
-            return keeper.finish({**summary, "seconds": time.perf_counter() - start})
-
-        missing = on_main(here, finish)
-        outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
-        outcome.reason = stopped or missing
-        if here.main:
-            if missing:
-                say(
-                    f"{run_dir}: {missing} could not be written; make room and start the same command again: it goes "
-                    f"on from the newest checkpoint"
-                )
-            elif stopped:
-                print(f"stopped by {stopped} after step {step}, all saved; the same command goes on from there")
-            else:
-                _report(run_dir)
+    try:
+        config.check_folder(run_dir, settings)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
+    settings.data.check()
+    return settings, run_dir
 
 
 def _run_dir(name: str, settings: config.Config) -> Path:
@@ -197,89 +132,47 @@ def _run_dir(name: str, settings: config.Config) -> Path:
     return Path("runs") / (f"sweep-{sweep}/{folder}-{run}" if sweep and run else folder)
 
 
-def _matrix_rate(here: Ranks, precision: str) -> int:
-    """Floating-point operations a second that all ranks together reach in matrix products at the same time."""
-    mine = torch.tensor(int(matrix_rate(here.device, DTYPES[precision])), device=here.device)
-    return int(sum_integers(here, mine).item())
+def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]:
+    """Have the first rank of each node see to the betons, while the node's others wait. It is done here, since waiting
+    in the process group has an end. Returns whether the betons had to be written, and on the first rank their manifest.
+    Raises UserError, data_prep.DataError and LostPeerError."""
+    stop_with_launcher()
+    data, waited = settings.data, not settings.data.written
+    if first_of_node():
+        found = data.prepare()
+        check_images(data, found, settings.train.batch_size)
+        height, width, channels = found.image_shape
+        for size in ((height, width), *((smaller.size, smaller.size) for smaller in data.smaller)):
+            shapes(settings.model, (channels, *size))
+        return waited, found
+    start, said = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
+    while not data.written:
+        if not said and time.monotonic() > start + _PATIENCE:
+            say(f"{data.folder} is not there yet: the other ranks of this node wait for the first, which prepares it")
+            said = True
+        time.sleep(0.1)
+    return waited, None
 
 
-def _announce(
-    run_dir: Path,
-    settings: config.Config,
-    found: data_prep.Manifest,
-    here: Ranks,
-    step: int,
-    total_steps: int,
-) -> None:
-    device = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
-    print(
-        f"{found.dataset}: {found.splits['train'].count:,} training and {found.splits['test'].count:,} test images; "
-        f"{here.world_size} rank{'s' * (here.world_size > 1)} on {device}, {settings.train.precision}; "
-        f"{total_steps} steps in {settings.train.epochs:g} epochs; run folder {run_dir}",
-        flush=True,
-    )
-    if step:
-        print(f"going on after step {step}", flush=True)
+def _say_once(outcome: Outcome) -> None:
+    """Say what was wrong, where another rank does not."""
+    speaks = first_of_node() if outcome.found_by == "node" else os.environ.get("RANK", "0") == "0"
+    # The one that speaks leaves at once, and the launcher then ends the others. One that left before it would have the
+    # launcher end that one.
+    if speaks or (not ended_within(_SPEAKING) and outcome.found_by == "one"):
+        say(outcome.reason)
 
 
-def _summary(
-    settings: config.Config,
-    model: BlockNetwork,
-    data: Data,
-    here: Ranks,
-    rate: int,
-    run_dir: Path,
-) -> dict[str, Any]:
-    """rate: floating-point operations a second that all ranks reach together in a matrix product."""
-    steps, evals = read_metrics(run_dir / "metrics.jsonl")
-    last, best = evals[-1], best_eval(evals)
-    assert best is not None
-    train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
-    height, width, channels = data.manifest.image_shape
-    classes = len(data.manifest.classes)
-    train_flops = sum(row["flops"] for row in steps)
-    return {
-        "test_accuracy": last["test_accuracy"],
-        "test_loss": last["test_loss"],
-        "train_accuracy": last["train_accuracy"],
-        "train_loss": last["train_loss"],
-        **{key: value for key, value in last.items() if key.startswith("val_") or key.endswith("_tta")},
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-        "epochs": settings.train.epochs,
-        "steps": len(steps),
-        "train_seconds": train_seconds,
-        "images_per_second": sum(row["images"] for row in steps) / train_seconds,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_image": sum(map(sum, flops(settings.model, (channels, height, width), classes))),
-        "train_flops": train_flops,
-        "matrix_flops_per_second": rate,
-        "mfu": train_flops / train_seconds / rate,
-        "weights_sha256": weights_digest(model),
-        "config_digest": config.digest(settings),
-        "world_size": here.world_size,
-        "device": device_name(here.device),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
-
-
-def _report(run_dir: Path) -> None:
-    summary = json.loads((run_dir / "summary.json").read_text())
-    tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
-    print(
-        f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
-        f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
-        f"{summary['seconds']:.1f} s in all\n"
-        f"curves: {run_dir / 'plots' / 'loss.png'}, {run_dir / 'plots' / 'accuracy.png'}; "
-        f"record: {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
-        flush=True,
-    )
-
-
-@record
 def _entry() -> None:
-    code = main()
+    # Ctrl-C ends the process without a traceback, until the training is there to be saved.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        code = main()
+    except Exception as error:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)  # torchrun shows it
+        raise
     sys.stdout.flush()
     sys.stderr.flush()
     # All is on the disk, and the process group is left. The interpreter's own end would race with native threads

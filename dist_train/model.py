@@ -12,22 +12,13 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from dist_train.errors import UserError
 from dist_train.mixing import average, mix, weighted_sum
-
-_STRICT = ConfigDict(extra="forbid", strict=True)
-Positive = Annotated[int, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Activation = Literal["relu", "gelu", "silu", "identity"]
-Where = Literal["branch", "post", "none"]
+from dist_train.settings import BatchNormConfig, Block, ModelConfig, Output, padding_of, shapes, summed
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -35,164 +26,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "identity": lambda x: x,
 }
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Convolution:
-    """One convolution C_l of a block. `padding = "same"` keeps the image size when the stride is 1."""
-
-    kernel: Positive = 3
-    dilation: Positive = 1
-    groups: Positive = 1
-    stride: Positive = 1
-    padding: Annotated[int, Field(ge=0)] | Literal["same"] = "same"
-    bias: bool = False
-
-    @property
-    def name(self) -> str:
-        """For people, such as `3x3`, or `5x5 d2 g8 s2` with another dilation, groups or stride than 1."""
-        others = ((self.dilation, "d"), (self.groups, "g"), (self.stride, "s"))
-        return " ".join([f"{self.kernel}x{self.kernel}", *(f"{letter}{n}" for n, letter in others if n > 1)])
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Block:
-    """An intermediate block. Norm, then activation, sit in every branch (`branch`) or once after the sum
-    (`post`); pooling comes right after the sum (`sum`) or after norm and activation (`end`). pool = "all" takes
-    the whole image, of any size, to one pixel."""
-
-    channels: Positive
-    convolutions: Annotated[list[Convolution], Field(min_length=1)]
-    norm: Where = "post"
-    activate: Where = "post"
-    activation: Activation = "gelu"
-    coefficients: Literal["raw", "softmax", "sigmoid"] = "raw"
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    pool: Positive | Literal["all"] = 1
-    pool_kind: Literal["max", "avg"] = "max"
-    pool_at: Literal["sum", "end"] = "end"
-    dropout: Probability = 0.0
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Stem:
-    """What precedes B1: `none`; `conv`, a learned convolution with `channels` outputs; or `whiten`, fixed
-    kernels that decorrelate the training set's patches (2 * 3 * kernel^2 channels) with a learned bias."""
-
-    kind: Literal["none", "conv", "whiten"] = "none"
-    kernel: Positive = 2
-    stride: Positive = 1
-    padding: Annotated[int, Field(ge=0)] = 0
-    channels: Positive = 24
-    activation: Activation = "gelu"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class Output:
-    """The output block O: the widths of its hidden layers, then one linear layer to the logits.
-
-    init_std: standard deviation of the last layer's initial weights; 0 takes torch's default."""
-
-    hidden: list[Positive] = Field(default_factory=list)
-    activation: Activation = "relu"
-    dropout: Probability = 0.0
-    bias: bool = True
-    init_std: Annotated[float, Field(ge=0)] = 0.0
-
-
-@dataclass(frozen=True, config=_STRICT)
-class BatchNormConfig:
-    """momentum: weight of the newest batch in the running statistics. scale: learn a factor per channel."""
-
-    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
-    eps: Annotated[float, Field(gt=0)] = 1e-5
-    scale: bool = True
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ModelConfig:
-    """The architecture. init: `dirac` starts kernels as the identity where they can be, `default` is torch's."""
-
-    blocks: Annotated[list[Block], Field(min_length=1)]
-    stem: Stem = Field(default_factory=Stem)
-    output: Output = Field(default_factory=Output)
-    batch_norm: BatchNormConfig = Field(default_factory=BatchNormConfig)
-    init: Literal["dirac", "default"] = "default"
-
-
-def _convolved(size: int, kernel: int, dilation: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _padding(conv: Convolution, where: str) -> int:
-    if conv.padding != "same":
-        return conv.padding
-    reach = conv.dilation * (conv.kernel - 1)
-    if reach % 2:
-        raise UserError(
-            f'{where}: padding = "same" needs an odd kernel or an even dilation, but kernel = {conv.kernel} '
-            f"with dilation = {conv.dilation}; give the padding as a number"
-        )
-    return reach // 2
-
-
-def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Check an architecture on paper.
-
-    image_shape: (C, H, W) of the input. Returns the (C, H, W) of the images that enter B1, and that leave
-    B1..BK. Raises UserError, naming block and convolution, for an architecture that cannot be built.
-    """
-    channels, height, width = image_shape
-    stem = config.stem
-    if stem.kind != "none":
-        channels = 2 * channels * stem.kernel**2 if stem.kind == "whiten" else stem.channels
-        height = _convolved(height, stem.kernel, 1, stem.stride, stem.padding)
-        width = _convolved(width, stem.kernel, 1, stem.stride, stem.padding)
-        if min(height, width) < 1:
-            raise UserError(
-                f"model.stem: kernel = {stem.kernel} leaves nothing of an image of "
-                f"{image_shape[1]}x{image_shape[2]} pixels; make it smaller"
-            )
-    found = [(channels, height, width)]
-    for number, block in enumerate(config.blocks, 1):
-        sizes: list[tuple[int, ...]] = []
-        for position, conv in enumerate(block.convolutions, 1):
-            where = f"model.blocks: block {number}, convolution {position}"
-            for name, count in (("input", channels), ("output", block.channels)):
-                if count % conv.groups:
-                    raise UserError(
-                        f"{where}: groups = {conv.groups} does not divide its {count} {name} channels; "
-                        f"choose a divisor of {math.gcd(channels, block.channels)}"
-                    )
-            pad = _padding(conv, where)
-            size = tuple(_convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width))
-            if min(size) < 1:
-                raise UserError(
-                    f"{where}: kernel = {conv.kernel} with dilation = {conv.dilation} and padding = {pad} leaves "
-                    f"nothing of an image of {height}x{width} pixels; make it smaller or pad more"
-                )
-            if sizes and size != sizes[0]:
-                raise UserError(
-                    f"{where} gives images of {size[0]}x{size[1]} pixels where convolution 1 gives "
-                    f"{sizes[0][0]}x{sizes[0][1]}; change its kernel, dilation, stride or padding"
-                )
-            sizes.append(size)
-        height, width = (1, 1) if block.pool == "all" else (n // block.pool for n in sizes[0])
-        if min(height, width) < 1:
-            raise UserError(
-                f"model.blocks: block {number}: pool = {block.pool} leaves nothing of an image of "
-                f"{sizes[0][0]}x{sizes[0][1]} pixels; make it smaller"
-            )
-        channels = block.channels
-        found.append((channels, height, width))
-    return found
-
-
-def summed(block: Block, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The (C, H, W) of the images that a block sums, and only then pools, from that of its input."""
-    conv, (_, height, width) = block.convolutions[0], shape
-    how = conv.kernel, conv.dilation, conv.stride, _padding(conv, "")
-    return block.channels, _convolved(height, *how), _convolved(width, *how)
 
 
 class BatchNorm(nn.Module):
@@ -261,7 +94,7 @@ class MixedBlock(nn.Module):
                 config.channels,
                 conv.kernel,
                 conv.stride,
-                _padding(conv, ""),
+                padding_of(conv, ""),
                 conv.dilation,
                 conv.groups,
                 conv.bias,

@@ -2,64 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from dist_train.model import parameter_kind
-
-NonNegative = Annotated[float, Field(ge=0)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class Group:
-    """How one kind of parameters is updated, likewise in `kernels`, `norms`, `mixing`, `output` and `stem`; what is
-    not given there is taken from `[optim.default]`.
-
-    lr is the peak rate for the loss averaged over the global batch. weight_decay has torch's meaning for the
-    algorithm. until_epoch: when set, this kind's rate follows the schedule up to that epoch and is 0 after.
-    """
-
-    algorithm: Literal["sgd", "adamw", "muon"] | None = None
-    lr: NonNegative | None = None
-    momentum: Momentum | None = None
-    weight_decay: NonNegative | None = None
-    until_epoch: NonNegative | None = None
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class OptimConfig:
-    """One group for each kind of parameters, and the schedule that scales every rate over the run."""
-
-    default: Group = dataclasses.field(default_factory=Group)
-    kernels: Group = dataclasses.field(default_factory=Group)
-    norms: Group = dataclasses.field(default_factory=Group)
-    mixing: Group = dataclasses.field(default_factory=Group)
-    output: Group = dataclasses.field(default_factory=Group)
-    stem: Group = dataclasses.field(default_factory=Group)
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def group(self, kind: str) -> dict[str, Any]:
-        """The settings of one kind of parameters, resolved."""
-        settings: dict[str, Any] = {
-            "algorithm": "adamw",
-            "lr": 1e-3,
-            "momentum": 0.9,
-            "weight_decay": 0.0,
-            "until_epoch": None,
-        }
-        for group in (self.default, getattr(self, kind)):
-            given = dataclasses.asdict(group)
-            settings.update({name: value for name, value in given.items() if value is not None})
-        return settings
+from dist_train.settings import OptimConfig
 
 
 def factor(config: OptimConfig, progress: float) -> float:

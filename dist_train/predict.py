@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dist_train.evaluate import Tta
+    from dist_train.settings import Tta
     from dist_train.trained import TrainedNetwork
 
 _KINDS = (*SUFFIXES, ".gif")  # of a folder's files, by their names

@@ -26,13 +26,7 @@ def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(claimed(run_dir, _CLAIM))
-        if path.exists():
-            differing = set(config.difference(settings, config.load(None, path, []))) - {*config.DRIFTING}
-            if differing:
-                raise UserError(
-                    f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
-                    f"give the settings it was started with, or another folder"
-                )
+        config.check_folder(run_dir, settings)
         remove_partial(run_dir)
         write_atomic(path, config.to_toml(settings).encode())
         checkpoint.clean(run_dir / "checkpoints")

@@ -37,6 +37,50 @@ class StopRequest:
         self.received = number
 
 
+class Stopped(BaseException):
+    """A stop signal came before there was anything to be saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+
+
+class StopNow:
+    """While it is entered, the first stop signal, also one that was held back, raises Stopped from whatever is being
+    done; later ones are ignored."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._stop) for number in SIGNALS}
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._received:  # whatever became of the exception, for example in an import
+            raise Stopped(self._received) from None
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if not self._received:
+            self._received = number
+            raise Stopped(number)
+
+
+def hold_back() -> None:
+    """Have stop signals wait until StopNow is entered, or for `ended_within`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def ended_within(seconds: float) -> bool:
+    """Wait for a stop signal, and take it. Returns whether one came."""
+    hold_back()
+    return signal.sigtimedwait(SIGNALS, seconds) is not None
+
+
 def ignore_at_exit() -> None:
     """From the interpreter's end on, stop signals are too late: they are ignored. Python itself would set them back to
     what they do of old, which is to end the process as failed."""

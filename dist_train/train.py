@@ -7,56 +7,29 @@ import logging
 import math
 import time
 import warnings
-from dataclasses import dataclass as plain_dataclass
+from dataclasses import dataclass
 from signal import Signals
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from dist_train.checkpoint import CheckpointConfig, Writer
+from dist_train.checkpoint import Writer
 from dist_train.data import Data
 from dist_train.distributed import Ranks, gather_shares
 from dist_train.errors import DivergedError
-from dist_train.evaluate import EvaluateConfig, evaluate
-from dist_train.model import BatchNorm, BlockNetwork, ModelConfig, whiten
+from dist_train.evaluate import evaluate
+from dist_train.model import BatchNorm, BlockNetwork, whiten
 from dist_train.optim import Optimizers
 from dist_train.randomness import derive
 from dist_train.record import Recorder
 from dist_train.reduction import FixedOrderSum
+from dist_train.settings import CheckpointConfig, EvaluateConfig, ModelConfig, TrainConfig
 from dist_train.stopping import StopRequest
 
-Positive = Annotated[int, Field(gt=0)]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WHITENING_PIXELS = 5000 * 32 * 32
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class TrainConfig:
-    """epochs: may be a fraction. microbatches: the fixed parts of a global batch, spread over the ranks; any world
-    size up to it gives the same weights. deterministic: all that bit-identity needs of the device: deterministic
-    kernels and fixed choices of cuDNN and cuBLAS (TF32 is off in any case). threads: CPU threads of a rank; they
-    are part of what the weights depend on. backend: NCCL between GPUs and gloo between CPUs, unless given; with
-    gloo ranks can share a GPU. timeout: seconds after which a rank that is waited for counts as lost. log_every:
-    steps whose losses are fetched from the device, and after which stop signals are obeyed, at once; 0 takes 1 on a
-    CPU and 20 on a GPU."""
-
-    epochs: Annotated[float, Field(gt=0)] = 10
-    batch_size: Positive = 2000
-    microbatches: Positive = 8
-    seed: int = 0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    compile: bool = False
-    deterministic: bool = True
-    threads: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    timeout: Positive = 600
-    log_every: Annotated[int, Field(ge=0)] = 0
 
 
 def total_steps(settings: TrainConfig, data: Data) -> int:
@@ -180,7 +153,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class _State:
     """All that a run needs to go on, besides its configuration and the number of finished steps."""
 

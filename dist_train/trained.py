@@ -30,8 +30,9 @@ from dist_train.config import Config, parse, to_toml
 from dist_train.data_prep.images import square, unreadable
 from dist_train.environment import Environment
 from dist_train.errors import UserError, say
-from dist_train.evaluate import Tta, views
+from dist_train.evaluate import views
 from dist_train.model import BlockNetwork
+from dist_train.settings import Tta
 from dist_train.train import weights_digest
 
 Pixels = npt.NDArray[Any] | Tensor

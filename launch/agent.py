@@ -19,13 +19,13 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from dist_train.errors import say
+from dist_train.errors import BAD_INPUT, FAILED, say
 from dist_train.stopping import SIGNALS, ignore_at_exit
 
 
 def main() -> int:
-    """Returns 0 when all ranks have done their work, otherwise 1; 128 and a signal's number when that came before
-    them."""
+    """Returns 0 when all ranks have done their work, 2 when the first to leave says that the input is bad, otherwise 1;
+    128 and a signal's number when that came before them."""
     stopped = False
 
     def stop(number: int, _: object) -> None:
@@ -51,7 +51,7 @@ def main() -> int:
         if failure.exitcode < 0 and not stopped:
             ended = signal.Signals(-failure.exitcode).name
             say(f"rank {rank} (process {failure.pid}) was ended by {ended}")
-        return 1
+        return BAD_INPUT if failure.exitcode == BAD_INPUT else FAILED
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "train.sh"
+SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "train.sh"  # the repository's, or the installed package's
 _SHORT = {"A": "account", "C": "constraint", "J": "job-name", "N": "nodes", "c": "cpus-per-task", "p": "partition"}
 _SHORT |= {"q": "qos", "t": "time", "w": "nodelist", "x": "exclude"}
 _OPTION = re.compile(r"#SBATCH\s+(?:--(?P<long>[a-z-]+)|-(?P<short>\w))(?:[=\s]\s*(?P<value>[^\s#]\S*))?\s*(?:#.*)?")
@@ -21,8 +21,17 @@ _LOCAL_DISKS = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tm
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
-def options(script: Path = SCRIPT) -> dict[str, str | bool]:
-    """The #SBATCH lines of the script, by long name; True for an option without a value. Raises UserError."""
+def used_script() -> Path:
+    """The script that jobs take their options and their set-up from: slurm/train.sh of the current folder, where there
+    is one, because nobody should edit an installed package."""
+    own = Path("slurm") / "train.sh"
+    return own if own.is_file() else SCRIPT
+
+
+def options(script: Path | None = None) -> dict[str, str | bool]:
+    """The #SBATCH lines of a script, the used one unless given, by long name; True for an option without a value.
+    Raises UserError."""
+    script = script or used_script()
     found: dict[str, str | bool] = {}
     for line in script.read_text().splitlines():
         if line.startswith("#SBATCH"):
@@ -34,8 +43,9 @@ def options(script: Path = SCRIPT) -> dict[str, str | bool]:
     return found
 
 
-def set_up(script: Path = SCRIPT) -> list[str]:
-    """The script's lines between "# set-up" and "# end of set-up". Raises UserError."""
+def set_up(script: Path | None = None) -> list[str]:
+    """A script's lines between "# set-up" and "# end of set-up". Raises UserError."""
+    script = script or used_script()
     lines = script.read_text().splitlines()
     first = [number for number, line in enumerate(lines) if line.startswith("# set-up")]
     last = [number for number, line in enumerate(lines) if line.startswith("# end of set-up")]

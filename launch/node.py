@@ -1,4 +1,4 @@
-"""What a job does on each of its nodes: the data, then torchrun over all that the node has, to the end or a stop.
+"""What a job does on each of its nodes: torchrun over all that the node has, to the end or a stop.
 
     srun --ntasks-per-node=1 python -m dist_train.launch.node [arguments of python -m dist_train.main]
 
@@ -28,12 +28,12 @@ import torch
 
 from dist_train import checkpoint, data_prep, table
 from dist_train.distributed import ranks_per_node
-from dist_train.errors import UserError, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, command, say
 from dist_train.files import write_atomic
-from dist_train.main import BAD_INPUT, DONE, FAILED, PREEMPTED, parser, resolve
+from dist_train.main import parser, resolve
 from dist_train.record import read_history
+from dist_train.settings import TrainConfig
 from dist_train.stopping import SIGNALS, ignore_at_exit
-from dist_train.train import TrainConfig
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
 _REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
@@ -136,7 +136,6 @@ class Training:
         self.run_dir = Path(_named(str(self.run_dir))).absolute()
         _, settings = resolve(parser().parse_intermixed_args(self.arguments))
         per_node = local_ranks(settings.train, here.nodes, here.cpus)
-        settings.data.prepare()
         meeting = self._meet(here) if here.nodes > 1 else ""
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:
@@ -150,7 +149,10 @@ class Training:
                 self.stop()
             while not self._ended():
                 time.sleep(0.1)
-            if self.process.wait() == 0:
+            code = self.process.wait()
+            if code == BAD_INPUT:
+                return code
+            if code == 0:
                 outcome = "done"
         # otherwise by its record: a late signal may end torchrun when its ranks have done all
         outcome = outcome or _outcome(self.run_dir, known, self.stopping)
@@ -276,6 +278,7 @@ def _newest(run_dir: Path) -> int:
     return max(checkpoint.steps(folder), default=0) if folder.is_dir() else 0
 
 
+@command
 def main() -> int:
     """One node of a batch job. Returns the exit code."""
     arguments = sys.argv[1:]

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One training on Slurm, over all that the job's nodes have. From the repository's root:
+# One training on Slurm, over all that the job's nodes have. From the folder that has .venv and slurm/ in it:
 #
 #   sbatch [options of sbatch] slurm/train.sh [arguments of python -m dist_train.main]
 #   sbatch --nodes=2 slurm/train.sh --preset block94          # two nodes, the same weights
 #   sbatch --array=0-4%2 slurm/train.sh                       # seeds 0 to 4, two at a time
 #
-# This is the one file to edit for a cluster: python -m launch.submit takes its options and its set-up from here, too.
+# This is the one file to edit for a cluster: python -m dist_train.launch.submit takes its options and its set-up from
+# here, too.
 # A second # switches an option off; what is given to sbatch itself goes before all of them.
 
 #SBATCH --job-name=train

@@ -20,19 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_train import config
 from dist_train.describe import KNOWN, Shape, figure, layers, main, markdown, svg, text, totals
 from dist_train.errors import UserError
-from dist_train.model import (
-    BatchNormConfig,
-    Block,
-    BlockNetwork,
-    Convolution,
-    MixedBlock,
-    ModelConfig,
-    Output,
-    Stem,
-    Where,
-    flops,
-    shapes,
-)
+from dist_train.model import BlockNetwork, MixedBlock, flops
+from dist_train.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where, shapes
 
 ODD = ModelConfig(
     stem=Stem(kind="conv", kernel=7, padding=3, stride=2, channels=32, activation="silu"),

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_train import config, data_prep
-from dist_train.data import Data, DataConfig, manifest
+from dist_train.data import Data
 from dist_train.distributed import Ranks
-from dist_train.evaluate import Tta, evaluate
+from dist_train.evaluate import evaluate
 from dist_train.model import BlockNetwork
+from dist_train.settings import DataConfig, Tta, manifest
 
 OFF = torch.autocast("cpu", enabled=False)
 ALONE = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))

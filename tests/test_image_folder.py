@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw
 from test_data_prep import edit_manifest, refused, run_here, snapshot
 
 from dist_train import config, data_prep
-from dist_train.data import Data, DataConfig, manifest
+from dist_train.data import Data
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
-from dist_train.model import Block, Convolution
 from dist_train.record import read_metrics
+from dist_train.settings import Block, Convolution, DataConfig, manifest
 
 EXAMPLES = REPOSITORY / "dist_train" / "examples"
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "purple")
@@ -287,9 +287,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
         manifest(DataConfig("shapes", str(out), source=str(shapes)))
     with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
         DataConfig("digits", str(out), image_size=20).prepare()
-    with pytest.raises(
-        UserError, match=r"there is no such folder; write the data set with python -m dist_train.data_prep"
-    ) as said:
+    with pytest.raises(UserError, match=r"there is no data set; write it with python -m dist_train.data_prep") as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))
     words = shlex.split(str(said.value).partition(" with ")[2])
     assert run_here(*words[3:]).returncode == 0

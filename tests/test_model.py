@@ -16,23 +16,8 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.errors import UserError
-from dist_train.model import (
-    BatchNorm,
-    BatchNormConfig,
-    Block,
-    BlockNetwork,
-    Convolution,
-    MixedBlock,
-    ModelConfig,
-    Output,
-    Stem,
-    Where,
-    flops,
-    parameter_kind,
-    shapes,
-    training_flops,
-    whiten,
-)
+from dist_train.model import BatchNorm, BlockNetwork, MixedBlock, flops, parameter_kind, training_flops, whiten
+from dist_train.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where, shapes
 
 Array = NDArray[np.float64]
 

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from dist_train.model import Block, BlockNetwork, Convolution, ModelConfig, Stem
-from dist_train.optim import Group, Muon, OptimConfig, Optimizers, factor, orthogonalise
+from dist_train.model import BlockNetwork
+from dist_train.optim import Muon, Optimizers, factor, orthogonalise
+from dist_train.settings import Block, Convolution, Group, ModelConfig, OptimConfig, Stem
 
 
 def network() -> BlockNetwork:

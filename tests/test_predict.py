@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from dist_train import TrainedNetwork, data_prep, load, predict
-from dist_train.data import Data, manifest
+from dist_train.data import Data
 from dist_train.distributed import Ranks
 from dist_train.errors import UserError
+from dist_train.settings import manifest
 from dist_train.trained import Picture
 
 Answer = list[tuple[str, float]]

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from packaging.requirements import Requirement
 
 from dist_train.launch import install
-from tests.conftest import REPOSITORY
 
 if sys.version_info >= (3, 11):
     import tomllib
