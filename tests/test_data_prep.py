@@ -7,16 +7,25 @@ import importlib.metadata
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+<<<<<<< HEAD
+=======
+import tarfile
+>>>>>>> output
 import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+<<<<<<< HEAD
 from dataclasses import replace
+=======
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+>>>>>>> output
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +34,11 @@ import pytest
 from conftest import needs_ffcv
 
 from dist_train import data_prep
+<<<<<<< HEAD
 from dist_train.data_prep import DataError, beton_file, datasets, ffcv_library
+=======
+from dist_train.data_prep import DataError, datasets
+>>>>>>> output
 from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -282,11 +295,16 @@ def test_no_network_is_told_promptly_with_an_exit_code_of_its_own(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+<<<<<<< HEAD
 def test_a_download_says_one_line_and_is_compared(
+=======
+def test_a_download_says_where_it_goes_and_draws_no_bar_into_a_file(
+>>>>>>> output
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torchvision.datasets import CIFAR10
 
+<<<<<<< HEAD
     served = tmp_path / "served"
     served.mkdir()
     (served / CIFAR10.filename).write_bytes(bytes(1 << 20))
@@ -308,6 +326,36 @@ def test_a_download_says_one_line_and_is_compared(
 class SilentHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+=======
+    parts = {name: {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]} for name in ("train", "test")}
+    files = {**parts, "meta": {"label_names": ["cat", "dog"]}}
+    sums = {}
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            sums[name] = hashlib.md5(data).hexdigest()
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar.tar.gz")
+    monkeypatch.setattr(CIFAR10, "filename", "cifar.tar.gz")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", None)
+    monkeypatch.setattr(CIFAR10, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": sums["meta"]})
+    monkeypatch.setenv("CIFAR10_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for said in (f"data_prep: downloading CIFAR-10 into {tmp_path}/cache/dist_train/cifar10\n", ""):
+        assert datasets.load("cifar10", None).classes == ("cat", "dog")
+        assert capsys.readouterr() == ("", said)
+    server.shutdown()
+    server.server_close()
+>>>>>>> output
 
 
 def test_wrong_source(tmp_path: Path) -> None:
