@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import http.server
 import importlib.metadata
 import io
 import json
@@ -13,19 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-<<<<<<< HEAD
-=======
 import tarfile
->>>>>>> output
 import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-<<<<<<< HEAD
 from dataclasses import replace
-=======
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
->>>>>>> output
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +27,7 @@ import pytest
 from conftest import needs_ffcv
 
 from dist_train import data_prep
-<<<<<<< HEAD
 from dist_train.data_prep import DataError, beton_file, datasets, ffcv_library
-=======
-from dist_train.data_prep import DataError, datasets
->>>>>>> output
 from dist_train.data_prep.__main__ import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -295,38 +284,11 @@ def test_no_network_is_told_promptly_with_an_exit_code_of_its_own(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-<<<<<<< HEAD
-def test_a_download_says_one_line_and_is_compared(
-=======
 def test_a_download_says_where_it_goes_and_draws_no_bar_into_a_file(
->>>>>>> output
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torchvision.datasets import CIFAR10
 
-<<<<<<< HEAD
-    served = tmp_path / "served"
-    served.mkdir()
-    (served / CIFAR10.filename).write_bytes(bytes(1 << 20))
-    handler = functools.partial(SilentHandler, directory=str(served))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}")
-        with pytest.raises(data_prep.NoNetworkError, match=f"could not be downloaded from {CIFAR10.url}"):
-            datasets.load("cifar10", None)
-        server.shutdown()
-    cache = tmp_path / "cache" / "dist_train" / "cifar10"
-    assert capsys.readouterr().err == f"data_prep: downloading CIFAR-10 into {cache}\n"
-    assert (cache / CIFAR10.filename).stat().st_size == 1 << 20
-
-
-class SilentHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-=======
     parts = {name: {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]} for name in ("train", "test")}
     files = {**parts, "meta": {"label_names": ["cat", "dog"]}}
     sums = {}
@@ -355,7 +317,6 @@ class SilentHandler(http.server.SimpleHTTPRequestHandler):
         assert capsys.readouterr() == ("", said)
     server.shutdown()
     server.server_close()
->>>>>>> output
 
 
 def test_wrong_source(tmp_path: Path) -> None:
