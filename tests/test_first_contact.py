@@ -271,14 +271,15 @@ def test_of_many_ranks_one_speaks(name: str, ranks: int, digits: Path, tmp_path:
     (line,) = said(stderr)
     assert sentence in line
     codes = exit_codes(stderr)
-    assert codes == [2] * ranks if name != "damaged" else 2 in codes
+    # older versions of torchrun list only the first that failed
+    assert set(codes) == {2} if name != "damaged" else 2 in codes
     assert stderr.count("Traceback") == 1  # torchrun's
 
 
 def test_more_ranks_than_microbatches(tmp_path: Path) -> None:
     process = start(tmp_path, "--preset", "digits", "microbatches=2", ranks=3)
     _, stderr = ended(process)
-    assert exit_codes(stderr) == [2, 2, 2]
+    assert set(exit_codes(stderr)) == {2}
     assert "train.microbatches = 2 gives work to 2 ranks at most, but 3 were started" in said(stderr)[0]
 
 
