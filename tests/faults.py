@@ -143,7 +143,7 @@ def warm_up() -> None:
             manager.__new__(manager).compile_reader()
         numba.set_num_threads = start_threads
     # torch.use_deterministic_algorithms imports the first, the others are imported where they are used
-    for name in ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg", "dist_train.main"):
+    for name in ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg", "dist_train.run"):
         import_module(name)
 
 

@@ -154,7 +154,7 @@ def test_without_root_or_compiler(tmp_path: Path) -> None:
     assert f"setup: making {own} with Python 3" in done.stderr
     assert re.search(r"setup: without ffcv, since building it takes a C\+\+ compiler, .*libopencv-dev", done.stderr)
     assert not list(own.glob("lib/python3*/site-packages/ffcv"))
-    ours = r"(setup|data_prep|dist_train|quickstart): .*"
+    ours = r"(setup|data_prep|dist_train|W&B): .*"
     assert [line for line in done.stderr.splitlines() if line and not re.fullmatch(ours, line)] == []
     summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"]["ffcv"] is None
