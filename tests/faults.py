@@ -143,7 +143,8 @@ def warm_up() -> None:
             manager.__new__(manager).compile_reader()
         numba.set_num_threads = start_threads
     # torch.use_deterministic_algorithms imports the first, the others are imported where they are used
-    for name in ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg", "dist_train.run"):
+    late = ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg")
+    for name in (*late, "dist_train.main", "dist_train.run"):
         import_module(name)
 
 
