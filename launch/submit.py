@@ -371,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog=f"slurm/train.sh is that of the current folder, or else {cluster.SCRIPT};\n"
-        f"for one to edit: mkdir -p slurm && cp {shlex.quote(str(cluster.SCRIPT))} slurm/",
+        f'for one to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
     )
     add = described.add_argument
     add("--nodes", metavar="N", type=int)

@@ -20,6 +20,7 @@ from conftest import REPOSITORY, command
 from PIL import Image
 
 from dist_train.config import reference
+from dist_train.launch.cluster import SCRIPT
 
 # lines as regular expressions, for whole lines
 NUMBER = r"[\d,.]+(?:e[+-]\d+)?"
@@ -220,13 +221,12 @@ def test_help(place: Path) -> None:
     sources += [path.read_text() for part in ("data_prep", "launch") for path in (REPOSITORY / part).glob("*.py")]
     written = squeezed(" ".join([*sources, reference()]))
     names = "main data_prep launch.quickstart launch.submit evaluate predict export report plots table diff describe"
-    names = "main data_prep launch.quickstart launch.submit evaluate predict export report plots table diff describe"
     modules = [f"dist_train.{name}" for name in [*names.split(), "upload", "dashboard"]]
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda module: run(place, "--help", module=module), modules))
     for module, done in zip(modules, answers, strict=True):
         assert (done.returncode, done.stderr) == (0, ""), module
-        usage, *lines = done.stdout.splitlines()
+        usage, *lines = done.stdout.replace(str(SCRIPT), "{cluster.SCRIPT}").splitlines()
         assert usage.startswith("usage: python -m dist_train."), module
         # of the rest, what is not indented stands in our sources, up to where lines break
         headings = ("positional arguments:", "options:")
