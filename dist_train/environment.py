@@ -18,6 +18,8 @@ from dist_train import __version__
 
 Environment = dict[str, str]
 
+_LONG_ENOUGH = 0.01  # seconds of one matrix product, for its rate to be that of a larger one
+
 
 def environment(device: torch.device) -> Environment:
     """What may change bits when a run goes on elsewhere, each as a short text."""
@@ -69,15 +71,20 @@ def device_name(device: torch.device) -> str:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a product of two square matrices on this rank, the median of five."""
-    slow = device.type == "cpu" and dtype == torch.float16  # most CPUs have no fast product of these
-    size = 8192 if device.type == "cuda" else 256 if slow else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
     times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
+    for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        times = [_product_seconds(a) for _ in range(2)]
+        if times[-1] > _LONG_ENOUGH:  # a CPU without instructions for the dtype takes seconds for the largest
+            break
+    times += [_product_seconds(a) for _ in range(4)]
     return 2 * size**3 / statistics.median(times[1:])
+
+
+def _product_seconds(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()  # waits for the device
+    return time.perf_counter() - start
 
 
 @cache

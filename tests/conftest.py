@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-# a network of all the parts, small enough to train in seconds on a fraction of a CPU
-TINY = ["train.epochs=2", "batch_size=256", "record.wandb=disabled"]
+# a network of all the parts, small enough to train in seconds on a fraction of a CPU; in the precision that is fast on
+# every CPU, where it is not what a test is about
+TINY = ["train.epochs=2", "batch_size=256", "precision=fp32", "record.wandb=disabled"]
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the files that take longest, in the order in which tests/run.sh's workers take them: none is left alone at the end
 LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]

@@ -19,8 +19,9 @@ Train = Callable[..., dict[str, Any]]
 
 
 def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Train, tmp_path: Path) -> None:
-    # in bf16; the faults of test_faults.py come to runs in fp32, too
-    phases = ["evaluate.tta=shift", "data.smaller=[{size=20, until_epoch=0.6}]", "optim.stem.until_epoch=1.2"]
+    # in bf16: most of the other tests are in fp32
+    phases = ["data.smaller=[{size=20, until_epoch=0.6}]", "optim.stem.until_epoch=1.2"]
+    phases += ["precision=bf16", "evaluate.tta=shift"]
     alone = train("1", *phases)
     assert 0 < alone["test_accuracy_tta"] < 1
     for name, ranks, loader in (("2", 2, "stream"), ("3", 3, "resident"), ("8", 8, "resident")):
@@ -102,9 +103,10 @@ def test_fp16_with_a_scaler_trains_and_is_bit_identical(train: Train, tmp_path: 
 
 
 def test_compiled_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> None:
-    alone = train("1", "compile=true", "epochs=1")
-    assert train("2", "compile=true", "epochs=1", ranks=2)["weights_sha256"] == alone["weights_sha256"]
-    eager = train("eager", "epochs=1")
+    settings = ["precision=bf16", "epochs=1"]
+    alone = train("1", "compile=true", *settings)
+    assert train("2", "compile=true", *settings, ranks=2)["weights_sha256"] == alone["weights_sha256"]
+    eager = train("eager", *settings)
     assert alone["train_loss"] == pytest.approx(eager["train_loss"], rel=0.02)
 
 
