@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from benchmarks.table import spread
-from dist_train import checkpoint, config
-from dist_train.model import BlockNetwork
-from dist_train.optim import Optimizers
+from dist_train import config
+from dist_train.model.network import BlockNetwork
+from dist_train.runs import checkpoint
+from dist_train.training.optimizers import Optimizers
 
 IMAGES = 250  # those of one microbatch of the preset
 

@@ -27,11 +27,11 @@ import torch
 
 from benchmarks.table import append, command, measured_on, spread, table
 from dist_train import data_prep
-from dist_train.data import Data
+from dist_train.config.settings import DataConfig
+from dist_train.data.batches import Data
 from dist_train.data_prep import ffcv_library
-from dist_train.distributed import Ranks
+from dist_train.distributed.ranks import Ranks
 from dist_train.randomness import permutation
-from dist_train.settings import DataConfig
 
 BATCH, MICROBATCHES = 2000, 8  # of the preset block94
 SIZE = BATCH // MICROBATCHES

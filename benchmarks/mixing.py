@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.table import append, command, measured_on, spread, table
 from benchmarks.table import row as line
-from dist_train.distributed import keep_memory
-from dist_train.mixing import Form, average, choose, mix
+from dist_train.distributed.device import keep_memory
+from dist_train.model.mixing import Form, average, choose, mix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS: list[Form] = ["outputs", "inputs", "kernels"]

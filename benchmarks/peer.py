@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.turns import EnoughError, Pacer
-from dist_train.distributed import keep_memory
+from dist_train.distributed.device import keep_memory
 
 _FOR_CPU = [
     (r"torch\.cuda\.", "cuda."),  # a stand-in of that name

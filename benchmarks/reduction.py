@@ -41,10 +41,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.table import spread
 from dist_train import config
-from dist_train.distributed import Ranks, ranks, share
-from dist_train.model import BlockNetwork
-from dist_train.optim import Optimizers
-from dist_train.reduction import FixedOrderSum, cost, pieces
+from dist_train.distributed.gradient_sum import FixedOrderSum, cost, pieces
+from dist_train.distributed.ranks import Ranks, ranks, share
+from dist_train.model.network import BlockNetwork
+from dist_train.training.optimizers import Optimizers
 
 DONE, REFUSED = 0, 77  # exit codes; the second: --bytes, and no network namespace
 _WARM_UP = 2  # DDP lays its buckets out anew after the first step

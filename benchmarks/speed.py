@@ -43,15 +43,17 @@ import torch
 from benchmarks.table import append, command, measured_on, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
-from dist_train.data import Data, Microbatch
-from dist_train.distributed import ranks, ranks_per_node
-from dist_train.environment import matrix_rate
+from dist_train.data.batches import Data, Microbatch
+from dist_train.data.dataset import manifest
+from dist_train.distributed.device import DTYPES, matrix_rate
+from dist_train.distributed.ranks import ranks, ranks_per_node
 from dist_train.errors import UserError, say
-from dist_train.model import BlockNetwork, training_flops
-from dist_train.optim import Optimizers
-from dist_train.settings import manifest, shapes
-from dist_train.stopping import StopRequest
-from dist_train.train import DTYPES, build_model, total_steps, train
+from dist_train.model.network import BlockNetwork
+from dist_train.model.shapes import shapes, training_flops
+from dist_train.signals import StopRequest
+from dist_train.training.loop import train
+from dist_train.training.optimizers import Optimizers
+from dist_train.training.train import build_model, total_steps
 
 PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent

@@ -93,7 +93,10 @@ def _child(out: Path, trainer: list[str]) -> None:
     started = boot + ticks / os.sysconf("SC_CLK_TCK")
     import torch.distributed
 
-    from dist_train import main, record, run, settings, train
+    from dist_train import main
+    from dist_train.data import dataset
+    from dist_train.runs import metrics
+    from dist_train.training import step_log, train
 
     seconds = {"started": started, "imports": time.time() - started}
     open_parts: list[str] = []
@@ -116,15 +119,15 @@ def _child(out: Path, trainer: list[str]) -> None:
         setattr(owner, name, call)
 
     timed(torch.distributed, "init_process_group", "process group")
-    timed(settings.DataConfig, "prepare", "data")
+    timed(dataset, "prepare", "data")
     for name, part in (("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
-        timed(run, name, part)
+        timed(train, name, part)
     for name in ("open_folder", "Keeper"):
-        timed(run, name, "record")
+        timed(train, name, "record")
     timed(train, "FixedOrderSum", "DDP")
 
-    step = record.Recorder.step
-    begin = train._Meter.__init__
+    step = metrics.Recorder.step
+    begin = step_log.StepLog.__init__
 
     def begins(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
@@ -137,8 +140,8 @@ def _child(out: Path, trainer: list[str]) -> None:
         out.write_text(json.dumps(seconds))
         os._exit(0)  # the others are ended by the launcher
 
-    train._Meter.__init__ = begins  # type: ignore[method-assign]
-    record.Recorder.step = ends  # type: ignore[method-assign]
+    step_log.StepLog.__init__ = begins  # type: ignore[method-assign]
+    metrics.Recorder.step = ends  # type: ignore[method-assign]
     main.main(trainer)
 
 

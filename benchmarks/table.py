@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.environment import device_name, git_commit
+from dist_train.runs.environment import device_name, git_commit
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

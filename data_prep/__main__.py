@@ -1,28 +1,31 @@
-"""The command `python -m dist_train.data_prep`."""
+"""Write a data set into files of ffcv's format: train.beton, test.beton and manifest.json.
 
-import argparse
+    dist-train prepare --dataset cifar10
+    dist-train prepare --dataset mine --source FOLDER --image-size 64
+
+A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder with a
+folder of images for each class, or with two such folders train and test (or val). python -m dist_train.data_prep is the
+same command. Exit codes: 0 the data set is ready; 2 bad input; 3 CIFAR-10 had to be downloaded and there is no network.
+"""
+
 import sys
 import time
 from pathlib import Path
 
+from dist_train.command_line import Parser, command
 from dist_train.data_prep.betons import prepare, verify
 from dist_train.data_prep.datasets import DATASETS
-from dist_train.data_prep.files import DataError, NoNetworkError
+from dist_train.data_prep.files import DataError
 from dist_train.data_prep.images import TEST_FRACTION
+from dist_train.errors import UserError
 
-BAD_INPUT, NO_NETWORK, INTERRUPTED = 2, 3, 130  # exit codes
+_INTERRUPTED = 130  # exit code
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_train.data_prep",
-        description="Write a data set into files of ffcv's format: train.beton, test.beton and manifest.json. "
-        "A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder "
-        "with a folder of images for each class, or with two such folders train and test (or val).",
-        epilog="Exit codes: 0 the data set is ready; 2 something given or found is wrong (one sentence on "
-        "stderr says what, and what to do); 3 CIFAR-10 had to be downloaded and there is no network.",
-    )
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = Parser("prepare", __doc__)
     parser.add_argument(
         "--dataset",
         metavar="NAME",
@@ -59,7 +62,7 @@ def main() -> int:
         action="store_true",
         help="write the folder anew even if it is damaged or done",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.verify and (args.force or args.source or args.image_size or args.test_fraction is not None):
         parser.error("--verify writes nothing: give it no more than --dataset and --out")
     dataset: str = args.dataset or "cifar10"
@@ -82,15 +85,11 @@ def main() -> int:
                 test_fraction=args.test_fraction,
                 force=args.force,
             )
-    except DataError as error:
-        print(f"data_prep: {error}", file=sys.stderr)
-        return NO_NETWORK if isinstance(error, NoNetworkError) else BAD_INPUT
     except ImportError as error:
-        print(f"data_prep: {error}: install the project's requirements", file=sys.stderr)
-        return BAD_INPUT
+        raise UserError(f"{error}: install the project's requirements") from None
     except KeyboardInterrupt:
         print("data_prep: interrupted, nothing was published", file=sys.stderr)
-        return INTERRUPTED
+        return _INTERRUPTED
     counts = " and ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     size = "x".join(map(str, manifest.image_shape))
     state = "verified" if args.verify else "ready"

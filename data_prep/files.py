@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dist_train.errors import NO_NETWORK, UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """The data set, or a setting that leads to it, is unusable.
 
     The message is one sentence that names the file or setting, what is wrong with it and the remedy.
@@ -17,7 +19,9 @@ class DataError(ValueError):
 
 
 class NoNetworkError(DataError):
-    """A download was needed and failed on the way (the command ends with exit code 3)."""
+    """A download was needed and failed on the way."""
+
+    code = NO_NETWORK
 
 
 @contextmanager

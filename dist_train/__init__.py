@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 launcher = os.getppid()  # noted before the imports take their time, in which it may die
 
 if TYPE_CHECKING:
-    from dist_train.trained import TrainedNetwork as TrainedNetwork
-    from dist_train.trained import load as load
-    from dist_train.trained import predict as predict
+    from dist_train.inference.trained_network import TrainedNetwork as TrainedNetwork
+    from dist_train.inference.trained_network import load as load
+    from dist_train.inference.trained_network import predict as predict
 
 
 def __getattr__(name: str) -> Any:
     """What takes torch to import, once it is asked for. `predict` is the function; to import the command of that name
     would hide it."""
     if name in ("TrainedNetwork", "load", "predict"):
-        from dist_train import trained
+        from dist_train.inference import trained_network
 
-        return getattr(trained, name)
+        return getattr(trained_network, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec
+from typing import Any, ClassVar, Literal
 
-P = ParamSpec("P")
-# Exit codes. The last is sysexits.h's EX_TEMPFAIL: the same command goes on.
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+# Exit codes. The last is EX_TEMPFAIL of sysexits.h: the same command resumes.
+DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
 
 
 @dataclass
@@ -24,7 +21,10 @@ class Outcome:
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the setting, the value and the remedy."""
+    """Bad input. The message is one sentence that names the setting, the value and the remedy. code: the exit code of
+    a command that ends with it."""
+
+    code: ClassVar[int] = BAD_INPUT
 
 
 class DivergedError(ArithmeticError):
@@ -48,17 +48,3 @@ class LostPeerError(ConnectionError):
 def say(message: str) -> None:
     """Tell whoever started the run, in one sentence on stderr."""
     print(f"dist_train: {message}", file=sys.stderr, flush=True)
-
-
-def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's `main`, which returns its exit code: bad input is said in its one sentence, and the code is 2."""
-
-    @functools.wraps(main)
-    def said(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            say(str(error))
-            return BAD_INPUT
-
-    return said

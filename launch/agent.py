@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from dist_train.errors import BAD_INPUT, FAILED, say
-from dist_train.stopping import SIGNALS, ignore_at_exit
+from dist_train.signals import SIGNALS, ignore_at_exit
 
 
 def main() -> int:

@@ -26,14 +26,16 @@ from typing import Any
 
 import torch
 
-from dist_train import checkpoint, data_prep, table
-from dist_train.distributed import ranks_per_node
-from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, command, say
+from dist_train.command_line import command
+from dist_train.config.arguments import parser, resolve
+from dist_train.config.settings import TrainConfig
+from dist_train.distributed.ranks import ranks_per_node
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, say
 from dist_train.files import write_atomic
-from dist_train.main import parser, resolve
-from dist_train.record import read_history
-from dist_train.settings import TrainConfig
-from dist_train.stopping import SIGNALS, ignore_at_exit
+from dist_train.reports import table
+from dist_train.runs import checkpoint
+from dist_train.runs.history import read_history
+from dist_train.signals import SIGNALS, ignore_at_exit
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
 _REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
@@ -127,7 +129,7 @@ class Training:
         ignore_at_exit()
         try:
             return self._run()
-        except (UserError, data_prep.DataError) as error:
+        except UserError as error:
             say(str(error))
             return BAD_INPUT
 
@@ -279,9 +281,9 @@ def _newest(run_dir: Path) -> int:
 
 
 @command
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """One node of a batch job. Returns the exit code."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else arguments
     given = parser().parse_intermixed_args(arguments)
     run_dir, extra = (given.run_dir, []) if given.run_dir else _member()
     training = Training([*arguments, *extra], run_dir, group="SLURM_ARRAY_TASK_ID" in os.environ)

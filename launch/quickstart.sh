@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 latest=
 if [ "${1:-}" = --latest ]; then latest=--latest; shift; fi
 bash launch/setup.sh $latest
-exec "${DIST_TRAIN_VENV:-.venv}/bin/python" -m dist_train.launch.quickstart "$@"
+exec "${DIST_TRAIN_VENV:-.venv}/bin/python" -m dist_train quickstart "$@"

@@ -1,9 +1,9 @@
 """Submit one training, or an array of them over seeds and settings, to Slurm through submitit; or run it here.
 
-    python -m dist_train.launch.submit --nodes 2 --preset block94 epochs=12
-    python -m dist_train.launch.submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
-    python -m dist_train.launch.submit --sweep dist_train/examples/sweep.yaml --at-most 4
-    python -m dist_train.launch.submit --local --preset digits
+    dist-train submit --nodes 2 --preset block94 epochs=12
+    dist-train submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
+    dist-train submit --sweep dist_train/examples/sweep.yaml --at-most 4
+    dist-train submit --local --preset digits
 
 Whatever is not listed below is for python -m dist_train.main, as is. Options that are not given are those of
 slurm/train.sh. In Python:
@@ -31,14 +31,16 @@ import submitit
 import torch
 import yaml
 
-from dist_train import table
-from dist_train.errors import UserError, command
+from dist_train.command_line import Parser, command
+from dist_train.config.arguments import parser as trainer_parser
+from dist_train.config.arguments import resolve
+from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
-from dist_train.main import parser as trainer_parser
-from dist_train.main import resolve
-from dist_train.record import SUMMARY
+from dist_train.reports import table
+from dist_train.runs import layout
+from dist_train.runs.layout import SUMMARY
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
@@ -355,7 +357,7 @@ def _expect(plan: _Plan, group: Path) -> None:
     if any(training.group for training in plan.trainings):
         group.mkdir(parents=True, exist_ok=True)
         expected = {training.run_dir.name: training.arguments for training in plan.trainings}
-        write_atomic(group / table.MEMBERS, (json.dumps(expected, indent=1) + "\n").encode())
+        write_atomic(group / layout.MEMBERS, (json.dumps(expected, indent=1) + "\n").encode())
 
 
 def _job(handle: submitit.Job[str], training: Training) -> Job:
@@ -365,11 +367,9 @@ def _job(handle: submitit.Job[str], training: Training) -> Job:
 
 
 def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(
-        prog="python -m dist_train.launch.submit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    described = Parser(
+        "submit",
+        __doc__,
         epilog=f"slurm/train.sh is that of the current folder, or else {cluster.SCRIPT};\n"
         f'for one to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
     )
@@ -393,8 +393,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 @command
-def main() -> int:
-    args, arguments = parser().parse_known_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    args, arguments = parser().parse_known_args(arguments)
     more: dict[str, str | bool] = {}
     for option in args.sbatch:
         name, given, value = option.lstrip("-").partition("=")
@@ -436,7 +437,7 @@ def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
     if slurm:
         print(f"its state: squeue -j {number}; to end it: scancel {number}")
     if group:
-        print(f"its table: python -m dist_train.table {shlex.quote(str(folder))}", flush=True)
+        print(f"its table: dist-train table {shlex.quote(str(folder))}", flush=True)
 
 
 def _finish(jobs: Sequence[Job], is_array: bool) -> int:
@@ -454,7 +455,3 @@ def _finish(jobs: Sequence[Job], is_array: bool) -> int:
     if is_array:
         print(table.write(jobs[0].run_dir.parent), end="", flush=True)
     return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,7 @@
 #   sbatch --nodes=2 slurm/train.sh --preset block94          # two nodes, the same weights
 #   sbatch --array=0-4%2 slurm/train.sh                       # seeds 0 to 4, two at a time
 #
-# This is the one file to edit for a cluster: python -m dist_train.launch.submit takes its options and its set-up from
+# This is the one file to edit for a cluster: dist-train submit takes its options and its set-up from
 # here, too.
 # A second # switches an option off; what is given to sbatch itself goes before all of them.
 

@@ -66,11 +66,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main") -> list[str]:
-    """The trainer's command line: plain Python for one rank, torchrun for more."""
+    """A command line of the trainer, or of `module="dist_train COMMAND"`: Python for one rank, torchrun for more."""
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    return [*start, module, *map(str, arguments)]
+    return [*start, *module.split(), *map(str, arguments)]
 
 
 def trainer(

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_train.main import _entry
-from dist_train.optim import Optimizers
+from dist_train.main import entry
+from dist_train.training.optimizers import Optimizers
 
 steps = 0
 step = Optimizers.step
@@ -22,4 +22,4 @@ def fail_later(self: Optimizers, scaler: Any) -> Tensor:
 
 if __name__ == "__main__":
     Optimizers.step = fail_later  # type: ignore[method-assign]
-    _entry()
+    entry()

@@ -144,7 +144,7 @@ def warm_up() -> None:
         numba.set_num_threads = start_threads
     # torch.use_deterministic_algorithms imports the first, the others are imported where they are used
     late = ("torch._inductor", "matplotlib.figure", "matplotlib.backends.backend_agg")
-    for name in (*late, "dist_train.main", "dist_train.run"):
+    for name in (*late, "dist_train.main", "dist_train.training.train"):
         import_module(name)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train import checkpoint
-from dist_train.checkpoint import Writer
+from dist_train.runs import checkpoint
+from dist_train.runs.checkpoint import Writer
 
 
 def saved(folder: Path, *steps: int, keep: int = 2) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_train import config
+from dist_train.config import loading
 from dist_train.errors import UserError
 
 
@@ -91,9 +92,9 @@ def test_help_has_every_setting_with_its_real_default(tmp_path: Path) -> None:
     text = config.reference()
     shown = re.findall(r"(?<=\s)((?:data|optim|train|evaluate|checkpoint|record|model)\.[\w.]+=\S+)", text)
     names = [setting.partition("=")[0] for setting in shown]
-    of_kinds = {name for name in config._leaves(config.Config) if name.count(".") == 2 and name.startswith("optim.")}
+    of_kinds = {name for name in loading._leaves(config.Config) if name.count(".") == 2 and name.startswith("optim.")}
     unset = of_kinds - {name for name in of_kinds if name.startswith("optim.default")} | {"optim.default.until_epoch"}
-    assert {*names} == {*config._leaves(config.Config)} - unset - {"model.blocks"}
+    assert {*names} == {*loading._leaves(config.Config)} - unset - {"model.blocks"}
     file = tmp_path / "least.toml"
     file.write_text("[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n")
     least, written_out = config.load(None, file, []), config.load(None, file, shown)

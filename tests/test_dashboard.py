@@ -13,7 +13,8 @@ import pytest
 from conftest import REPOSITORY, command, environment, trainer
 from wandb_server import Row, Server, offline_records
 
-from dist_train import dashboard, system
+from dist_train.tracking import dashboard
+from dist_train.training import system_metrics
 
 # the library's own
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
@@ -23,7 +24,7 @@ ABSENT = "gpu"  # what is drawn of GPUs is not to be had on every machine
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, module="dist_train.dashboard"),
+        command(*arguments, module="dist_train dashboard"),
         cwd=REPOSITORY,
         env={**environment(), "NETRC": "/nowhere", **variables},
         capture_output=True,
@@ -83,7 +84,7 @@ def test_every_metric_of_a_panel_is_logged(records: dict[str, list[Row]]) -> Non
             if not named | matching:
                 assert ABSENT in str(settings)
                 (sampled,) = re.findall(r"^\^ranks/(\w+)/", settings.get("metricRegex", "")) or [""]
-                assert sampled in inspect.getsource(system)
+                assert sampled in inspect.getsource(system_metrics)
             for key in named | matching:
                 axis = "_runtime" if key.startswith("system/") else axes[f"{key.partition('/')[0]}/*"]
                 assert settings["xAxis"] == axis

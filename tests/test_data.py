@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train import data_prep
-from dist_train.data import Data, augment
+from dist_train.config.settings import DataConfig, Smaller
+from dist_train.data.augment import augment
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest
 from dist_train.data_prep import ffcv_library
-from dist_train.distributed import Ranks
+from dist_train.distributed.ranks import Ranks
 from dist_train.errors import UserError
 from dist_train.randomness import derive, sample_bits, uniform_integers
-from dist_train.settings import DataConfig, Smaller, manifest
 
 
 def loaded(folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 256, **fields: Any) -> Data:

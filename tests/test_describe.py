@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train import config
-from dist_train.describe import KNOWN, Shape, figure, layers, main, markdown, svg, text, totals
+from dist_train.commands.describe import main
+from dist_train.config.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where
 from dist_train.errors import UserError
-from dist_train.model import BlockNetwork, MixedBlock, flops
-from dist_train.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where, shapes
+from dist_train.model.network import BlockNetwork, MixedBlock
+from dist_train.model.shapes import flops, shapes
+from dist_train.reports.architecture import KNOWN, Shape, layers, markdown, text, totals
+from dist_train.reports.drawing import figure, svg
 
 ODD = ModelConfig(
     stem=Stem(kind="conv", kernel=7, padding=3, stride=2, channels=32, activation="silu"),
@@ -240,7 +243,7 @@ def test_command_takes_presets_files_run_folders_and_settings(
 ) -> None:
     arguments = ["digits", "model.blocks.0.channels=48", "--picture", tmp_path / "a.svg"]
     done = subprocess.run(
-        command(*arguments, module="dist_train.describe"),
+        command(*arguments, module="dist_train describe"),
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,

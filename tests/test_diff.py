@@ -14,8 +14,12 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from dist_train import checkpoint, config, diff
-from dist_train.record import RecordConfig, Recorder, Row, append_history
+from dist_train import config
+from dist_train.commands import diff
+from dist_train.config.settings import RecordConfig
+from dist_train.runs import checkpoint
+from dist_train.runs.history import append_history
+from dist_train.runs.metrics import Recorder, Row
 
 EPOCH = 5  # steps
 NAMES = ("stem.weight", "blocks.0.fc.weight", "output.bias")
@@ -225,7 +229,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, wrong: str) -> None:
     if wrong in ("damaged", "no step"):
         content = (good / "metrics.jsonl").read_text()
         (bad / "metrics.jsonl").write_text("" if wrong == "no step" else content.replace("{", "[", 1))
-    command = [sys.executable, "-m", "dist_train.diff", str(good), str(bad)]
+    command = [sys.executable, "-m", "dist_train", "diff", str(good), str(bad)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     (sentence,) = done.stderr.splitlines()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.distributed import ranks_per_node
+from dist_train.distributed.launcher import check_world_size, launched_as
+from dist_train.distributed.ranks import ranks_per_node
 from dist_train.errors import UserError
-from dist_train.launched import check_world_size, launched_as
 
 
 def test_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_train import config, data_prep
-from dist_train.data import Data
-from dist_train.distributed import Ranks
-from dist_train.evaluate import evaluate
-from dist_train.model import BlockNetwork
-from dist_train.settings import DataConfig, Tta, manifest
+from dist_train.config.settings import DataConfig, Tta
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest
+from dist_train.distributed.ranks import Ranks
+from dist_train.model.network import BlockNetwork
+from dist_train.training.evaluation import evaluate
 
 OFF = torch.autocast("cpu", enabled=False)
 ALONE = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))
@@ -158,5 +159,5 @@ def test_the_command_gives_the_runs_own_figures(digits: Path, tmp_path: Path) ->
 
 
 def evaluation(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    start = command(*arguments, "--device", "cpu", ranks=ranks, module="dist_train.evaluate")
+    start = command(*arguments, "--device", "cpu", ranks=ranks, module="dist_train evaluate")
     return subprocess.run(start, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)

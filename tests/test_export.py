@@ -20,9 +20,10 @@ from conftest import REPOSITORY, command, environment, trainer
 from PIL import Image
 from torch import Tensor
 
-from dist_train import config, data_prep, export, load
+from dist_train import config, data_prep, load
 from dist_train.errors import UserError
-from dist_train.table import proportion
+from dist_train.inference import export
+from dist_train.reports.statistics import proportion
 
 ODD = """
 [data]
@@ -99,7 +100,7 @@ def exported(run: Path) -> subprocess.CompletedProcess[str]:
 
 def exporting(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, module="dist_train.export"),
+        command(*arguments, module="dist_train export"),
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
@@ -289,11 +290,9 @@ def test_a_checkpoint_alone_and_without_the_extra(run: Path, tmp_path: Path) -> 
     path = tmp_path / "mine.pt"
     state = torch.load(last(run), weights_only=True)
     torch.save({**state, "config": re.sub(r'dir = ".*?"', 'dir = "nowhere"', state["config"])}, path)
-    code = "import sys; sys.modules['onnxruntime'] = None; import runpy; sys.argv[0] = 'export'; " + (
-        "runpy.run_module('dist_train.export', run_name='__main__', alter_sys=True)"
-    )
+    code = "import sys; sys.modules['onnxruntime'] = None; from dist_train.__main__ import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", code, path, "--format", "onnx", "safetensors"],
+        [sys.executable, "-c", code, "export", path, "--format", "onnx", "safetensors"],
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,

@@ -14,7 +14,7 @@ import faults
 import pytest
 from conftest import REPOSITORY, environment
 
-from dist_train import checkpoint
+from dist_train.runs import checkpoint
 
 
 def test_faults_at_random_moments_do_not_change_the_result(digits: Path, tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from PIL import Image, ImageDraw
 from test_data_prep import edit_manifest, refused, run_here, snapshot
 
 from dist_train import config, data_prep
-from dist_train.data import Data
-from dist_train.distributed import Ranks
+from dist_train.config import loading
+from dist_train.config.settings import Block, Convolution, DataConfig
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest, prepare
+from dist_train.distributed.ranks import Ranks
 from dist_train.errors import UserError
-from dist_train.record import read_metrics
-from dist_train.settings import Block, Convolution, DataConfig, manifest
+from dist_train.runs.metrics import read_metrics
 
 EXAMPLES = REPOSITORY / "dist_train" / "examples"
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "purple")
@@ -282,11 +284,11 @@ def summary(folder: Path) -> dict[str, Any]:
 def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, tmp_path: Path) -> None:
     out = tmp_path / "shapes"
     with pytest.raises(UserError, match=r"data\.dataset = shapes: there is no such data set; .* set data\.source to"):
-        DataConfig("shapes", str(out)).prepare()
+        prepare(DataConfig("shapes", str(out)))
     with pytest.raises(UserError, match=r"data\.image_size = 0: the images of shapes need a size"):
         manifest(DataConfig("shapes", str(out), source=str(shapes)))
     with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
-        DataConfig("digits", str(out), image_size=20).prepare()
+        prepare(DataConfig("digits", str(out), image_size=20))
     with pytest.raises(UserError, match=r"there is no data set; write it with python -m dist_train.data_prep") as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))
     words = shlex.split(str(said.value).partition(" with ")[2])
@@ -295,7 +297,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
     assert manifest(right) == manifest(DataConfig("shapes", str(out)))
     with pytest.raises(UserError, match=rf"holds the images of {shapes}, but data\.source = {tmp_path}; give these"):
         manifest(DataConfig("shapes", str(out), source=str(tmp_path)))
-    right.prepare()  # nothing to do, and no source needed for that
+    prepare(right)  # nothing to do, and no source needed for that
     with pytest.raises(
         UserError, match=r"holds images of 24x24 pixels, but data\.image_size = 30; set data\.dir="
     ) as said:
@@ -332,7 +334,7 @@ def test_many_classes_and_small_images_give_the_same_weights_from_both_loaders(t
     narrow = [f"model.blocks.{number}.channels={width}" for number, width in enumerate((8, 8, 16, 16, 16, 16))]
     short = ("epochs=2", "batch_size=64", "model.output.init_std=0.1", *QUIET, *narrow, smaller)
     found = []
-    for module, loader in (("launch.node", "resident"), ("dist_train.main", "stream")):
+    for module, loader in (("dist_train.launch.node", "resident"), ("dist_train.main", "stream")):
         run = tmp_path / loader
         done = start(module, *own, *short, f"loader={loader}", "--run-dir", run, folder=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -362,7 +364,7 @@ def test_the_example_of_an_own_architecture_shows_every_setting_of_blocks_and_tr
     digits: Path, tmp_path: Path
 ) -> None:
     path = EXAMPLES / "own_architecture.toml"
-    blocks = config._read(path)["model"]["blocks"]
+    blocks = loading._read(path)["model"]["blocks"]
     assert {key for block in blocks for key in block} == {field.name for field in dataclasses.fields(Block)}
     shown = {key for block in blocks for convolution in block["convolutions"] for key in convolution}
     assert shown == {field.name for field in dataclasses.fields(Convolution)}

@@ -128,16 +128,16 @@ def test_every_command_works_outside_the_repository(archives: tuple[Path, Path, 
     assert list((here / "runs" / "two" / "wandb").glob("*/*.wandb"))
 
     commands = [
-        ["dist_train.describe", "block94"],
-        ["dist_train.describe", "runs/one", "--picture", "picture.svg"],
-        ["dist_train.report", "runs/one", "runs/two", "--out", "report.html"],
-        ["dist_train.plots", "runs/one"],
-        ["dist_train.diff", "runs/one", "runs/two"],
-        ["dist_train.table", "runs"],
-        ["dist_train.evaluate", "runs/one"],
-        ["dist_train.export", "runs/one", "--format", "safetensors"],
-        ["dist_train.predict", "runs/one", "picture.png"],
-        ["dist_train.launch.submit", "--local", "--dry-run", "--preset", "digits"],
+        ["dist_train", "describe", "block94"],
+        ["dist_train", "describe", "runs/one", "--picture", "picture.svg"],
+        ["dist_train", "report", "runs/one", "runs/two", "--out", "report.html"],
+        ["dist_train", "plots", "runs/one"],
+        ["dist_train", "diff", "runs/one", "runs/two"],
+        ["dist_train", "table", "runs"],
+        ["dist_train", "evaluate", "runs/one"],
+        ["dist_train", "export", "runs/one", "--format", "safetensors"],
+        ["dist_train", "predict", "runs/one", "picture.png"],
+        ["dist_train", "submit", "--local", "--dry-run", "--preset", "digits"],
     ]
     picture = "from PIL import Image; Image.new('RGB', (40, 30)).save('picture.png')"
     subprocess.run([sys.executable, "-c", picture], cwd=here, check=True)
@@ -148,5 +148,5 @@ def test_every_command_works_outside_the_repository(archives: tuple[Path, Path, 
     assert done.count("ran dist_train.") == len(commands)
     assert "digit" in done
     assert (here / "report.html").stat().st_size > 100_000
-    out = run("dist_train.launch.submit", "--local", *tiny, "record.wandb=disabled", "--run-dir", "runs/local")
+    out = run("dist_train", "submit", "--local", *tiny, "record.wandb=disabled", "--run-dir", "runs/local")
     assert "runs/local: test accuracy" in out

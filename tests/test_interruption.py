@@ -18,8 +18,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, TINY, command, environment, lines, trainer
 
-from dist_train import checkpoint
-from dist_train.record import read_history
+from dist_train.runs import checkpoint
+from dist_train.runs.history import read_history
 
 Train = Callable[..., dict[str, Any]]
 PREEMPTED = 75
@@ -116,7 +116,7 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
     assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "done"]
     assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 1, 2, 3]
     same = subprocess.run(
-        [sys.executable, "-m", "dist_train.diff", folder, tmp_path / "undisturbed"],
+        [sys.executable, "-m", "dist_train", "diff", folder, tmp_path / "undisturbed"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from dist_train import config, table
+from dist_train import config
 from dist_train.errors import UserError
 from dist_train.launch import cluster, submit
-from dist_train.record import append_history
+from dist_train.reports import statistics, table
+from dist_train.runs import layout
+from dist_train.runs.history import append_history
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,10 @@ def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
 
 
 def test_interval() -> None:
-    assert table.interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3))  # t for two degrees of freedom
-    assert table.interval([1.0]) == math.inf
+    assert statistics.interval([1.0, 2.0, 3.0]) == pytest.approx(
+        4.302653 / math.sqrt(3)
+    )  # t for two degrees of freedom
+    assert statistics.interval([1.0]) == math.inf
 
 
 def test_table_survives_missing_members(tmp_path: Path) -> None:
@@ -99,9 +103,9 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
                 (folder / "summary.json").write_text(json.dumps(summary))
     expected: dict[str, list[str]] = {path.name: [] for path in group.iterdir()}
     expected["lr0.002-seed11"] = []
-    (group / table.MEMBERS).write_text(json.dumps(expected))
+    (group / layout.MEMBERS).write_text(json.dumps(expected))
     done = subprocess.run(
-        [sys.executable, "-m", "dist_train.table", str(group)],
+        [sys.executable, "-m", "dist_train", "table", str(group)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -110,7 +114,7 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
     assert done.stdout == (group / "table.md").read_text()
     header, _, low, high, _, missing = done.stdout.splitlines()
     assert header == "| optim.default.lr | n | test accuracy, % | training, s |"
-    half = table.interval([90.2, 91.0])
+    half = statistics.interval([90.2, 91.0])
     assert low == f"| 0.001 | 2 | **90.60** ± 0.57 (95 %: {90.6 - half:.2f} to {90.6 + half:.2f}) | 10.0 |"
     assert high == "| 0.002 | 1 of 2 | 90.20 | 10.0 |"
     assert missing == "missing: lr0.002-seed10: preempted at step 7, lr0.002-seed11: not begun"

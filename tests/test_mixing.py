@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_train import mixing
-from dist_train.mixing import Form, average, choose, mix, weighted_sum
+from dist_train.model import mixing
+from dist_train.model.mixing import Form, average, choose, mix, weighted_sum
 
 FORMS: list[Form] = ["outputs", "inputs", "kernels"]
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_train.config.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where
 from dist_train.errors import UserError
-from dist_train.model import BatchNorm, BlockNetwork, MixedBlock, flops, parameter_kind, training_flops, whiten
-from dist_train.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where, shapes
+from dist_train.model.network import BatchNorm, BlockNetwork, MixedBlock, parameter_kind, whiten
+from dist_train.model.shapes import flops, shapes, training_flops
 
 Array = NDArray[np.float64]
 

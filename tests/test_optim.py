@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from dist_train.model import BlockNetwork
-from dist_train.optim import Muon, Optimizers, factor, orthogonalise
-from dist_train.settings import Block, Convolution, Group, ModelConfig, OptimConfig, Stem
+from dist_train.config.settings import Block, Convolution, Group, ModelConfig, OptimConfig, Stem
+from dist_train.model.network import BlockNetwork
+from dist_train.training.optimizers import Muon, Optimizers, factor, orthogonalise
 
 
 def network() -> BlockNetwork:

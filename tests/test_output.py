@@ -19,7 +19,8 @@ import pytest
 from conftest import REPOSITORY, command
 from PIL import Image
 
-from dist_train.config import reference
+from dist_train.commands import COMMANDS
+from dist_train.config.loading import reference
 from dist_train.launch.cluster import SCRIPT
 
 # lines as regular expressions, for whole lines
@@ -104,10 +105,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "home").mkdir()
     settings = ("epochs=1", "batch_size=512", "holdout=200", "tta=shift", "every_steps=1", "record.wandb=offline")
     arguments = ("--preset", "digits", *settings, "record.system=all", "--run-dir", "run")
-    done = run(folder, *arguments, module="dist_train.launch.quickstart")
+    done = run(folder, *arguments, module="dist_train quickstart")
     check(done, (*TRAINING, *RESULT), (*PREPARING, *OFFLINE))
     assert "1 rank " in done.stdout or "2 ranks " in done.stdout
-    again = run(folder, *arguments, module="dist_train.launch.quickstart")
+    again = run(folder, *arguments, module="dist_train quickstart")
     check(again, ("run is finished already", *RESULT))
     Image.fromarray(np.full((40, 30, 3), 99, np.uint8)).save(folder / "grey.png")
     return folder
@@ -195,19 +196,19 @@ def test_readers(answers: list[subprocess.CompletedProcess[str]], number: int) -
 
 
 def test_evaluate_on_two_ranks(place: Path) -> None:
-    done = run(place, "run", "--json", module="dist_train.evaluate", ranks=2, OMP_NUM_THREADS="1")
+    done = run(place, "run", "--json", module="dist_train evaluate", ranks=2, OMP_NUM_THREADS="1")
     check_json(done)
 
 
 def test_submit(place: Path) -> None:
-    done = run(place, "--local", *SHORT, module="dist_train.launch.submit")
+    done = run(place, "--local", *SHORT, module="dist_train submit")
     check(
         done, (r"1 on this machine; run folder \S+", r"its log: tail -F \S+_log\.out", rf"\S+: test accuracy {SHARE}")
     )
     (log,) = (place / "runs").glob("*/slurm/*_log.out")
     submitit = r"submitit INFO \(.*\) - .*"
     assert foreign(log.read_text(), (*TRAINING, *RESULT, submitit)) == []
-    none = run(place, "--dry-run", *SHORT, module="dist_train.launch.submit", PATH="/nowhere")
+    none = run(place, "--dry-run", *SHORT, module="dist_train submit", PATH="/nowhere")
     check(none, err=(r"dist_train: there is no Slurm here \(no sbatch in PATH\); .*",), code=2)
 
 
@@ -220,14 +221,13 @@ def test_help(place: Path) -> None:
     sources = [path.read_text() for path in (REPOSITORY / "dist_train").glob("**/*.py")]
     sources += [path.read_text() for part in ("data_prep", "launch") for path in (REPOSITORY / part).glob("*.py")]
     written = squeezed(" ".join([*sources, reference()]))
-    names = "main data_prep launch.quickstart launch.submit evaluate predict export report plots table diff describe"
-    modules = [f"dist_train.{name}" for name in [*names.split(), "upload", "dashboard"]]
+    modules = ["dist_train.main", "dist_train.data_prep", *(f"dist_train {name}" for name in ("", *COMMANDS))]
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda module: run(place, "--help", module=module), modules))
     for module, done in zip(modules, answers, strict=True):
         assert (done.returncode, done.stderr) == (0, ""), module
         usage, *lines = done.stdout.replace(str(SCRIPT), "{cluster.SCRIPT}").splitlines()
-        assert usage.startswith("usage: python -m dist_train."), module
+        assert usage.startswith("usage: dist-train "), module
         # of the rest, what is not indented stands in our sources, up to where lines break
         headings = ("positional arguments:", "options:")
         text = [line for line in lines if line and not line.startswith(" ") and line not in headings]
@@ -246,7 +246,7 @@ NOISE = {
 @pytest.mark.parametrize("kind", NOISE)
 def test_a_line_of_a_library_is_noticed(place: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(NOISE[kind])
-    done = run(place, "run", module="dist_train.plots", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
+    done = run(place, "run", module="dist_train plots", PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
     assert len(foreign(done.stdout, PLOTS)) + len(foreign(done.stderr, ())) in (1, 2)  # a warning shows its line too
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from dist_train import TrainedNetwork, data_prep, load, predict
-from dist_train.data import Data
-from dist_train.distributed import Ranks
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest
+from dist_train.distributed.ranks import Ranks
 from dist_train.errors import UserError
-from dist_train.settings import manifest
-from dist_train.trained import Picture
+from dist_train.inference.trained_network import Picture
 
 Answer = list[tuple[str, float]]
 
@@ -278,7 +278,7 @@ def test_the_package_stays_free_of_torch() -> None:
 def said(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
     """The command's exit code, stdout and stderr."""
     done = subprocess.run(
-        command(*arguments, module="dist_train.predict"),
+        command(*arguments, module="dist_train predict"),
         cwd=REPOSITORY,
         env=environment(),
         input=stdin,
@@ -358,7 +358,7 @@ def test_standard_input(run: Path, pictures: Path) -> None:
 
 
 def test_a_reader_that_has_enough(run: Path, pictures: Path) -> None:
-    line = shlex.join(command(run, *[pictures / "a.png"] * 200, "--batch", 1, module="dist_train.predict"))
+    line = shlex.join(command(run, *[pictures / "a.png"] * 200, "--batch", 1, module="dist_train predict"))
     done = subprocess.run(
         f"{line} | head -n 1",
         shell=True,

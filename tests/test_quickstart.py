@@ -14,7 +14,7 @@ from conftest import REPOSITORY, environment
 
 def quickstart(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "dist_train.launch.quickstart", *arguments],
+        [sys.executable, "-m", "dist_train", "quickstart", *arguments],
         cwd=folder,
         env={**environment(), "PYTHONPATH": str(REPOSITORY), **variables},
         capture_output=True,

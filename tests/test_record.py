@@ -22,18 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_train import plots
+from dist_train.commands import plots as plots_command
+from dist_train.config.settings import RecordConfig
 from dist_train.errors import UserError
-from dist_train.record import (
-    RecordConfig,
-    Recorder,
-    Row,
-    append_history,
-    best_eval,
-    read_digests,
-    read_history,
-    read_metrics,
-)
+from dist_train.reports import plots
+from dist_train.reports.statistics import best_eval
+from dist_train.runs.history import append_history, read_history
+from dist_train.runs.metrics import Recorder, Row, read_digests, read_metrics
 
 EPOCH = 4  # steps
 OFF = RecordConfig(wandb="disabled", quiet=True)
@@ -443,7 +438,7 @@ def test_drawn_files(tmp_path: Path, epochs: int, capsys: pytest.CaptureFixture[
     steps, evals = made_up(epochs)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps + evals))
     (tmp_path / "summary.json").write_text('{"dataset": "digits"}')
-    plots.main([str(tmp_path)])
+    assert plots_command.main([str(tmp_path)]) == 0
     files = capsys.readouterr().out.split()
     assert files == [str(tmp_path / "plots" / name) for name in ("loss.png", "accuracy.png")]
     for file in files:
@@ -460,5 +455,5 @@ def test_failing_plots_do_not_fail_the_run(
 
     monkeypatch.setattr(plots, "draw", draw)
     whole_run(tmp_path)
-    again = f"python -m dist_train.plots {tmp_path}"
+    again = f"dist-train plots {tmp_path}"
     assert capsys.readouterr().err == f"plots not drawn (no fonts); try again: {again}\n"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peers import run_ranks
 from torch import Tensor, nn
 
-from dist_train.distributed import gather_shares, ranks, share
-from dist_train.reduction import Branches, FixedOrderSum, cost, pieces
+from dist_train.distributed.gradient_sum import Branches, FixedOrderSum, cost, pieces
+from dist_train.distributed.ranks import gather_shares, ranks, share
 
 
 def by_hand(parts: list[Tensor]) -> Tensor:

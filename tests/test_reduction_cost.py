@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, environment
 
-from dist_train.reduction import cost
+from dist_train.distributed.gradient_sum import cost
 
 ELEMENTS = 200_000
 NO_NAMESPACE = 77  # exit code of the benchmark

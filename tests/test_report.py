@@ -18,8 +18,8 @@ import pytest
 from conftest import REPOSITORY, command, environment, trainer
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from dist_train import report_figures
-from dist_train.table import interval, proportion
+from dist_train.reports import figures
+from dist_train.reports.statistics import interval, proportion
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "no-first-run"]
@@ -51,7 +51,7 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, module="dist_train.report"),
+        command(*arguments, module="dist_train report"),
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
@@ -184,7 +184,7 @@ def test_a_run_of_an_older_version(runs: Path, tmp_path: Path) -> None:
     done = report(old, "--out", tmp_path / "old.html")
     assert done.returncode == 0, done.stderr
     words = text_of(tmp_path / "old.html")
-    assert f"python -m dist_train.evaluate {old} --write makes it" in words
+    assert f"dist-train evaluate {old} --write makes it" in words
     assert "No mixing coefficients were recorded by old" in words
     assert "Gradient" not in words
     assert "Training loss" in words
@@ -216,12 +216,12 @@ def test_mistakes(runs: Path, arguments: Sequence[str], sentence: str) -> None:
 def test_long_runs_are_thinned_and_keep_their_spikes() -> None:
     values = np.sin(np.arange(100_000) / 1000)
     values[[777, 55_555]] = 9.0, np.nan
-    kept, every = report_figures._thinned(values, 1000)
+    kept, every = figures._thinned(values, 1000)
     assert every == 200
     assert len(kept) <= 1003
     assert {0, 777, 55_555, 99_999} <= {*kept}
     assert min(values[kept][:900]) == min(values[: kept[900]])
-    assert report_figures._thinned(values[:1000], 1000) == (list(range(1000)), 1)
+    assert figures._thinned(values[:1000], 1000) == (list(range(1000)), 1)
 
 
 # what the browser makes of it

@@ -22,12 +22,13 @@ from conftest import REPOSITORY, environment, trainer
 from slurm_cluster import Cluster, missing
 from wandb_server import distinct, expected_rows, offline_records, own
 
-from dist_train import table
-from dist_train.diff import main as diff
+from dist_train.commands.diff import main as diff
 from dist_train.errors import UserError
 from dist_train.launch import cluster as slurm
 from dist_train.launch import submit
-from dist_train.record import read_history
+from dist_train.reports import statistics
+from dist_train.runs import run
+from dist_train.runs.history import read_history
 
 SCRIPT = REPOSITORY / "slurm" / "train.sh"
 if why := missing():
@@ -237,7 +238,7 @@ def test_submitit_says_why_it_failed(lab: Lab, limited: str, tmp_path: Path, mon
 
 def test_an_array_of_seeds_and_its_table(lab: Lab, limited: str) -> None:
     arguments = ["--seeds", "0-2", "--at-most", "2", "--job-name", "seeds", *lab.common, "train.epochs=4"]
-    command = [sys.executable, "-m", "dist_train.launch.submit", "--wait", *arguments]
+    command = [sys.executable, "-m", "dist_train", "submit", "--wait", *arguments]
     waiting = subprocess.Popen(command, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lab.cluster.wait(lambda: "seeds" in lab.cluster.run("squeue", "--format=%j"), "the array")
     array = lab.cluster.run("squeue", "--noheader", "--name=seeds", "--format=%F").split()[0]
@@ -251,7 +252,7 @@ def test_an_array_of_seeds_and_its_table(lab: Lab, limited: str) -> None:
     assert out.endswith(text)
     assert "missing: seed2: not begun" in text
     accuracies = [100 * submit.Result.read(group / f"seed{seed}").test_accuracy for seed in (0, 1)]
-    half = table.interval(accuracies)
+    half = statistics.interval(accuracies)
     mean = sum(accuracies) / 2
     assert f"**{mean:.2f}**" in text
     assert f"{mean - half:.2f} to {mean + half:.2f}" in text
@@ -264,7 +265,7 @@ def test_sbatch_array_is_over_seeds(lab: Lab, limited: str) -> None:
         assert lab.cluster.ended(f"{job}_{task}") == "COMPLETED"
     group = lab.folder / "runs" / f"both-{job}"
     assert sorted(path.name for path in group.glob("*/summary.json")) == ["summary.json"] * 2
-    assert [member.name for member in table.members(group)] == ["seed3", "seed4"]
+    assert [member.name for member in run.members(group)] == ["seed3", "seed4"]
     assert "| 2 |" in (group / "table.md").read_text()
     runs = [record["run"] for record in offline_records(group / "seed3") if record["type"] == "run"]
     assert {run["run_group"] for run in runs} == {group.name}
@@ -329,7 +330,7 @@ def test_gpus_of_a_whole_node(lab: Lab) -> None:
 
 def test_an_array_on_this_machine(lab: Lab) -> None:
     arguments = ["--local", "--seeds", "0,1", *lab.common, "train.epochs=1", "--run-dir", str(lab.folder / "here")]
-    command = [sys.executable, "-m", "dist_train.launch.submit", *arguments]
+    command = [sys.executable, "-m", "dist_train", "submit", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith((lab.folder / "here" / "table.md").read_text())

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 SCRIPT = """
 import sys
 import torch
-from dist_train.startup import leave_out_compiler
+from dist_train.distributed.lazy_dynamo import leave_out_compiler
 
 leave_out_compiler()
 weight = torch.nn.Parameter(torch.ones(2))

@@ -15,10 +15,11 @@ import yaml
 from conftest import REPOSITORY, command, environment
 from wandb_server import ENTITY, Row, Server
 
-from dist_train import config, table
+from dist_train import config
+from dist_train.config.arguments import parser, resolve
 from dist_train.errors import UserError
 from dist_train.launch import submit
-from dist_train.main import parser, resolve
+from dist_train.reports import table
 
 EXAMPLE = REPOSITORY / "dist_train" / "examples" / "sweep.yaml"
 

@@ -112,7 +112,8 @@ def test_compiled_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> N
 
 FILLING = """
 import torch
-from dist_train import main, train
+from dist_train import main
+from dist_train.training import train
 
 def filling(*arguments, original=train.train):
     assert not torch.utils.deterministic.fill_uninitialized_memory
@@ -122,7 +123,7 @@ def filling(*arguments, original=train.train):
     assert torch.utils.deterministic.fill_uninitialized_memory
     return found
 
-main.train = filling
+train.train = filling
 raise SystemExit(main.main())
 """
 

@@ -23,9 +23,12 @@ from PIL import Image
 from test_record import EPOCH, MATRIX_RATE, opened, train, whole_run
 from wandb_server import DIGITS, Run, Server, distinct, expected_rows, offline_records, offline_rows, own
 
-from dist_train import system, wandb_run
+from dist_train import errors
+from dist_train.config.settings import RecordConfig
 from dist_train.files import claimed
-from dist_train.record import RecordConfig, Row, read_metrics
+from dist_train.runs.metrics import Row, read_metrics
+from dist_train.tracking import client
+from dist_train.training import system_metrics
 
 AUTO = RecordConfig(quiet=True, group="a group", tags=["first", "second"])
 BRANCHES = [["conv1_3x3", "conv2_3x3_d2_s2"], ["conv1_5x5"]]  # of the runs that `opened` begins
@@ -209,7 +212,7 @@ def test_the_key_is_nowhere(trained: Trained) -> None:
 
 
 def test_upload_is_the_run_once_more(trained: Trained) -> None:
-    done = trained.command(trained.run_dir, "--project", "again", "--entity", "us", module="dist_train.upload")
+    done = trained.command(trained.run_dir, "--project", "again", "--entity", "us", module="dist_train upload")
     assert done.returncode == 0, done.stderr
     (again,) = [run for run in trained.server.runs.values() if run is not trained.run]
     url = f"{trained.server.url}/us/again/runs/{again.name}"
@@ -237,16 +240,16 @@ def test_upload_is_the_run_once_more(trained: Trained) -> None:
 
 def test_upload_to_a_file_and_refusals(trained: Trained, tmp_path: Path) -> None:
     before = {*(trained.run_dir / "wandb").iterdir()}
-    done = trained.command(trained.run_dir, "--offline", module="dist_train.upload")
+    done = trained.command(trained.run_dir, "--offline", module="dist_train upload")
     assert done.returncode == 0, done.stderr
     (made,) = {*(trained.run_dir / "wandb").glob("offline-run-*")} - before
     assert done.stdout == f"{trained.run_dir}: {made}\n"
     with claimed(trained.run_dir, 0):
-        held = trained.command(trained.run_dir, module="dist_train.upload")
+        held = trained.command(trained.run_dir, module="dist_train upload")
     here = f"process {os.getpid()} on {os.uname().nodename}"
     told = f"dist_train: {trained.run_dir} is in use by {here}; wait for it, or stop it\n"
     assert (held.returncode, held.stdout, held.stderr) == (2, "", told)
-    empty = trained.command(tmp_path, module="dist_train.upload")
+    empty = trained.command(tmp_path, module="dist_train upload")
     told = f"dist_train: {tmp_path}: there is no config.toml in it; name the folder of a run\n"
     assert (empty.returncode, empty.stdout, empty.stderr) == (2, "", told)
 
@@ -281,7 +284,7 @@ def test_sync_comes_to_the_online_curves(tmp_path: Path, monkeypatch: pytest.Mon
         before, run_dir = tmp_path / f"{mode} before", tmp_path / mode
         recorder = opened(before, AUTO)
         train(recorder, 1, 6)
-        recorder.close(wandb_run.PREEMPTED)
+        recorder.close(errors.PREEMPTED)
         if mode == "online":
             assert server.only().preempting
         before.rename(run_dir)
@@ -379,23 +382,23 @@ def test_checkpoint_that_is_gone_is_skipped(tmp_path: Path, capfd: pytest.Captur
 
 
 def test_sampling_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "INTERVAL", 0.02)
+    monkeypatch.setattr(system_metrics, "INTERVAL", 0.02)
     path = tmp_path / "system/rank-3.jsonl"
     for start in (1, 2):  # the second goes on in the first's file
-        with system.sampled(tmp_path, 3, torch.device("cpu")):
+        with system_metrics.sampled(tmp_path, 3, torch.device("cpu")):
             until(lambda: path.exists() and path.read_text().count("\n") >= 5 * start)  # noqa: B023
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(set(line) == {"time", "host", "cpu_percent", "resident_gib"} for line in lines)
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
     path.write_bytes(b"")
-    with system.sampled(tmp_path, 3, torch.device("cuda")):  # whether there is one or not
+    with system_metrics.sampled(tmp_path, 3, torch.device("cuda")):  # whether there is one or not
         until(lambda: path.stat().st_size > 0)
     assert json.loads(path.read_text().splitlines()[0]).keys() > {"gpu_allocated_gib", "gpu_reserved_gib"}
     (tmp_path / "other").mkdir()
     (tmp_path / "other/system").write_text("in the way")
-    with system.sampled(tmp_path / "other", 0, torch.device("cpu")):
+    with system_metrics.sampled(tmp_path / "other", 0, torch.device("cpu")):
         time.sleep(0.1)
-    with system.sampled(tmp_path / "absent", 0, torch.device("cpu")):
+    with system_metrics.sampled(tmp_path / "absent", 0, torch.device("cpu")):
         time.sleep(0.1)
     assert "system" not in [thread.name for thread in threading.enumerate()]
 
@@ -407,7 +410,7 @@ def test_sampling_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_unreachable_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
 ) -> None:
-    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setattr(client, "INIT_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -427,7 +430,7 @@ def test_server_fails_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server, fault: str
 ) -> None:
     """It costs the training nothing, and `wandb sync` brings every row once the server is back."""
-    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr(client, "FINISH_TIMEOUT", 1.0)
     monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
     recorder = opened(tmp_path, AUTO)
     train(recorder, 1, 6)
@@ -456,7 +459,7 @@ def test_slow_server(tmp_path: Path, capfd: pytest.CaptureFixture[str], server: 
     server.delay = 1.0
     seconds = whole_run(tmp_path, AUTO)
     assert seconds["training"] < 1
-    assert seconds["closing"] < wandb_run.CLOSE_TIMEOUT
+    assert seconds["closing"] < client.CLOSE_TIMEOUT
     assert capfd.readouterr().err.startswith(f"W&B: {server.url}")
     assert server.only().history()[:-1] == expected(tmp_path)
 
@@ -475,7 +478,7 @@ def test_online_without_an_account(
 def test_hanging_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], victim: str
 ) -> None:
-    monkeypatch.setattr(wandb_run, "CLOSE_TIMEOUT", 1.0)
+    monkeypatch.setattr(client, "CLOSE_TIMEOUT", 1.0)
     recorder = opened(tmp_path, RecordConfig(quiet=True, artifacts="all"))
     try:
         process, helper = processes(capfd)
@@ -504,7 +507,7 @@ def test_helper_that_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     train(recorder, 1, 6)
     os.kill(helper, signal.SIGTERM)
     train(recorder, 7, 12)
-    recorder.close(wandb_run.PREEMPTED)
+    recorder.close(errors.PREEMPTED)
     again, offline = capfd.readouterr().err.splitlines()
     assert again.startswith("W&B: begun again after ")
     assert offline.startswith("W&B: offline run in ")
@@ -514,7 +517,7 @@ def test_helper_that_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 def processes(capfd: pytest.CaptureFixture[str]) -> tuple[int, int]:
     """The run's process and wandb's helper, once the offline run has begun."""
     until_told(capfd, "W&B: offline run in ")
-    (process,) = children(os.getpid(), "dist_train.wandb_run")
+    (process,) = children(os.getpid(), "dist_train.tracking.worker")
     (helper,) = children(process, "wandb-core")
     return process, helper
 

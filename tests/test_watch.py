@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers import run_ranks
 
-from dist_train.distributed import gather_shares, ranks
+from dist_train.distributed.ranks import gather_shares, ranks
 
 TIMEOUT = 4
 

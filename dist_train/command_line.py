@@ -1,0 +1,53 @@
+"""The style of every command line: its parser, and bad input as one sentence with its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec
+
+from dist_train.errors import UserError, say
+
+P = ParamSpec("P")
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `dist-train NAME`. description: the module's docstring, shown as it stands."""
+
+    def __init__(self, name: str, description: str | None, **options: Any) -> None:
+        super().__init__(
+            prog=f"dist-train {name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """A command's `main`, which returns its exit code. On a UserError the first rank prints its sentence to stderr, and
+    every rank returns its exit code."""
+
+    @functools.wraps(main)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                say(str(error))
+            return error.code
+
+    return wrapper
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)

@@ -1,0 +1,93 @@
+"""An architecture as a table and as a picture.
+
+    dist-train describe block94
+    dist-train describe mine.toml model.blocks.0.channels=96 --picture mine.svg
+
+Described is a preset, a TOML file or a run folder, with settings over it as the trainer takes them. FLOPs are those of
+the convolutions and linear layers in the forward pass of one image, two for each multiply-add.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.command_line import Parser, command, positive
+from dist_train.errors import UserError
+from dist_train.files import write_atomic
+from dist_train.reports.architecture import images, layers, markdown, shape_text, text, totals
+from dist_train.reports.drawing import PICTURES, figure, image_bytes
+
+if TYPE_CHECKING:
+    from dist_train.config.settings import Config
+
+
+def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
+    """The name and the configuration of a preset, a TOML file or a run folder. Raises UserError."""
+    from dist_train import config
+
+    path = Path(what)
+    if what in config.presets():
+        return what, config.load(what, None, settings)
+    if path.is_dir():
+        path /= "config.toml"
+    if not path.exists():
+        raise UserError(
+            f"{what}: neither a preset ({', '.join(config.presets())}) nor a TOML file or run folder; name one"
+        )
+    name = path.resolve().parent.name if path.name == "config.toml" else path.stem
+    return name, config.load(None, path, settings)
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = Parser("describe", __doc__)
+    parser.add_argument("what", metavar="PRESET|FILE", help="a preset, a TOML file, or a run folder")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings over it")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    form.add_argument("--markdown", action="store_true", help="print Markdown in place of the table")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it, as .svg, .png or .pdf")
+    parser.add_argument(
+        "--image-size",
+        metavar="N|HxW",
+        type=_size,
+        help="height and width of the images in pixels (default: as the data set has)",
+    )
+    parser.add_argument(
+        "--classes", metavar="N", type=positive, help="how many there are (default: as the data set has)"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    picture: Path | None = options.picture
+    if picture and picture.suffix not in PICTURES:
+        raise UserError(f"--picture {picture}: end the file's name in {', '.join(PICTURES)}")
+    name, settings = _resolve(options.what, options.settings)
+    image_shape, classes = images(settings.data, options.image_size, options.classes)
+    architecture = settings.model, image_shape, classes
+    shown = text(*architecture)
+    for smaller in settings.data.smaller:
+        layers(settings.model, (3, smaller.size, smaller.size), classes)
+    if picture:
+        try:
+            write_atomic(picture, image_bytes(figure(*architecture, name), picture.suffix))
+        except OSError as error:
+            raise UserError(f"--picture {picture}: cannot be written ({error.strerror}); name another") from None
+    if options.json:
+        rows = [asdict(row) for row in layers(*architecture)]
+        head = {"name": name, "image_shape": image_shape, "classes": classes}
+        print(json.dumps({**head, "layers": rows, "totals": totals(*architecture)}, indent=2))
+    elif options.markdown:
+        print(markdown(*architecture), end="")
+    else:
+        print(f"{name}: images of {shape_text(image_shape)}, {classes} classes\n\n{shown}", end="")
+        if picture:
+            print(f"picture: {picture}")
+    return 0
+
+
+def _size(words: str) -> tuple[int, int]:
+    height, _, width = words.partition("x")
+    return positive(height), positive(width or height)

@@ -1,0 +1,28 @@
+"""Says whether two runs are the same bits and, if not, where they first part.
+
+    dist-train diff RUN_A RUN_B
+
+Compared are, exactly, what both record of a step: its loss, correct count and learning rate, the weights after it
+(by their digests, or by the checkpoints of both), its evaluation; and the final weights. Of an unfinished run what
+is there is compared. Values are named in the order of the arguments. Exit code: 0 the same, as far as both go;
+1 different; 2 bad input.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_train.command_line import Parser, command
+from dist_train.reports.diff import Run, compare
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = Parser("diff", __doc__)
+    parser.add_argument("run_a", metavar="RUN_A", type=Path, help="a run folder")
+    parser.add_argument("run_b", metavar="RUN_B", type=Path, help="another")
+    options = parser.parse_args(arguments)
+    same, lines = compare(Run(options.run_a), Run(options.run_b))
+    print("\n".join(lines))
+    return 0 if same else 1

@@ -1,0 +1,95 @@
+"""Evaluate a trained network as its training did: every image once, exactly, on any number of ranks.
+
+    dist-train evaluate runs/block94-seed0-1a2b3c4d
+    torchrun --nproc_per_node=4 -m dist_train evaluate CHECKPOINT --split holdout
+
+Of a run's last checkpoint it gives the metrics of the run itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from dist_train.command_line import Parser, command
+from dist_train.config.settings import Tta
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest
+from dist_train.distributed.ranks import ranks
+from dist_train.errors import UserError
+from dist_train.reports.statistics import often_taken_for
+from dist_train.runs.metrics import write_evaluation
+from dist_train.training.evaluation import evaluate
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = Parser("evaluate", __doc__)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder, or an exported safetensors")
+    add("--split", choices=("test", "holdout", "train"), default="test", help="on which images (default: %(default)s)")
+    add("--tta", choices=get_args(Tta), help="test-time augmentation (default: the run's)")
+    add("--data", metavar="DIR", help="folder of the betons (default: the run's)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: %(default)s)")
+    add("--json", action="store_true", help="print all of it as JSON, as in a run's evaluation.json")
+    add("--write", action="store_true", help="write it to evaluation.json of the run folder, for its report")
+    args = parser.parse_args(arguments)
+
+    from dist_train.distributed.device import DTYPES
+    from dist_train.inference.trained_network import load
+
+    if args.write and (not (args.checkpoint / "config.toml").exists() or args.split != "test"):
+        raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; leave --write out")
+    trained = load(args.checkpoint, "cpu")
+    t, config = trained.config.train, trained.config.data
+    config = dataclasses.replace(config, dir=args.data or config.dir)
+    found = manifest(config)
+    if (found.classes, found.image_shape) != (trained.classes, trained.image_shape):
+        raise UserError(
+            f"--data {config.folder}: its classes or its image size are not those that {args.checkpoint} was trained "
+            f"on; name the folder of {trained.dataset}"
+        )
+    with ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+        data = Data(config, found, here, t.batch_size, t.microbatches, t.seed)
+        if not len(data.indices[args.split]):
+            raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
+        model = trained.network.to(here.device)
+        tta = args.tta or trained.config.evaluate.tta
+        autocast = torch.autocast(here.device.type, DTYPES[t.precision], enabled=t.precision != "fp32")
+        evaluation = evaluate(model, data, args.split, here, autocast, tta)
+        if here.main:
+            details = evaluation.details(data, trained.step)
+            if args.write:
+                write_evaluation(args.checkpoint, details)
+            print(json.dumps(details) if args.json else described(details))
+    return 0
+
+
+def described(details: dict[str, Any]) -> str:
+    """`evaluation.json` in words and as a table of the classes, for the terminal."""
+    from dist_train.reports.statistics import proportion
+
+    images, confusion = details["images"], np.array(details["confusion"])
+    low, high = proportion(int(confusion.trace()), images)
+    lines = [
+        f"{details['dataset']}, {details['split']}: {images:,} images, after step {details['step']:,}",
+        f"accuracy {100 * details['accuracy']:.2f} % (95 %: {100 * low:.2f} to {100 * high:.2f}), "
+        f"loss {details['loss']:.4f}",
+    ]
+    if "accuracy_tta" in details:
+        lines.append(f"with TTA {100 * details['accuracy_tta']:.2f} %, loss {details['loss_tta']:.4f}")
+    lines += [f"calibration error (15 bins) {details['calibration']['ece']:.4f}", ""]
+    width = max(5, *(len(name) for name in details["classes"]))
+    lines.append(f"{'class':{width}}  images  accuracy  most often taken for")
+    others = often_taken_for(details)
+    for number, (name, row) in enumerate(zip(details["classes"], confusion, strict=True)):
+        count = int(row.sum())
+        share = f"{100 * row[number] / count:6.2f} %" if count else f"{'':8}"
+        lines.append(f"{name:{width}}  {count:6,}  {share}  {others[number]}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""Makes files of a trained network that can be used elsewhere, and a model card that describes them.
+
+    dist-train export runs/block94-seed0-1a2b3c4d
+
+CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a model.safetensors. Written are:
+
+    model.safetensors  the weights, with configuration and classes in the metadata; dist_train.load reads it
+    model.pt2          torch.export: float32 images (N, C, H, W) from 0 to 1, any N, to logits
+    model.onnx         the same for ONNX Runtime and others; needs pip install onnx onnxscript onnxruntime
+    config.toml        the configuration, without the folders of this machine
+    README.md          the model card
+
+Each is read back, and its logits compared with those of the network, on test images where the run's betons are there
+and else on random ones. Exit code: 0 done; 1 a file's logits differ, or one that was asked for could not be made;
+2 bad input.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dist_train.command_line import Parser, command
+from dist_train.errors import UserError, say
+from dist_train.inference.export import FILES, export
+
+
+def _run_dir(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint is or lies in."""
+    if checkpoint.is_dir():
+        return checkpoint
+    above = checkpoint.resolve().parent.parent
+    return above if (above / "config.toml").exists() and (above / "checkpoints" / checkpoint.name).exists() else None
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    described = Parser("export", __doc__)
+    described.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of the network")
+    described.add_argument("--format", nargs="+", choices=FILES, help="what to write (default: all)")
+    described.add_argument(
+        "--out", metavar="DIR", type=Path, help="where to (default: export, in the run folder or beside the checkpoint)"
+    )
+    options = described.parse_args(arguments)
+    formats, code = [*dict.fromkeys(options.format or FILES)], 0
+
+    from dist_train.inference.trained_network import load
+
+    network = load(options.checkpoint, "cpu")
+    run_dir = _run_dir(options.checkpoint)
+    out = options.out or (run_dir or options.checkpoint.parent) / "export"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
+    if "onnx" in formats and missing:
+        say(f"{FILES['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        formats.remove("onnx")
+        code = 1 if options.format else 0
+    try:
+        wrong = export(network, out, formats, run_dir) if formats else []
+    except OSError as error:
+        say(f"{out}: cannot be written ({error.strerror}); make room, or name another folder with --out")
+        return 1
+    for sentence in wrong:
+        say(sentence)
+    return 1 if wrong else code

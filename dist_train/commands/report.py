@@ -1,0 +1,38 @@
+"""One or several runs as one HTML page that opens anywhere, without a server and without a network.
+
+    dist-train report RUN... [--out report.html] [--title "What it is about"]
+
+RUN is a run folder, or a folder of run folders as an array of jobs makes it. Runs that differ only in the seed are one
+row of the table, as in `dist-train table`. A run need not be finished: the page says what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dist_train.command_line import Parser, command
+from dist_train.errors import UserError
+from dist_train.files import write_atomic
+from dist_train.reports.page import page
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    parser = Parser("report", __doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, or a folder of run folders")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    parser.add_argument("--title", metavar="TEXT", default="", help="(default: the runs' names)")
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
+    out: Path = options.out
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
+    text = page(options.runs, options.title, ["python", "-m", "dist_train.report", *given]).encode()
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
+    print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
+    return 0

@@ -1,0 +1,23 @@
+"""The runs of a group side by side: accuracy as mean, standard deviation and 95 % interval over the seeds.
+
+    dist-train table GROUP
+
+GROUP is a folder of run folders, as an array of jobs makes it. Runs that differ in more than the seed get a row for
+each of their configurations. What has not finished is named, and the table made of the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dist_train.command_line import Parser, command
+from dist_train.reports.table import write
+
+
+@command
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code."""
+    described = Parser("table", __doc__)
+    described.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
+    print(write(described.parse_args(arguments).group), end="")
+    return 0

@@ -1,0 +1,29 @@
+"""Configuration: typed settings, presets, TOML, key=value."""
+
+from dist_train.config.loading import (
+    PRESETS,
+    check_folder,
+    difference,
+    digest,
+    load,
+    parse,
+    presets,
+    reference,
+    to_dict,
+    to_toml,
+)
+from dist_train.config.settings import Config
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "check_folder",
+    "difference",
+    "digest",
+    "load",
+    "parse",
+    "presets",
+    "reference",
+    "to_dict",
+    "to_toml",
+]

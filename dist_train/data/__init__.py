@@ -1,0 +1,1 @@
+"""From betons to augmented microbatches on the device."""

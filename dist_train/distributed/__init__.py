@@ -1,0 +1,1 @@
+"""Ranks, devices, heartbeats and the gradient sum of fixed order."""

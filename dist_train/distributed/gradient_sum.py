@@ -1,0 +1,245 @@
+"""The sum of gradients in a fixed order, whatever the number of ranks.
+
+A global batch is a fixed list of K microbatches; a rank runs a contiguous run of them, each as its own
+forward and backward pass. Their gradients are summed in one fixed binary tree over the microbatches: inside a
+rank while it accumulates, across ranks in a DDP communication hook. So the sum does not depend on the number of
+ranks (the idea of EasyScale, SC 2023, and VirtualFlow, 2022, made exact).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.distributed.ranks import Ranks, share
+
+T = TypeVar("T")
+
+
+class Branches(Generic[T]):
+    """Sums of whole branches of the fixed binary tree over `count` leaves, which come from left to right.
+
+    The node (level, index) sums the leaves from index * 2**level on, 2**level of them or as many as there are:
+    its left half plus its right half. `nodes` holds (level, index, sum) of the largest nodes that are complete.
+    """
+
+    def __init__(self, count: int, add: Callable[[T, T], T]) -> None:
+        self.count, self.add = count, add
+        self.depth = (count - 1).bit_length()
+        self.nodes: list[tuple[int, int, T]] = []
+
+    def push(self, level: int, index: int, value: T) -> None:
+        """Take up the next node, and every node that it completes."""
+        while level < self.depth:
+            if index % 2:
+                if not self.nodes or self.nodes[-1][:2] != (level, index - 1):
+                    break  # the left half is another rank's
+                value = self.add(self.nodes.pop()[2], value)
+            elif (index + 1) << level < self.count:
+                break  # there is a right half, still to come
+            level, index = level + 1, index // 2
+        self.nodes.append((level, index, value))
+
+
+def pieces(leaves: range, count: int) -> list[tuple[int, int]]:
+    """(level, index) of the fewest whole branches that make up the contiguous `leaves` of a tree over `count`."""
+    branches: Branches[None] = Branches(count, lambda left, right: None)
+    for leaf in leaves:
+        branches.push(0, leaf, None)
+    return [(level, index) for level, index, _ in branches.nodes]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one reduction costs the rank that it costs most. sent, received: bytes on the wire. memory: bytes of
+    buffers beside the gradient itself. messages: those that a rank sends."""
+
+    sent: int
+    received: int
+    memory: int
+    messages: int
+
+
+def cost(elements: int, microbatches: int, world_size: int) -> Cost:
+    """The cost of summing float32 gradients of that many elements, in one bucket.
+
+    A rank whose share is p whole branches sends p slices of ceil(elements / world size) to each other rank, and
+    then the sum of its own slice: p = 1 gives the bytes of a ring all-reduce.
+    """
+    shares = [share(microbatches, rank, world_size) for rank in range(world_size)]
+    branches = [len(pieces(leaves, microbatches)) for leaves in shares]
+    part, peers, most = 4 * -(-elements // world_size), world_size - 1, max(branches)
+    waiting = max(len(pieces(leaves[:n], microbatches)) for leaves in shares for n in range(len(leaves)))
+    buffers = (most - 1) * 4 * elements + sum(branches) * part if peers else 0
+    return Cost(
+        sent=(most + 1) * peers * part,
+        received=(sum(branches) - min(branches) + peers) * part if peers else 0,
+        memory=waiting * 4 * elements + buffers,
+        messages=(most + 1) * peers,
+    )
+
+
+class FixedOrderSum:
+    """Leaves in every parameter's `grad` the sum over all microbatches of all ranks, in the fixed tree.
+
+    Wraps the network in DDP. Run each of this rank's microbatches under `leaf`; after the last one the sum is
+    there. Across ranks each one adds up its own slice of the gradient.
+    """
+
+    def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
+        """microbatches: K, those of a global batch."""
+        self.ranks, self.microbatches = ranks, microbatches
+        self.slots = ranks.share(microbatches)
+        self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
+        self.largest: Tensor | None = None
+        self.begun: list[_Begun] = []
+        # each rank owns the BatchNorm rows of its microbatches; torch renamed the option
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        with ranks.exchange():
+            self.ddp = DistributedDataParallel(
+                model,
+                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **no_sync_of_buffers,
+            )
+        self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
+        self.sums = self._branches()
+
+    @contextmanager
+    def leaf(self, index: int) -> Iterator[None]:
+        """Around the forward and backward pass of this rank's microbatch number `index`, counted from 0. After
+        it `largest` is the largest magnitude in that microbatch's own gradient, NaN when it holds one."""
+        last = index == len(self.slots) - 1
+        if index == 0:
+            self.sums = self._branches()
+            self.ddp.zero_grad(set_to_none=True)
+        self.largest = None
+        with nullcontext() if last else self.ddp.no_sync():
+            yield
+        if not last:
+            grads = []
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    raise RuntimeError("a parameter took no part in the loss")
+                grads.append(parameter.grad)
+                parameter.grad = None
+            self.largest = _largest(grads)
+            self.sums.push(0, self.slots[index], grads)
+
+    def _branches(self) -> Branches[list[Tensor]]:
+        return Branches(self.microbatches, _add_to_right)
+
+    def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        flat, parameters = bucket.buffer(), bucket.parameters()
+        largest = _largest([flat])
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        mine = [self.position[id(parameter)] for parameter in parameters]
+        branches = self._branches()
+        branches.nodes = [(level, node, [sums[i] for i in mine]) for level, node, sums in self.sums.nodes]
+        branches.push(0, self.slots[-1], _views(flat, parameters))  # sums end up in `flat`, the last piece
+        rows = [torch.empty_like(flat) for _ in branches.nodes[:-1]]
+        for row, (_, _, sums) in zip(rows, branches.nodes, strict=False):
+            torch._foreach_copy_(_views(row, parameters), sums)
+        devices = [flat.device] if flat.is_cuda else None
+        total: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        if self.ranks.world_size == 1:
+            total.set_result(flat)
+            return total
+        self.begun.append(_Begun(self.ranks, self.pieces, [*rows, flat], total))
+        if bucket.is_last():
+            self._finish()
+        return total
+
+    def _finish(self) -> None:
+        """Sum this rank's slice of every bucket, and exchange the sums."""
+        begun, self.begun = self.begun, []
+        with self.ranks.exchange():
+            for bucket in begun:
+                bucket.sum(self.microbatches)
+            works = [work for bucket in begun for work in bucket.share()]
+            for work in works:
+                work.wait()
+        for bucket in begun:
+            bucket.done()
+
+
+class _Begun:
+    """A bucket whose slices are on their way to the ranks that sum them, while the backward pass goes on."""
+
+    def __init__(
+        self, ranks: Ranks, pieces: list[list[tuple[int, int]]], rows: list[Tensor], total: torch.futures.Future[Tensor]
+    ) -> None:
+        """rows: this rank's pieces, flat; the last of them is DDP's bucket. total: to be set to it in the end."""
+        self.pieces, self.bucket, self.total = pieces, rows[-1], total
+        self.rows = [row.to(ranks.wire) for row in rows]
+        part = -(-len(self.bucket) // ranks.world_size)
+        self.slices = [slice(rank * part, (rank + 1) * part) for rank in range(ranks.world_size)]
+        self.mine = self.rows[-1][self.slices[ranks.rank]]
+        self.others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self.received = {rank: self.mine.new_empty(len(pieces[rank]), len(self.mine)).unbind() for rank in self.others}
+        self.works = _swap(
+            [(peer, row[self.slices[peer]]) for peer in self.others for row in self.rows],
+            [(peer, row) for peer in self.others for row in self.received[peer]],
+        )
+
+    def sum(self, microbatches: int) -> None:
+        for work in self.works:
+            work.wait()
+        branches: Branches[Tensor] = Branches(microbatches, lambda left, right: right.add_(left))
+        for rank, nodes in enumerate(self.pieces):
+            theirs = self.received.get(rank) or [row[self.slices[rank]] for row in self.rows]
+            for (level, index), row in zip(nodes, theirs, strict=True):
+                branches.push(level, index, row)
+        ((_, _, total),) = branches.nodes
+        self.mine.copy_(total)
+
+    def share(self) -> list[dist.Work]:
+        whole = self.rows[-1]
+        return _swap(
+            [(peer, self.mine) for peer in self.others], [(peer, whole[self.slices[peer]]) for peer in self.others]
+        )
+
+    def done(self) -> None:
+        if self.rows[-1].device != self.bucket.device:
+            self.bucket.copy_(self.rows[-1])
+        self.total.set_result(self.bucket)
+
+
+def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]) -> list[dist.Work]:
+    """Begin to send and receive tensors directly: gloo's all_gather takes longer for the same bytes."""
+    sends = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing if len(tensor)]
+    receives = [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming if len(tensor)]
+    works: list[dist.Work] = dist.batch_isend_irecv([*sends, *receives]) if sends or receives else []
+    return works
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """The largest magnitude; NaN where there is one."""
+    if gradients[0].is_cuda:
+        return torch.stack(torch._foreach_norm(gradients, torch.inf)).max()
+    # on a CPU the norm takes twenty times as long, as does any view with strides
+    low, high = zip(*(torch.aminmax(g.as_strided((g.numel(),), (1,))) for g in gradients), strict=True)
+    return torch.maximum(torch.stack(high).max(), -torch.stack(low).min())
+
+
+def _add_to_right(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    torch._foreach_add_(right, left)
+    return right
+
+
+def _views(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """A bucket's content as tensors of its parameters' shapes. bucket.gradients() takes every gradient for
+    contiguous, but the bucket keeps the parameters' layout."""
+    slices = flat.split([parameter.numel() for parameter in parameters])
+    return [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, slices, strict=True)]

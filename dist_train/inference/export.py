@@ -1,0 +1,198 @@
+"""Files of a trained network for use elsewhere: safetensors, torch.export and ONNX, each checked after writing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.files import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    from dist_train.inference.trained_network import TrainedNetwork
+
+FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
+
+_TOLERANCE = 1e-4  # of the largest logit
+
+_IMAGES = 256
+
+_PARTS = (1, 8)  # where these are cut into batches
+
+
+def as_safetensors(network: TrainedNetwork) -> bytes:
+    """The weights and, row by row, the BatchNorm statistics: bit for bit those of the training."""
+    from safetensors.torch import save
+
+    from dist_train.inference.trained_network import stamp
+
+    weights = {name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}
+    return save(weights, {"format": "pt", **stamp(network)})
+
+
+def as_graph(network: TrainedNetwork) -> ExportedProgram:
+    """The graph from float32 images (N, C, H, W) from 0 to 1, any N, to logits."""
+    import torch
+
+    from dist_train.model.network import BatchNorm
+
+    network = deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, BatchNorm):  # some runtimes take only constants for these
+            module.rows_mean, module.rows_var = module.rows_mean.mean(0, True), module.rows_var.mean(0, True)
+    height, width, channels = network.image_shape
+    with torch.no_grad():
+        program = torch.export.export(
+            network,
+            (torch.zeros(2, channels, height, width),),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def as_torch(network: TrainedNetwork, program: ExportedProgram) -> bytes:
+    """The graph as `torch.export.load` takes it, with the `stamp` as extra files."""
+    import torch
+
+    from dist_train.inference.trained_network import stamp
+
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=stamp(network))
+    return file.getvalue()
+
+
+def as_onnx(network: TrainedNetwork, program: ExportedProgram) -> bytes:
+    """The graph as ONNX, with the `stamp` as metadata."""
+    import torch
+
+    from dist_train.inference.trained_network import stamp
+
+    made = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: "batch"}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert made is not None
+    for node in made.model.graph:
+        node.metadata_props.clear()  # likewise
+    made.model.metadata_props.update(stamp(network))
+    content: bytes = made.model_proto.SerializeToString()
+    return content
+
+
+def reader(path: Path) -> Callable[[Tensor], Tensor]:
+    """The network in an exported file: float32 images (N, C, H, W) from 0 to 1 to logits."""
+    import torch
+
+    from dist_train.inference.trained_network import load
+
+    if path.suffix == ".safetensors":
+        return load(path, "cpu").logits
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    import onnx
+    import onnxruntime
+
+    onnx.checker.check_model(path, full_check=True)
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
+    """(N, C, H, W) from 0 to 1, and what they are: test images where the run's betons are there, else random ones."""
+    import torch
+
+    from dist_train import data_prep
+
+    with contextlib.suppress(data_prep.DataError):
+        folder = network.config.data.folder
+        found = data_prep.check(folder)
+        if found.splits["test"].content_sha256 == network.content_sha256["test"]:
+            pixels = torch.from_numpy(data_prep.read_split(folder, "test")[0][:_IMAGES])
+            return pixels.permute(0, 3, 1, 2) / 255, f"{len(pixels)} test images of {network.dataset}"
+    height, width, channels = network.image_shape
+    noise = torch.rand(_IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
+    return noise, f"{_IMAGES} images of random pixels, as the test images of {network.dataset} were not there"
+
+
+def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([read(part) for part in torch.tensor_split(images, _PARTS) if len(part)])
+
+
+def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
+    """Write the files and the card into the folder `out`, and a line for each to stdout. Returns what is wrong with
+    those that failed the comparison; they are removed again. Raises OSError."""
+    from dist_train import config
+    from dist_train.config.settings import RecordConfig
+    from dist_train.inference.model_card import Check, Checked, card
+
+    images, which = images_to_compare(network)
+    expected = _logits(network.logits, images)
+    largest = expected.abs().max().item()
+    network = copy(network)  # the files have nothing of this machine
+    data = replace(network.config.data, dir="", source="")
+    network.config = replace(network.config, data=data, record=RecordConfig())
+
+    print(f"{'file':17}  {'bytes':>10}  largest difference  same answers", flush=True)
+    checks, wrong = [], []
+    program = cache(lambda: as_graph(network))
+    contents: dict[str, Callable[[], bytes]] = {
+        "safetensors": lambda: as_safetensors(network),
+        "torch": lambda: as_torch(network, program()),
+        "onnx": lambda: as_onnx(network, program()),
+    }
+    for name in formats:
+        path = out / FILES[name]
+        with _quiet():
+            content = contents[name]()
+            write_atomic(path, content)
+            found = _logits(reader(path), images)
+        difference = (found - expected).abs().max().item()
+        same = int((found.argmax(1) == expected.argmax(1)).sum())
+        print(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}", flush=True)
+        if difference <= _TOLERANCE * largest:
+            checks.append(Check(path.name, len(content), hashlib.sha256(content).hexdigest(), difference, same))
+        else:
+            path.unlink()
+            wrong.append(
+                f"{path}: its logits differ by {difference:.2g} where they are up to {largest:.2g}, more than one in "
+                f"{1 / _TOLERANCE:,.0f}; it is removed"
+            )
+    write_atomic(out / "config.toml", config.to_toml(network.config).encode())
+    write_atomic(out / "README.md", card(network, run_dir, Checked(len(images), which, largest, checks)).encode())
+    print(f"compared on {which}, with logits of up to {largest:.3g}; described in {out / 'README.md'}", flush=True)
+    return wrong
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks, which are about torch and not about the network."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

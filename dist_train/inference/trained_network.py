@@ -1,0 +1,300 @@
+"""A trained network to be used, from a checkpoint, a run folder or an exported file:
+
+    from dist_train import load
+
+    network = load("runs/block94-seed0-1a2b3c4d")
+    network.predict("cat.png")  # [[("cat", 0.98), ("dog", 0.01), ...]]
+    network.logits(images)
+
+where images are uint8 (N, H, W, C), or floats from 0 to 1 (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dist_train.config.loading import parse, to_toml
+from dist_train.config.settings import Config, Tta
+from dist_train.data_prep.images import square, unreadable
+from dist_train.errors import UserError, say
+from dist_train.model.network import BlockNetwork, weights_digest
+from dist_train.model.tta import views
+from dist_train.runs import checkpoint
+from dist_train.runs.checkpoint import wrong
+from dist_train.runs.environment import Environment
+
+Pixels = npt.NDArray[Any] | Tensor
+
+Picture = str | os.PathLike[str] | Image.Image | Pixels
+
+_BATCH = 256  # images in one forward pass of predict
+
+_REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
+
+
+class TrainedNetwork(nn.Module):
+    """A network with all that it takes to use it. It computes in float32, deterministic on a CPU, unless it is moved to
+    another dtype or used within torch.autocast.
+
+    classes: their names, in the order of the logits. image_shape: (H, W, C) of what it was trained on. dataset: the
+    name of that. content_sha256: of its splits' pixels and labels. config: of the run. step: steps that it was trained
+    for. environments: that the run has had.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, network: BlockNetwork, config: Config, data: dict[str, Any], step: int, environments: list[Environment]
+    ) -> None:
+        """data: as checkpoints have it: `dataset`, `classes`, `image_shape`, `mean` and `std` of each channel, and
+        `content_sha256`."""
+        super().__init__()
+        self.network, self.config, self.step, self.environments = network, config, step, environments
+        self.dataset: str = data["dataset"]
+        self.classes: tuple[str, ...] = tuple(data["classes"])
+        self.content_sha256: dict[str, str] = data["content_sha256"]
+        height, width, channels = data["image_shape"]
+        self.image_shape: tuple[int, int, int] = height, width, channels
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(data[name])[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Floats from 0 to 1, (N, C, H, W), to logits (N, classes). Nothing is checked; gradients flow."""
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+    def logits(self, images: Pixels, tta: Tta = "none") -> Tensor:
+        """The scores before softmax: (N, classes) float32, on the network's device.
+
+        images: uint8 (N, H, W, C), or floats from 0 to 1 (N, C, H, W), of the size of `image_shape`; the network
+        normalises them itself. tta: `mirror` averages over mirrored views, `shift` over shifted ones too. Raises
+        ValueError for any other shape, dtype or range.
+        """
+        return self._scores(self._normalised(images), tta)
+
+    def predict(
+        self, images: Picture | Sequence[Picture], top: int = 5, tta: Tta = "none"
+    ) -> list[list[tuple[str, float]]]:
+        """For each image the `top` likeliest classes and their probabilities, the likeliest first.
+
+        images: one or many paths, PIL images, or arrays or tensors as `logits` takes them, which may also be single
+        images and, as uint8, grey (H, W) or of two or four channels, the last of them alpha. Those of another size
+        than the network's are scaled until the shorter side fits, and the middle is taken; transparent parts are
+        white. Raises UserError for a file that cannot be read, ValueError as `logits` does.
+        """
+        if top < 1:
+            raise ValueError(f"top = {top}: ask for 1 class at least")
+        found: list[list[tuple[str, float]]] = []
+        pictures = list(_each(images))
+        for start in range(0, len(pictures), _BATCH):
+            some = [self._normalised(self._prepared(picture)[None]) for picture in pictures[start : start + _BATCH]]
+            best = self._scores(torch.cat(some), tta).softmax(1).topk(min(top, len(self.classes)))
+            rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found += [[(self.classes[c], p) for c, p in zip(*row, strict=True)] for row in rows]
+        return found
+
+    @torch.no_grad()
+    def _scores(self, x: Tensor, tta: Tta) -> Tensor:
+        if not len(x):
+            return x.new_zeros(0, len(self.classes))
+        scores: Tensor = self.network(x).float()
+        if tta != "none":
+            (weight, _), *others = views(x, tta)  # the first is the image itself
+            scores = sum((w * self.network(view).float() for w, view in others), weight * scores)
+        return scores
+
+    def _normalised(self, images: Pixels) -> Tensor:
+        """(N, C, H, W) as the network takes it, on its device."""
+        x = _tensor(images)
+        height, width, channels = self.image_shape
+        whole = x.dtype == torch.uint8
+        expected = (height, width, channels) if whole else (channels, height, width)
+        if x.shape[1:] != expected or not (whole or x.is_floating_point()):
+            raise ValueError(
+                f"images are {_described(x)}: this network takes uint8 (N, {height}, {width}, {channels}) or floats "
+                f"from 0 to 1 (N, {channels}, {height}, {width}); predict takes any size"
+            )
+        if whole:  # in the trainer's order of operations, for the same bits
+            nchw = x.to(self.mean.device).permute(0, 3, 1, 2).to(self.mean.dtype)
+            return nchw * (1 / (255 * self.std)) + -self.mean / self.std
+        return (_checked(x).to(self.mean) - self.mean) / self.std
+
+    def _prepared(self, picture: Picture) -> Tensor:
+        """One picture in the network's size: (H, W, C) uint8, or (C, H, W) floats where these already have it."""
+        size, _, channels = self.image_shape
+        if isinstance(picture, np.ndarray | Tensor):
+            x = _tensor(picture)
+            if x.is_floating_point():
+                if x.shape == (channels, size, size):
+                    return x
+                if x.ndim == 3 and len(x) == channels:
+                    x = (_checked(x) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+            if x.dtype != torch.uint8 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (1, 2, 3, 4))):
+                raise ValueError(
+                    f"an image is {_described(x)}: give uint8 (H, W, {channels}), or floats from 0 to 1 "
+                    f"({channels}, H, W)"
+                )
+            if x.shape == (size, size, channels):
+                return x
+            picture = Image.fromarray(x.cpu().numpy().squeeze(2) if x.shape[2:] == (1,) else x.cpu().numpy())
+        return torch.from_numpy(read_image(picture, size))
+
+
+def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "cuda"] = "auto") -> TrainedNetwork:
+    """Read a trained network, ready for evaluation.
+
+    path: a checkpoint, a run folder, of which the newest whole checkpoint is taken, or a `model.safetensors` that
+    `dist-train export` wrote; verified by their SHA-256. device: `auto` takes a GPU where there is one. Only
+    reads, and runs no code from the file. Raises UserError.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: torch finds no GPU here; use cpu, or auto")
+    found = Path(path)
+    if found.is_dir():
+        found = _newest(found)
+    elif not found.exists():
+        raise UserError(f"{found}: there is no such file; {_REMEDY}")
+    elif found.with_name(found.name + ".sha256").exists() and (why := wrong(found)):
+        raise UserError(f"{found} {why}: it is damaged; name another checkpoint of the run, or a copy of it")
+    return _built(_state(found), found).to(device)
+
+
+def predict(
+    path: str | os.PathLike[str],
+    images: Picture | Sequence[Picture],
+    top: int = 5,
+    tta: Tta = "none",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> list[list[tuple[str, float]]]:
+    """`load` and `TrainedNetwork.predict` in one, for a network that is used once."""
+    return load(path, device).predict(images, top, tta)
+
+
+def read_image(source: str | os.PathLike[str] | BinaryIO | Image.Image, size: int) -> npt.NDArray[np.uint8]:
+    """One picture as (size, size, 3), as data_prep makes them from folders of images. Raises UserError."""
+    try:
+        if isinstance(source, Image.Image):
+            source.load()  # `square` may otherwise have it decoded smaller
+            return square(source, size)
+        with Image.open(source) as image:
+            return square(image, size)
+    except Exception as error:  # Pillow's decoders raise all sorts, also SyntaxError
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "an image")
+        raise UserError(f"{name}: cannot be read ({unreadable(error)})") from error
+
+
+def _each(images: Picture | Sequence[Picture]) -> Iterator[Picture]:
+    if isinstance(images, str | os.PathLike | Image.Image) or (
+        isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+    ):
+        yield images
+    else:
+        yield from images
+
+
+def _tensor(images: Pixels) -> Tensor:
+    # copied: torch takes no negative strides, and warns of arrays that cannot be written
+    return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, order="C"))
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.numel() and not (x.min() > -1e-3 and x.max() < 1 + 1e-3):
+        raise ValueError(
+            f"images with values from {x.min():.3g} to {x.max():.3g}: give floats from 0 to 1, not normalised, or uint8"
+        )
+    return x
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def stamp(network: TrainedNetwork) -> dict[str, str]:
+    """What an exported file carries besides the weights, in the form that all kinds of them take."""
+    return {
+        "dataset": network.dataset,
+        "classes": json.dumps(network.classes),
+        "image_shape": json.dumps(network.image_shape),
+        "mean": json.dumps(network.mean.flatten().tolist()),
+        "std": json.dumps(network.std.flatten().tolist()),
+        "content_sha256": json.dumps(network.content_sha256),
+        "step": json.dumps(network.step),
+        "environments": json.dumps(network.environments),
+        "weights_sha256": weights_digest(network.network),
+        "config": to_toml(network.config),
+    }
+
+
+def _newest(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run, whose folder is left as it is."""
+    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
+        if not (why := wrong(path)):
+            return path
+        say(f"checkpoint {path} {why}; the one before it is used")
+    raise UserError(f"{run_dir}: holds no whole checkpoint; {_REMEDY}")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, or an exported file in the same form."""
+    state: Any = None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state = _unstamped(file.metadata() or {})
+                state["model"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            state = checkpoint.load(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
+    except Exception:  # torch raises all sorts
+        state = None
+    if not isinstance(state, dict) or not state.keys() >= {"step", "model"}:
+        raise UserError(f"{path}: is damaged, or none of dist_train's files (code in a file is never run); {_REMEDY}")
+    if not state.keys() >= {"config", "data"}:
+        raise UserError(f"{path}: is of an earlier version, which left out the configuration; train the network again")
+    return state
+
+
+def _unstamped(found: dict[str, str]) -> dict[str, Any]:
+    """The entries of a checkpoint, without the weights, from a `stamp`."""
+    data = {key: json.loads(found[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
+    return {
+        "data": {"dataset": found["dataset"], **data},
+        "step": json.loads(found["step"]),
+        "environments": json.loads(found["environments"]),
+        "weights_sha256": found["weights_sha256"],
+        "config": found["config"],
+    }
+
+
+def _built(state: dict[str, Any], path: Path) -> TrainedNetwork:
+    try:
+        settings = parse(state["config"])
+        height, width, channels = state["data"]["image_shape"]
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and at once replaced
+            network = BlockNetwork(
+                settings.model, (channels, height, width), len(state["data"]["classes"]), settings.train.microbatches
+            )
+        network.load_state_dict(state["model"])
+        trained = TrainedNetwork(network, settings, state["data"], state["step"], state["environments"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"{path}: does not fit this version of dist_train; use the one that it was trained with"
+        ) from None
+    if state.get("weights_sha256") not in (None, weights_digest(network)):
+        raise UserError(f"{path}: its weights do not match their SHA-256: it is damaged; export it again")
+    return trained.eval()

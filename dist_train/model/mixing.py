@@ -1,0 +1,389 @@
+"""A block's mixed convolutions: `a1*C1(x) + ... + aL*CL(x)` with coefficients `a` of each image.
+
+This is conditional or dynamic convolution (Yang et al. 2019, "CondConv"; Chen et al. 2020, "Dynamic Convolution"). It
+is linear in the images, the coefficients and the kernels, and so can be computed in three forms that are equal but for
+rounding:
+
+- `outputs`: L convolutions, then the weighted sum of their images;
+- `inputs`: convolutions of the scaled images a_l * x, added up. Fewer bytes move where the input is smaller than the
+  output, and only x is kept for the backward pass instead of L images;
+- `kernels`: the kernels are summed first, K_n = sum_l a_l(n) W_l, and every image is convolved once, with its own
+  kernels. About one L-th of the operations, for the bytes of N sets of kernels.
+
+Whatever is a pass over images runs on flat rows, one for each image: broadcasting over the channels_last axes is
+up to twenty times slower on a CPU. Everything here can be differentiated once. A graph that torch exports has the plain
+formula instead, which must do for any batch size, in operations that every runtime knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Form = Literal["outputs", "inputs", "kernels"]
+
+
+# stride, padding, dilation, groups, size of the kernel
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]
+
+
+# What one pass over an element (read, compute, write) costs, in floating-point operations of a convolution. On a CPU
+# with AVX-512 it is 0.24 ns at 0.18 TFLOP/s a core in bf16; fp32 halves both. On GPUs, not measured: 1.3 ps at
+# 400 TFLOP/s, which leaves next to nothing to the form `kernels`.
+_PASS = {"cpu": 43.0}
+
+_PASS_ELSEWHERE = 500.0
+
+
+# Bytes of patches or kernels that the form `kernels` makes at a time: about the last cache; elsewhere a bound.
+_PART = {"cpu": 32 << 20}
+
+_PART_ELSEWHERE = 1 << 30
+
+
+def choose(
+    shape: Sequence[int], convolutions: Sequence[nn.Conv2d], device_type: str, input_gradient: bool = True
+) -> Form:
+    """The form in which to mix, from an estimate of operations and passes over memory.
+
+    shape: (N, C, H, W) of the input. input_gradient: whether the backward pass needs the input's gradient. A function
+    of its arguments alone, never of a measurement: the forms round differently, and training must not depend on the
+    machine or on the number of workers.
+
+    The estimate, for forward and backward pass of one image, in floating-point operations:
+    `outputs` scales and adds, scales again, and takes a dot product with, every output image, and adds the gradients
+    of x; `inputs` does about as much with the smaller or larger inputs, scales them anew for the backward pass, and
+    adds the outputs, but for 1x1 kernels, which a matrix product adds. `kernels` takes the operations of one
+    convolution, 1.3 times as dear for smaller products; the patches of x and of the gradient; eleven passes over its
+    kernels (made twice, their gradients written and read twice), and twenty-five over all kernels to rearrange
+    them, once a batch. `kernels` must win by a tenth. Without the gradient of x, from which it takes those of the
+    coefficients, `inputs` is out. The constants are fitted to `python -m benchmarks.mixing`.
+    """
+    n, c, h, w = shape
+    first, branches = convolutions[0], len(convolutions)
+    o, size = first.out_channels, max(convolution.kernel_size[0] for convolution in convolutions)
+    pixels = 1
+    for axis, length in enumerate((h, w)):
+        reach = first.dilation[axis] * (first.kernel_size[axis] - 1)
+        pixels *= (length + 2 * int(first.padding[axis]) - reach - 1) // first.stride[axis] + 1
+    inputs, outputs = c * h * w, o * pixels
+    spatial = sum(not _is_matrix_product(_geometry(convolution)) for convolution in convolutions)
+    passes = {
+        "outputs": 3.5 * branches * outputs + 1.5 * (branches - 1) * inputs,
+        "inputs": 4.25 * branches * inputs + 1.5 * max(spatial - 1, 0) * outputs,
+        "kernels": size**2 * ((11 + 25 * branches / n) * c * o + c * pixels + o * h * w),
+    }
+    # a multiply-add for the outputs, the kernels' gradient and the inputs' gradient
+    each = 6 if input_gradient else 4
+    operations = each * outputs * sum(convolution.weight[0].numel() for convolution in convolutions)
+    one_pass = _PASS.get(device_type, _PASS_ELSEWHERE)
+    form: Form = "inputs" if input_gradient and passes["inputs"] <= passes["outputs"] else "outputs"
+    mixed_kernels = 1.3 * each * outputs * c * size**2 + one_pass * passes["kernels"]
+    wins = mixed_kernels < 0.9 * (operations + one_pass * passes[form])
+    return "kernels" if wins and _one_geometry(convolutions) else form
+
+
+def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form: Form | None = None) -> Tensor:
+    """The sum of convolutions of x, each weighted by one coefficient per image.
+
+    coefficients: (N, L), float32 or wider. x: (N, C, H, W), best in channels_last. convolutions: L of square kernels
+    and zero padding whose outputs agree on a shape. form: the one to use; `choose` decides when it is None.
+    Returns (N, O, H', W') in channels_last, in x's dtype or, under autocast, in autocast's.
+    Raises ValueError when the kernels cannot be summed and form is `kernels`.
+    """
+    device = x.device.type
+    if torch.compiler.is_exporting():
+        form = "outputs"
+    elif form is None:
+        needed = x.requires_grad or not torch.is_grad_enabled()  # evaluation: as if in training
+        form = choose(x.shape, convolutions, device, needed)
+    if form == "outputs":
+        return weighted_sum(coefficients, [convolution(x) for convolution in convolutions])
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        x = x.to(dtype)
+        weights = [convolution.weight.to(dtype) for convolution in convolutions]
+        total: Tensor
+        if form == "inputs":
+            total = _Inputs.apply(coefficients, x, tuple(map(_geometry, convolutions)), *weights)
+        elif _one_geometry(convolutions):
+            widest = max(convolutions, key=lambda convolution: convolution.kernel_size[0])
+            size = widest.kernel_size[0]
+            weights = [F.pad(w, [(size - w.shape[-1]) // 2] * 4) if w.shape[-1] < size else w for w in weights]
+            total = _Kernels.apply(coefficients, x, torch.stack(weights), int(widest.padding[0]), widest.dilation[0])
+        else:
+            raise ValueError("these kernels cannot be summed: strides, groups, dilations or parities differ")
+        if any(convolution.bias is not None for convolution in convolutions):
+            zero = convolutions[0].weight.new_zeros(convolutions[0].out_channels)
+            biases = torch.stack(
+                [zero if convolution.bias is None else convolution.bias for convolution in convolutions]
+            )
+            total = _AddToPixels.apply(total, coefficients @ biases.to(coefficients.dtype))
+    return total
+
+
+def weighted_sum(coefficients: Tensor, branches: Sequence[Tensor]) -> Tensor:
+    """Sum L branch images with one coefficient per image and branch: the form `outputs` on its own.
+
+    coefficients: (N, L), float32 or wider. branches: L tensors (N, C, H, W) of one shape and dtype.
+    Returns (N, C, H, W) in the branches' dtype, in channels_last.
+    """
+    total: Tensor
+    if torch.compiler.is_exporting():
+        first, *rest = map(torch.mul, coefficients[:, :, None, None].split(1, 1), branches)
+        total = sum(rest, first)
+    else:
+        total = _Outputs.apply(coefficients, *branches)
+    return total
+
+
+def average(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The average of each channel of (N, C, H, W) images: (N, C) of the dtype given (float32 or wider), and x.
+
+    Whatever else reads x should read the x returned: both gradients are then added in one pass.
+    """
+    if torch.compiler.is_exporting():
+        return x.mean((2, 3), dtype=dtype), x
+    result: tuple[Tensor, Tensor] = _Average.apply(x, dtype)
+    return result
+
+
+class _Outputs(torch.autograd.Function):
+    """One pass over memory per branch in each direction, where autograd's own graph takes two or three."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, *branches: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, *branches)
+        scales = _scales(coefficients, branches[0])
+        total = _rows(branches[0]) * scales[0]
+        for branch, scale in zip(branches[1:], scales[1:], strict=True):
+            total.addcmul_(_rows(branch), scale)
+        return _images(total, branches[0].shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, *branches = ctx.saved_tensors
+        shape, grad = grads[0].shape, _rows(grads[0])
+        grad_branches = [
+            _images(grad * scale, shape) if needed else None
+            for scale, needed in zip(_scales(coefficients, grad), ctx.needs_input_grad[1:], strict=True)
+        ]
+        if not ctx.needs_input_grad[0]:
+            return (None, *grad_branches)
+        dots = [_dot(grad, _rows(branch), coefficients.dtype) for branch in branches]
+        return (torch.stack(dots, 1), *grad_branches)
+
+
+class _Inputs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: Tensor, x: Tensor, geometries: tuple[_Geometry, ...], *weights: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(coefficients, x, *weights)
+        ctx.geometries = geometries
+        rows, c = _rows(x), x.shape[1]
+        branches = zip(geometries, weights, _scales(coefficients, x), strict=True)
+        total: Tensor | None = None  # (N, H', W', O)
+        # 1x1 kernels last: their products are added in place
+        for geometry, weight, scale in sorted(branches, key=lambda branch: _is_matrix_product(branch[0])):
+            scaled = rows * scale
+            if not _is_matrix_product(geometry):
+                stride, padding, dilation, groups, _ = geometry
+                image = _images(scaled, x.shape)
+                image = torch.convolution(image, weight, None, stride, padding, dilation, False, (0, 0), groups)
+                image = image.permute(0, 2, 3, 1).contiguous()
+                total = image if total is None else total.add_(image)
+            elif total is None:
+                total = torch.mm(scaled.view(-1, c), weight.flatten(1).t()).view(len(x), *x.shape[2:], -1)
+            else:
+                sums = total.view(-1, total.shape[3])
+                torch.addmm(sums, scaled.view(-1, c), weight.flatten(1).t(), out=sums)
+        assert total is not None
+        return total.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, x, *weights = ctx.saved_tensors
+        rows, c = _rows(x), x.shape[1]
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        pixels = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+        dots, grad_weights = [], []
+        grad_x: Tensor | None = None
+        for geometry, weight, scale in zip(ctx.geometries, weights, _scales(coefficients, x), strict=True):
+            scaled = rows * scale  # made again rather than kept: a small part of a convolution's time
+            if _is_matrix_product(geometry):
+                grad_scaled = torch.mm(pixels, weight.flatten(1)).view(len(x), -1)
+                grad_weight = torch.mm(scaled.view(-1, c).t(), pixels).t().reshape(weight.shape)
+            else:
+                stride, padding, dilation, groups, _ = geometry
+                grad_image, grad_weight, _ = torch.ops.aten.convolution_backward(
+                    *(grad, _images(scaled, x.shape), weight, None, stride, padding, dilation, False, (0, 0), groups),
+                    (True, True, False),
+                )
+                grad_scaled = _rows(grad_image)
+            grad_weights.append(grad_weight)
+            dots.append(_dot(grad_scaled, rows, coefficients.dtype))
+            if ctx.needs_input_grad[1]:
+                grad_x = grad_scaled.mul_(scale) if grad_x is None else grad_x.addcmul_(grad_scaled, scale)
+        grad_images = None if grad_x is None else _images(grad_x, x.shape)
+        return (torch.stack(dots, 1), grad_images, None, *grad_weights)
+
+
+class _Kernels(torch.autograd.Function):
+    """Matrix products of every image's kernels with its patches, for as many images at a time as the cache holds."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, x: Tensor, weights: Tensor, padding: int, dilation: int) -> Tensor:
+        """weights: (L, O, C, K, K)."""
+        ctx.save_for_backward(coefficients, x, weights)
+        ctx.padding, ctx.dilation = padding, dilation
+        branches, o, c, size, _ = weights.shape
+        height, width = (length + 2 * padding - dilation * (size - 1) for length in x.shape[2:])
+        total = x.new_empty(len(x), height, width, o).permute(0, 3, 1, 2)
+        by_output = weights.permute(0, 1, 3, 4, 2).reshape(branches, -1)
+        scales = coefficients.to(x.dtype)
+        for part in _parts(x, size**2 * c * max(o, height * width)):
+            kernels = torch.mm(scales[part], by_output).view(-1, o, size**2 * c)
+            patches = _patches(x[part], size, padding, dilation)
+            total[part] = torch.bmm(kernels, patches.transpose(1, 2)).unflatten(2, (height, width))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of x is the same form again, of the output's gradient with transposed and turned kernels; the
+        # gradient's patches serve those of the kernels too.
+        coefficients, x, weights = ctx.saved_tensors
+        branches, o, c, size, _ = weights.shape
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        padding = ctx.dilation * (size - 1) - ctx.padding
+        turned = weights.flip(3, 4)
+        by_input = turned.permute(0, 2, 3, 4, 1).reshape(branches, -1)
+        by_patch = turned.permute(0, 3, 4, 1, 2).reshape(branches, -1)
+        scales, pixels = coefficients.to(x.dtype), x.permute(0, 2, 3, 1).flatten(1, 2)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        grad_weights = torch.zeros_like(by_patch, dtype=coefficients.dtype)
+        dots = []
+        for part in _parts(x, size**2 * o * max(c, x.shape[2] * x.shape[3])):
+            patches = _patches(grad[part], size, padding, ctx.dilation)
+            if grad_x is not None:
+                kernels = torch.mm(scales[part], by_input).view(-1, c, size**2 * o)
+                grad_x[part] = torch.bmm(kernels, patches.transpose(1, 2)).unflatten(2, x.shape[2:])
+            grad_kernels = torch.bmm(patches.transpose(1, 2), pixels[part]).flatten(1)
+            dots.append(torch.mm(by_patch, grad_kernels.t()))
+            grad_weights.add_(torch.mm(scales[part].t(), grad_kernels))
+        grad_weights = grad_weights.view(branches, size, size, o, c).permute(0, 3, 4, 1, 2).flip(3, 4)
+        grad_coefficients = torch.cat(dots, 1).t().to(coefficients.dtype)
+        return grad_coefficients, grad_x, grad_weights.to(weights.dtype), None, None
+
+
+class _AddToPixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, addends: Tensor) -> Tensor:
+        ctx.dtype = addends.dtype
+        return _add_to_pixels(x, addends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], _sum_of_pixels(grads[0], ctx.dtype)
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.pixels = x.shape[2:].numel()
+        return _sum_of_pixels(x, dtype) / ctx.pixels, x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _add_to_pixels(grads[1], grads[0] / ctx.pixels), None
+
+
+def _add_to_pixels(x: Tensor, addends: Tensor) -> Tensor:
+    """x: (N, C, H, W). addends: (N, C). In rows of W * C numbers: rows of few channels are slow."""
+    n, c, h, w = x.shape
+    lines = x.permute(0, 2, 3, 1).reshape(n, h, w * c)
+    return _images(lines + addends.to(x.dtype).repeat(1, w)[:, None], x.shape)
+
+
+def _sum_of_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W) to (N, C)."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return x.sum((2, 3), dtype=dtype)
+    # A matrix product sums bf16 in float32, several times as fast as sum(), but rounds the result to bf16; a second
+    # one yields what the rounding took away.
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    ones = x.new_ones(1, 1, 1).expand(len(x), 1, pixels.shape[1])
+    total = torch.bmm(ones, pixels)
+    return (total.to(dtype) - torch.baddbmm(total, -ones, pixels).to(dtype))[:, 0]
+
+
+def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The dot products of rows, (N, K) and (N, K) to (N,) of the dtype given: bf16 and fp16 on a CPU in one pass, in
+    float32 without rounding the products."""
+    if x.device.type != "cpu" or x.element_size() > 2 or not x.numel():
+        return (x * y).sum(1, dtype=dtype)
+    # With rows for channels, of mean 0 and deviation 1, these are the gradients of a batch normalisation's factors.
+    # A matrix product depends on oneDNN, which is up to twelve times slower in some versions and on some processors.
+    ones = x.new_ones(len(x), dtype=torch.float32)
+    how = (ones, None, None, ones.new_zeros(len(x)), ones, True, 0.0, (False, True, False))
+    dots: Tensor = torch.ops.aten.native_batch_norm_backward(x[None], y[None], *how)[1]
+    return dots.to(dtype)
+
+
+def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """L factors (N, 1) for rows like x's."""
+    return coefficients.to(x.dtype)[:, :, None].unbind(1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H * W * C), a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def _images(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows back to a view (N, C, H, W) of the shape given, in channels_last."""
+    n, c, h, w = shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _patches(x: Tensor, size: int, padding: int, dilation: int) -> Tensor:
+    """What each output pixel of a convolution sees: (N, C, H, W) to (N, H' * W', size * size * C)."""
+    if padding:  # where it is negative, this cuts
+        x = F.pad(x, [padding] * 4)
+    reach = dilation * (size - 1) + 1
+    taps = x.permute(0, 2, 3, 1).unfold(1, reach, 1).unfold(2, reach, 1)[..., ::dilation, ::dilation]
+    return taps.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def _parts(x: Tensor, numbers: int) -> list[slice]:
+    """Consecutive parts of a batch that makes so many numbers an image; a function of shape, dtype and device type."""
+    limit = _PART.get(x.device.type, _PART_ELSEWHERE)
+    each = max(1, limit // (x.element_size() * numbers))
+    return [slice(start, start + each) for start in range(0, len(x), each)]
+
+
+def _geometry(convolution: nn.Conv2d) -> _Geometry:
+    padding = tuple(map(int, convolution.padding))
+    return convolution.stride, padding, convolution.dilation, convolution.groups, convolution.kernel_size[0]
+
+
+def _is_matrix_product(geometry: _Geometry) -> bool:
+    stride, padding, _, groups, size = geometry
+    return size == groups == 1 and stride == (1, 1) and padding == (0, 0)
+
+
+def _one_geometry(convolutions: Sequence[nn.Conv2d]) -> bool:
+    """Whether all kernels, smaller ones within zeros, are kernels of one convolution. That their centres agree
+    follows from their outputs' common shape."""
+    widest = max(convolutions, key=lambda convolution: convolution.kernel_size[0])
+    return all(
+        convolution.stride == (1, 1)
+        and convolution.groups == 1
+        and (widest.kernel_size[0] - convolution.kernel_size[0]) % 2 == 0
+        and (convolution.kernel_size[0] == 1 or convolution.dilation == widest.dilation)
+        for convolution in convolutions
+    )

@@ -1,0 +1,281 @@
+"""The block network: blocks B1..BK of mixed convolutions, then an output block O.
+
+An intermediate block has L convolutions C1..CL that all read the same input x and give images of one shape;
+it returns `a1*C1(x) + ... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC
+is one fully connected layer with L units. O takes the channel averages of its input through zero or more
+fully connected layers to the logits. The architecture is data: the `[model]` section of the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
+from dist_train.model.mixing import average, mix, weighted_sum
+from dist_train.model.shapes import padding_of, shapes, training_flops
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running statistics are one row per microbatch slot.
+
+    A forward pass in training touches only the row of its slot, so the rows do not depend on which rank ran
+    which microbatch; evaluation uses their average in slot order. Rows: (slots, channels) float32.
+    """
+
+    rows_mean: Tensor
+    rows_var: Tensor
+
+    def __init__(self, channels: int, slots: int, config: BatchNormConfig) -> None:
+        super().__init__()
+        self.momentum, self.eps = config.momentum, config.eps
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=config.scale)
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("rows_mean", torch.zeros(slots, channels))
+        self.register_buffer("rows_var", torch.ones(slots, channels))
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        """x: (N, C, H, W). slot: int64 tensor of shape (1,) in training, None in evaluation."""
+        if slot is None:
+            mean, var = self.rows_mean.mean(0), self.rows_var.mean(0)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+        mean, var = self.rows_mean[slot][0], self.rows_var[slot][0]
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.rows_mean.index_copy_(0, slot, mean[None])
+            self.rows_var.index_copy_(0, slot, var[None])
+        return x
+
+
+class Mixing(nn.Module):
+    """The coefficients `a = FC(m)` of a block: (N, C) channel averages of its input to (N, L) float32."""
+
+    def __init__(self, channels: int, block: Block) -> None:
+        super().__init__()
+        self.kind, self.temperature = block.coefficients, block.temperature
+        branches = len(block.convolutions)
+        self.fc = nn.Linear(channels, branches)
+        # start independent of the image, at coefficients that keep the variance of L independent branches
+        nn.init.zeros_(self.fc.weight)
+        nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
+
+    def forward(self, averages: Tensor) -> Tensor:
+        # an exported graph has no autocast of its own
+        fp32 = nullcontext() if torch.compiler.is_exporting() else torch.autocast(averages.device.type, enabled=False)
+        with fp32:
+            a: Tensor = self.fc(averages)
+            if self.kind == "softmax":
+                return torch.softmax(a / self.temperature, 1)
+            return torch.sigmoid(a) if self.kind == "sigmoid" else a
+
+
+class MixedBlock(nn.Module):
+    """One intermediate block: (N, c, H, W) to (N, channels, H', W')."""
+
+    def __init__(self, channels: int, config: Block, slots: int, batch_norm: BatchNormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mixing = Mixing(channels, config)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(
+                channels,
+                config.channels,
+                conv.kernel,
+                conv.stride,
+                padding_of(conv, ""),
+                conv.dilation,
+                conv.groups,
+                conv.bias,
+            )
+            for conv in config.convolutions
+        )
+        norms = {"branch": len(self.convolutions), "post": 1, "none": 0}[config.norm]
+        self.norms = nn.ModuleList(BatchNorm(config.channels, slots, batch_norm) for _ in range(norms))
+        self.activation = _ACTIVATIONS[config.activation]
+
+    @property
+    def branches(self) -> list[str]:
+        """A short name for each convolution."""
+        return [conv.name for conv in self.config.convolutions]
+
+    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        config = self.config
+        averages, x = average(x, self.mixing.fc.weight.dtype)
+        coefficients = self.mixing(averages)
+        if "branch" in (config.norm, config.activate):
+            branches = []
+            for position, convolution in enumerate(self.convolutions):
+                branch = convolution(x)
+                if config.norm == "branch":
+                    branch = self.norms[position](branch, slot)
+                if config.activate == "branch":
+                    branch = self.activation(branch)
+                branches.append(branch)
+            x = weighted_sum(coefficients, branches)
+        else:
+            x = mix(coefficients, x, [*self.convolutions])
+        if config.pool_at == "sum":
+            x = self.pool(x)
+        if config.norm == "post":
+            x = self.norms[0](x, slot)
+        if config.activate == "post":
+            x = self.activation(x)
+        if config.pool_at == "end":
+            x = self.pool(x)
+        return F.dropout(x, config.dropout, self.training) if config.dropout else x
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.config.pool == 1:
+            return x
+        if self.config.pool == "all":
+            return x.amax((2, 3), True) if self.config.pool_kind == "max" else x.mean((2, 3), keepdim=True)
+        pool = F.max_pool2d if self.config.pool_kind == "max" else F.avg_pool2d
+        return pool(x, self.config.pool)
+
+
+class OutputBlock(nn.Module):
+    """Channel averages through the hidden layers to the logits: (N, c, H, W) to (N, classes)."""
+
+    def __init__(self, channels: int, classes: int, config: Output) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.activation = _ACTIVATIONS[config.activation]
+        widths = [channels, *config.hidden]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.logits = nn.Linear(widths[-1], classes, bias=config.bias)
+        if config.init_std:
+            nn.init.normal_(self.logits.weight, std=config.init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        for layer in self.hidden:
+            x = F.dropout(self.activation(layer(x)), self.dropout, self.training)
+        logits: Tensor = self.logits(x)
+        return logits
+
+
+class BlockNetwork(nn.Module):
+    """The whole network, in channels_last.
+
+    image_shape: (C, H, W). classes: number of logits. slots: microbatches in a global batch, the rows of
+    every BatchNorm. Initial weights are a function of torch's global generator on the CPU.
+    """
+
+    def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int) -> None:
+        super().__init__()
+        entry, *left = shapes(config, image_shape)
+        stem = config.stem
+        self.config, self.channels, self.classes = config, image_shape[0], classes
+        self.stem_activation = _ACTIVATIONS[stem.activation]
+        self.stem = (
+            nn.Conv2d(image_shape[0], entry[0], stem.kernel, stem.stride, stem.padding) if stem.kind != "none" else None
+        )
+        if self.stem is not None and stem.kind == "whiten":
+            self.stem.weight.requires_grad_(False)
+        channels = [shape[0] for shape in (entry, *left)]
+        self.blocks = nn.ModuleList(
+            MixedBlock(c, block, slots, config.batch_norm) for c, block in zip(channels, config.blocks, strict=False)
+        )
+        self.output = OutputBlock(channels[-1], classes, config.output)
+        if config.init == "dirac":
+            for module in self.blocks.modules():
+                if isinstance(module, nn.Conv2d):
+                    _dirac(module)
+        self.stem_learns = True  # to be set to False once its rate is 0 for good
+        self._flops: dict[tuple[int, int, bool], int] = {}
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, slot: Tensor | None = None) -> Tensor:
+        """images: normalised (N, C, H, W) floats. slot: the microbatch's slot, an int64 tensor of shape (1,),
+        in training; None in evaluation. Returns the logits (N, classes)."""
+        x = images
+        if self.stem is not None:
+            x = self.stem_activation(self.stem(x))
+            if not self.stem_learns:
+                x = x.detach()  # spares the gradient of B1's input
+        for block in self.blocks:
+            x = block(x, slot)
+        logits: Tensor = self.output(x)
+        if self.stem is not None and not self.stem_learns:
+            # DDP waits for a gradient of every parameter: here it is 0
+            logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
+        return logits
+
+    def training_flops(self, height: int, width: int) -> int:
+        """Operations of the forward and backward pass of one image of that size, as the network learns now."""
+        phase = height, width, self.stem_learns
+        if phase not in self._flops:
+            shape = self.channels, height, width
+            self._flops[phase] = training_flops(self.config, shape, self.classes, self.stem_learns)
+        return self._flops[phase]
+
+
+def _dirac(convolution: nn.Conv2d) -> None:
+    """Make as many output channels as there are input channels copies of them; the rest stay random."""
+    weight = convolution.weight.data
+    if convolution.groups == 1:
+        nn.init.dirac_(weight[: weight.shape[1]])
+    elif weight.shape[0] == convolution.in_channels:
+        nn.init.dirac_(weight, convolution.groups)
+
+
+@torch.no_grad()
+def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
+    """Set a `whiten` stem's kernels to the eigenvectors of the patches' covariance, scaled to unit variance,
+    each once with either sign (tysam-code/hlb-CIFAR10; Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1).
+
+    images: normalised (N, C, H, W) floats. Computed in float64.
+    """
+    kernel = stem.kernel_size[0]
+    products = torch.zeros(len(stem.weight) // 2, len(stem.weight) // 2, dtype=torch.float64)
+    count = 0
+    for part in images.split(100):  # all at once spend ten times as long in page faults
+        patches = F.unfold(part.double(), kernel)  # (N, values, patches)
+        products += torch.bmm(patches, patches.transpose(1, 2)).sum(0)
+        count += len(patches) * patches.shape[2]
+    values, vectors = torch.linalg.eigh(products / count)
+    filters = (vectors / (values + eps).sqrt()).T.reshape(-1, *stem.weight.shape[1:])
+    stem.weight.copy_(torch.cat((filters, -filters)))
+
+
+def parameter_kind(name: str, parameter: Tensor) -> str:
+    """Which of the optimizer's groups a parameter of a BlockNetwork belongs to, by its name and shape:
+    `stem`, `mixing`, `output`, `kernels` (of the blocks' convolutions) or `norms` (scales and biases)."""
+    if name.startswith("stem."):
+        return "stem"
+    if name.startswith("output."):
+        return "output"
+    if ".mixing." in name:
+        return "mixing"
+    return "kernels" if parameter.ndim == 4 else "norms"
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """The first 16 hexadecimal digits of the SHA-256 of each weight's and BatchNorm row's bytes, by name."""
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in model.state_dict().items()}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights and BatchNorm rows: equal exactly when they are."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()

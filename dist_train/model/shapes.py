@@ -1,0 +1,110 @@
+"""An architecture on paper: the shapes of its images, whether it can be built, and its FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from dist_train.config.settings import Block, Convolution, ModelConfig
+from dist_train.errors import UserError
+
+
+def convolved(size: int, kernel: int, dilation: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def padding_of(conv: Convolution, where: str) -> int:
+    if conv.padding != "same":
+        return conv.padding
+    reach = conv.dilation * (conv.kernel - 1)
+    if reach % 2:
+        raise UserError(
+            f'{where}: padding = "same" needs an odd kernel or an even dilation, but kernel = {conv.kernel} '
+            f"with dilation = {conv.dilation}; give the padding as a number"
+        )
+    return reach // 2
+
+
+def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Check an architecture on paper.
+
+    image_shape: (C, H, W) of the input. Returns the (C, H, W) of the images that enter B1, and that leave
+    B1..BK. Raises UserError, naming block and convolution, for an architecture that cannot be built.
+    """
+    channels, height, width = image_shape
+    stem = config.stem
+    if stem.kind != "none":
+        channels = 2 * channels * stem.kernel**2 if stem.kind == "whiten" else stem.channels
+        height = convolved(height, stem.kernel, 1, stem.stride, stem.padding)
+        width = convolved(width, stem.kernel, 1, stem.stride, stem.padding)
+        if min(height, width) < 1:
+            raise UserError(
+                f"model.stem: kernel = {stem.kernel} leaves nothing of an image of "
+                f"{image_shape[1]}x{image_shape[2]} pixels; make it smaller"
+            )
+    found = [(channels, height, width)]
+    for number, block in enumerate(config.blocks, 1):
+        sizes: list[tuple[int, ...]] = []
+        for position, conv in enumerate(block.convolutions, 1):
+            where = f"model.blocks: block {number}, convolution {position}"
+            for name, count in (("input", channels), ("output", block.channels)):
+                if count % conv.groups:
+                    raise UserError(
+                        f"{where}: groups = {conv.groups} does not divide its {count} {name} channels; "
+                        f"choose a divisor of {math.gcd(channels, block.channels)}"
+                    )
+            pad = padding_of(conv, where)
+            size = tuple(convolved(n, conv.kernel, conv.dilation, conv.stride, pad) for n in (height, width))
+            if min(size) < 1:
+                raise UserError(
+                    f"{where}: kernel = {conv.kernel} with dilation = {conv.dilation} and padding = {pad} leaves "
+                    f"nothing of an image of {height}x{width} pixels; make it smaller or pad more"
+                )
+            if sizes and size != sizes[0]:
+                raise UserError(
+                    f"{where} gives images of {size[0]}x{size[1]} pixels where convolution 1 gives "
+                    f"{sizes[0][0]}x{sizes[0][1]}; change its kernel, dilation, stride or padding"
+                )
+            sizes.append(size)
+        height, width = (1, 1) if block.pool == "all" else (n // block.pool for n in sizes[0])
+        if min(height, width) < 1:
+            raise UserError(
+                f"model.blocks: block {number}: pool = {block.pool} leaves nothing of an image of "
+                f"{sizes[0][0]}x{sizes[0][1]} pixels; make it smaller"
+            )
+        channels = block.channels
+        found.append((channels, height, width))
+    return found
+
+
+def summed(block: Block, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The (C, H, W) of the images that a block sums, and only then pools, from that of its input."""
+    conv, (_, height, width) = block.convolutions[0], shape
+    how = conv.kernel, conv.dilation, conv.stride, padding_of(conv, "")
+    return block.channels, convolved(height, *how), convolved(width, *how)
+
+
+def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) -> list[list[int]]:
+    """Floating-point operations of one image's forward pass, by the formula: two for each multiply-add.
+
+    Returns those of the stem, of each block and of the output block, in order: one number for each convolution or
+    fully connected layer, a block's convolutions first and then its mixing.
+    """
+    stem = config.stem
+    before = [image_shape, *shapes(config, image_shape)]
+    found = [[2 * math.prod(before[1]) * image_shape[0] * stem.kernel**2] if stem.kind != "none" else []]
+    for shape, block in zip(before[1:], config.blocks, strict=False):
+        of_block = []
+        for conv in block.convolutions:
+            of_block.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
+        found.append([*of_block, 2 * shape[0] * len(of_block)])
+    widths = [before[-1][0], *config.output.hidden, classes]
+    return [*found, [2 * a * b for a, b in itertools.pairwise(widths)]]
+
+
+def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int, stem_learns: bool) -> int:
+    """Operations of one image's forward and backward pass. A layer's backward pass takes as many again for the
+    gradient of its weights, and for that of its input where something before it learns."""
+    learns = stem_learns and config.stem.kind != "none"
+    stem, first, *rest = map(sum, flops(config, image_shape, classes))
+    return (2 if learns and config.stem.kind == "conv" else 1) * stem + (3 if learns else 2) * first + 3 * sum(rest)

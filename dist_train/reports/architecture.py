@@ -1,0 +1,235 @@
+"""An architecture as a table: its layers, their shapes, parameters and FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dist_train.data_prep.betons import MANIFEST
+from dist_train.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_train.config.settings import Block, Convolution, DataConfig, ModelConfig
+
+Shape = tuple[int, int, int]
+
+KNOWN = {"cifar10": ((32, 32), 10), "digits": ((32, 32), 10)}  # size and classes that a data set's name implies
+
+LETTERS = {"d": "dilation", "g": "groups", "s": "stride", "p": "padding"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A row of the table. part: `input`, `stem`, `block 1` to `block K`, `output`. shape: of what it gives for one
+    image. learned: how many of the parameters are. flops: of one image's forward pass."""
+
+    part: str
+    name: str
+    shape: tuple[int, ...]
+    parameters: int = 0
+    learned: int = 0
+    flops: int = 0
+
+
+def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
+    """The layers from the input to the logits; a block's are its convolutions, its mixing, and in one row what
+    follows the sum. image_shape: (C, H, W). Raises UserError for an architecture that cannot be built."""
+    from dist_train.model.shapes import flops, shapes, summed
+
+    entry, *left = shapes(model, image_shape)
+    of_stem, *of_blocks, of_output = flops(model, image_shape, classes)
+    rows = [Layer("input", "", image_shape)]
+    if model.stem.kind != "none":
+        kernels, bias = entry[0] * image_shape[0] * model.stem.kernel**2, entry[0]
+        learned = bias if model.stem.kind == "whiten" else kernels + bias
+        rows.append(Layer("stem", stem_text(model), entry, kernels + bias, learned, of_stem[0]))
+    scale = model.batch_norm.scale
+    for number, block in enumerate(model.blocks):
+        before, after = [entry, *left][number : number + 2]
+        part, channels, (*of_branches, of_mixing) = f"block {number + 1}", block.channels, of_blocks[number]
+        inside, behind = channels * (block.norm == "branch"), channels * (block.norm == "post")
+        for position, (conv, work) in enumerate(zip(block.convolutions, of_branches, strict=True), 1):
+            count = channels * (before[0] // conv.groups * conv.kernel**2 + conv.bias)
+            name = ", ".join([f"a{position} * {conv.name} p{padding(conv)}{' bias' * conv.bias}", *branch_text(block)])
+            shape = summed(block, before)
+            rows.append(Layer(part, name, shape, count + 2 * inside, count + (1 + scale) * inside, work))
+        count = (before[0] + 1) * len(of_branches)
+        name = ", ".join(["a = averages", *mixing_text(block, before[0])])
+        rows.append(Layer(part, name, (len(of_branches),), count, count, of_mixing))
+        rows.append(Layer(part, ", ".join(["sum", *sum_text(block)]), after, 2 * behind, (1 + scale) * behind))
+    widths = [left[-1][0], *model.output.hidden, classes]
+    for position, (name, work) in enumerate(zip(output_text(model, widths), of_output, strict=True)):
+        bias = position + 1 < len(of_output) or model.output.bias
+        count = (widths[position] + bias) * widths[position + 1]
+        rows.append(Layer("output", name, (widths[position + 1],), count, count, work))
+    return rows
+
+
+def totals(model: ModelConfig, image_shape: Shape, classes: int) -> dict[str, int]:
+    """parameters, learned, bytes (of the parameters in float32), flops (forward), and for the forward and backward
+    pass training_flops, and training_flops_stem_fixed once the stem no longer learns; all per image."""
+    from dist_train.model.shapes import training_flops
+
+    rows = layers(model, image_shape, classes)
+    parameters = sum(row.parameters for row in rows)
+    return {
+        "parameters": parameters,
+        "learned": sum(row.learned for row in rows),
+        "bytes": 4 * parameters,
+        "flops": sum(row.flops for row in rows),
+        "training_flops": training_flops(model, image_shape, classes, True),
+        "training_flops_stem_fixed": training_flops(model, image_shape, classes, False),
+    }
+
+
+def text(model: ModelConfig, image_shape: Shape, classes: int) -> str:
+    """The table for a terminal, and the totals."""
+    rows = _cells(layers(model, image_shape, classes))
+    lines = [[f"{part}  {name}".rstrip() if part else f"  {name}", *numbers] for part, name, *numbers in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    aligned.insert(1, "-" * len(aligned[0]))
+    aligned.insert(-1, "-" * len(aligned[0]))
+    return "\n".join([*(line.rstrip() for line in aligned), "", *_remarks(model, image_shape, classes)]) + "\n"
+
+
+def markdown(model: ModelConfig, image_shape: Shape, classes: int) -> str:
+    """The same as a Markdown table and a list."""
+    header, *rows = _cells(layers(model, image_shape, classes))
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    lines += [[f"**{part}**" if part else "", name.replace("*", "\\*"), *numbers] for part, name, *numbers in rows]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", *(f"- {remark}" for remark in _remarks(model, image_shape, classes))]) + "\n"
+
+
+def _cells(rows: list[Layer]) -> list[list[str]]:
+    """The table as header, rows and total: part, layer, output, parameters, share, FLOPs, share."""
+    whole = Layer("total", "", (), sum(row.parameters for row in rows), 0, sum(row.flops for row in rows))
+
+    def cells(row: Layer) -> list[str]:
+        found = [row.part, row.name, shape_text(row.shape)]
+        for mine, all_ in ((row.parameters, whole.parameters), (row.flops, whole.flops)):
+            found += [f"{mine:,}", percent(mine / all_, 1)] if mine else ["", ""]
+        return found
+
+    table = [["part", "layer", "output", "parameters", "%", "FLOPs", "%"]]
+    for part, group in itertools.groupby(rows, lambda row: row.part):
+        of_part = list(group)
+        if len(of_part) > 1:
+            parameters, flops = sum(row.parameters for row in of_part), sum(row.flops for row in of_part)
+            table.append(cells(Layer(part, "", of_part[-1].shape, parameters, 0, flops)))
+            of_part = [replace(row, part="") for row in of_part]
+        table += map(cells, of_part)
+    return [*table, cells(whole)]
+
+
+def _remarks(model: ModelConfig, image_shape: Shape, classes: int) -> list[str]:
+    """The totals in words, and what the letters mean."""
+    n = totals(model, image_shape, classes)
+    training = f"{n['training_flops']:,}"
+    if n["training_flops_stem_fixed"] != n["training_flops"]:
+        training += f" ({n['training_flops_stem_fixed']:,} if the stem does not learn)"
+    return [
+        f"parameters: {n['parameters']:,}, of which {n['learned']:,} are learned; {n['bytes'] / 1e6:.2f} MB at fp32",
+        f"FLOPs forward: {n['flops']:,} per image, two for each multiply-add of convolutions and linear layers",
+        f"FLOPs forward and backward: {training} per image",
+        f"{', '.join(f'{letter} {word}' for letter, word in LETTERS.items())}; a: the mixing coefficients",
+    ]
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def padding(conv: Convolution) -> int:
+    return conv.dilation * (conv.kernel - 1) // 2 if conv.padding == "same" else conv.padding
+
+
+def _activation(name: str) -> list[str]:
+    return [name] if name != "identity" else []
+
+
+def stem_text(model: ModelConfig) -> str:
+    stem = model.stem
+    stride = f" s{stem.stride}" if stem.stride > 1 else ""
+    fixed = ["fixed whitening"] if stem.kind == "whiten" else []
+    name = f"{stem.kernel}x{stem.kernel}{stride} p{stem.padding} bias"
+    return ", ".join([name, *fixed, *_activation(stem.activation)])
+
+
+def branch_text(block: Block) -> list[str]:
+    """What follows a convolution in its branch, in order."""
+    norm = ["norm"] if block.norm == "branch" else []
+    return norm + (_activation(block.activation) if block.activate == "branch" else [])
+
+
+def mixing_text(block: Block, channels: int) -> list[str]:
+    """What makes the coefficients of the channel averages, in order."""
+    kind: list[str] = [block.coefficients] if block.coefficients != "raw" else []
+    if block.coefficients == "softmax" and block.temperature != 1:
+        kind = [f"softmax T{block.temperature:g}"]
+    return [f"FC {channels} -> {len(block.convolutions)}", *kind]
+
+
+def sum_text(block: Block) -> list[str]:
+    """What follows a block's sum, in order."""
+    pool = [f"{block.pool_kind} pool {block.pool}"] if block.pool != 1 else []
+    return [
+        *(pool if block.pool_at == "sum" else []),
+        *(["norm"] if block.norm == "post" else []),
+        *(_activation(block.activation) if block.activate == "post" else []),
+        *(pool if block.pool_at == "end" else []),
+        *([f"dropout {block.dropout:g}"] if block.dropout else []),
+    ]
+
+
+def output_text(model: ModelConfig, widths: list[int]) -> list[str]:
+    """The linear layers of the output block, each with what follows it."""
+    output = model.output
+    behind = _activation(output.activation) + ([f"dropout {output.dropout:g}"] if output.dropout else [])
+    names = [", ".join([f"FC {a} -> {b}", *behind]) for a, b in itertools.pairwise(widths)]
+    names[-1] = names[-1].partition(",")[0]
+    return [f"averages, {names[0]}", *names[1:]]
+
+
+def percent(share: float, digits: int) -> str:
+    least = 10.0**-digits
+    return f"{100 * share:.{digits}f}" if 100 * share >= least / 2 else f"<{least:g}"
+
+
+def short(number: int) -> str:
+    """Three digits, such as 2.16 M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+    return str(number)
+
+
+def images(data: DataConfig, size: tuple[int, int] | None, classes: int | None) -> tuple[Shape, int]:
+    """(C, H, W) of the images and the number of classes: those given, else of the betons, else as the settings and
+    the data set's name imply. Raises UserError."""
+    manifest = data.folder / MANIFEST
+    if not (size and classes) and manifest.exists():
+        try:
+            found = json.loads(manifest.read_text())
+            height, width, _ = found["image_shape"]
+            size, classes = size or (height, width), classes or len(found["classes"])
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{manifest}: is not that of a data set; give --image-size and --classes") from None
+    if data.image_size:
+        size = size or (data.image_size, data.image_size)
+    if data.dataset in KNOWN:
+        size, classes = size or KNOWN[data.dataset][0], classes or KNOWN[data.dataset][1]
+    if size is None or classes is None:
+        raise UserError(
+            f"data.dataset = {data.dataset}: {data.folder} does not hold it yet, and the name does not tell how large "
+            f"its images are and of how many classes; give --image-size and --classes"
+        )
+    return (3, *size), classes

@@ -1,0 +1,224 @@
+"""Whether two runs are the same bits and, if not, where they first differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_train.data_prep.files import sha256_of
+from dist_train.errors import UserError
+from dist_train.runs.history import read_history
+from dist_train.runs.layout import METRICS, SUMMARY
+from dist_train.runs.metrics import Row, read_digests, read_metrics
+
+OPTIMIZERS = "optimizers"  # where a checkpoint has their state, and how its tensors' names begin
+
+
+class Run:
+    """What a run folder holds that can be compared. Raises UserError where the folder is none of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / METRICS
+        try:
+            steps, evals = read_metrics(path)
+            self.digests = read_digests(path)
+            self.history = read_history(folder)
+            summary = folder / SUMMARY
+            self.summary: Row = json.loads(summary.read_text()) if summary.exists() else {}
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{folder} is not the folder of a run: it has no {METRICS}") from None
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise UserError(f"{folder} holds a damaged file ({error})") from None
+        if not steps:
+            raise UserError(f"{folder} has no finished step yet: there is nothing to compare")
+        self.steps = {row["step"]: row for row in steps}
+        self.evals = {row["step"]: row for row in evals}
+        self.last: int = steps[-1]["step"]
+        self.checkpoints = {int(path.stem.removeprefix("step-")): path for path in folder.glob("checkpoints/step-*.pt")}
+
+    @property
+    def final(self) -> str | None:
+        """SHA-256 of the final weights; None before the run's end."""
+        return self.summary.get("weights_sha256")
+
+    def checksum(self, step: int) -> str | None:
+        """SHA-256 of the checkpoint after `step`; None where there is none."""
+        if (path := self.checkpoints.get(step)) is None:
+            return None
+        try:
+            return path.with_name(path.name + ".sha256").read_text().split()[0]
+        except (OSError, IndexError):
+            return None
+
+    def state(self, step: int) -> dict[str, str] | None:
+        """Digests of the tensors of the checkpoint after `step`, by name, the weights before the optimizers'.
+        None, and a line on stderr, where it cannot be read."""
+        import torch  # takes seconds, which two equal runs need not
+
+        from dist_train.runs import checkpoint
+
+        path = self.checkpoints[step]
+        try:
+            if sha256_of(path) != self.checksum(step):
+                raise ValueError("it does not match its checksum")
+            state = checkpoint.load(path)
+            named = [*leaves(state["model"]), *leaves(state["optimizers"], OPTIMIZERS)]
+        except Exception as error:  # a running run has removed it, or another version wrote it
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"diff: {path} is left out ({reason})", file=sys.stderr)
+            return None
+        return {
+            name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+            for name, tensor in named
+            if isinstance(tensor, torch.Tensor)
+        }
+
+    def environment(self, before: int) -> dict[str, list[Any]]:
+        """What the steps up to `before` were computed with, by dotted name: every value there was, in order."""
+        starts = [row for row in self.history if row["event"] == "start" and row.get("step", 0) < before]
+        found: dict[str, list[Any]] = {}
+        for row in starts:
+            described = {**(row.get("environment") or {}), "world_size": row.get("world_size")}
+            for name, value in leaves(described):
+                if value not in found.setdefault(name, []):
+                    found[name].append(value)
+        return found
+
+
+class Parting(NamedTuple):
+    """Evidence that two runs differ. The least of several is the earliest."""
+
+    step: int
+    phase: int  # 0: the step itself, 1: the weights after it, 2: the final weights, 3: the evaluation
+    words: str
+
+
+class Weights(NamedTuple):
+    """The last step after which the weights were seen to be equal, and the first after which they were not, 0 for
+    none, with the names of the tensors that differ then: none if only the digest of the final weights tells."""
+
+    equal: int
+    different: int
+    names: list[str]
+
+    @property
+    def kind(self) -> str:
+        return "optimizer state" if self.names and self.names[0].startswith(OPTIMIZERS) else "weights"
+
+    def __str__(self) -> str:
+        if self.different:
+            before = f"equal at step {self.equal}" if self.equal else "not compared before"
+            where = f" in {self.names[0]}" if self.names else ""
+            if others := len(self.names) - 1 if self.names else 0:
+                where += f" and {others} other{'s' * (others > 1)}"
+            return f"{self.kind}: first seen different at step {self.different} ({before}){where}"
+        if self.equal:
+            return f"weights: equal at step {self.equal}, the last that tells of them in both runs"
+        return "weights: not compared, no step has digests or a checkpoint in both runs"
+
+
+def compare(a: Run, b: Run) -> tuple[bool, list[str]]:
+    """Whether all that both runs have is equal, and the lines to say so: the verdict first."""
+    common = min(a.last, b.last)
+    shorter, longer = sorted((a, b), key=lambda run: run.last)
+    weights = _weights(a, b)
+    found = [*_rows(a.steps, b.steps, 0, "at"), *_rows(a.evals, b.evals, 3, "at the evaluation after")]
+    if weights.names:
+        found.append(Parting(weights.different, 1, f"in the {weights.kind} after step {weights.different}"))
+    elif weights.different:
+        words = f"in the final weights, after step {weights.different}: {a.final} and {b.final}"
+        found.append(Parting(weights.different, 2, words))
+    if shorter.last < longer.last and shorter.summary:
+        words = f"at step {common + 1}: {longer.folder} has it, {shorter.folder} is finished before it"
+        found.append(Parting(common + 1, 0, words))
+    if found:
+        first = min(found)
+        lines = [f"different: first {first.words}", str(weights)]
+        if weights.equal + 1 < first.step <= common:
+            lines.append(
+                f"to see more: they part between step {weights.equal} and step {first.step}; train both again, in new "
+                f"run folders, with record.digest_every=1"
+            )
+        return False, [*lines, *_settings(a, b), *_environment(a, b, first.step)]
+    evals = len(a.evals.keys() & b.evals.keys())
+    counted = f"{evals} evaluation{'s' * (evals != 1)}"
+    if a.final and b.final:
+        return True, [f"same: {common} steps, {counted}, final weights {a.final}"]
+    ends = f"{shorter.folder} ends there so far" if shorter.last < longer.last else "neither has a later one"
+    return True, [f"same up to step {common}, with {counted}: {ends}", str(weights)]
+
+
+def _rows(a: dict[int, Row], b: dict[int, Row], phase: int, where: str) -> Iterator[Parting]:
+    """The first of the lines of both that differ, if any."""
+    for step in sorted(a.keys() & b.keys()):
+        names = [name for name in _differing(a[step], b[step]) if name != "images_per_second"]
+        if names:
+            values = [f"{name} {a[step].get(name)!r} and {b[step].get(name)!r}" for name in names]
+            yield Parting(step, phase, f"{where} step {step}: {', '.join(values)}")
+            return
+
+
+def _weights(a: Run, b: Run) -> Weights:
+    """Compare the weights after every step that tells of them in both runs, up to the first that differ."""
+    equal = 0
+    for step in sorted(a.steps.keys() & b.steps.keys()):
+        told = step in a.digests and step in b.digests
+        names = _differing(a.digests[step], b.digests[step]) if told else []
+        sums = a.checksum(step), b.checksum(step)
+        if not names and None not in sums:
+            # Equal files need no reading; others may still hold equal tensors. Digests of the weights do not tell
+            # of the optimizers.
+            states = (a.state(step), b.state(step)) if sums[0] != sums[1] else ({}, {})
+            if states[0] is not None and states[1] is not None:
+                told, names = True, _differing(states[0], states[1])
+        if names:
+            return Weights(equal, step, names)
+        if told:
+            equal = step
+    if a.last == b.last and a.final and b.final:
+        return Weights(a.last, 0, []) if a.final == b.final else Weights(equal, a.last, [])
+    return Weights(equal, 0, [])
+
+
+def _differing(a: Row, b: Row) -> list[str]:
+    """The names under which two dicts have not the same, in the first one's order."""
+    return [name for name in {**a, **b} if a.get(name) != b.get(name)]
+
+
+def _settings(a: Run, b: Run) -> Iterator[str]:
+    """A line for each setting that differs and that the weights depend on."""
+    from dist_train import config
+
+    try:
+        mine, other = (config.load(None, run.folder / "config.toml", []) for run in (a, b))
+    except UserError as error:
+        yield f"settings: not compared; {error}"
+        return
+    values = [dict(leaves(config.to_dict(settings))) for settings in (mine, other)]
+    for key in config.difference(mine, other):
+        yield f"setting: {key} is {values[0].get(key)!r} and {values[1].get(key)!r}"
+
+
+def _environment(a: Run, b: Run, before: int) -> Iterator[str]:
+    """A line for each thing around the runs that differs, between them or within one that was resumed."""
+    one, other = a.environment(before), b.environment(before)
+    for name in {**one, **other} if one and other else ():
+        values = [", then ".join(map(str, found.get(name, ["not recorded"]))) for found in (one, other)]
+        if values[0] != values[1]:
+            yield f"environment: {name} is {values[0]} and {values[1]}"
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in nested dicts and lists, each with its dotted name."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value

@@ -1,0 +1,241 @@
+"""An architecture as a picture."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from dist_train.reports.architecture import (
+    LETTERS,
+    Shape,
+    branch_text,
+    layers,
+    mixing_text,
+    output_text,
+    padding,
+    percent,
+    shape_text,
+    short,
+    stem_text,
+    sum_text,
+    totals,
+)
+from dist_train.reports.plots import BLUE, ORANGE, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dist_train.config.settings import Block, Convolution, ModelConfig
+
+PICTURES = (".svg", ".png", ".pdf")
+
+SIZE, LEADING = 8.2, 9.8  # of the picture's letters and lines, in points
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+_INK = "#010203"  # found again in the SVG that matplotlib writes; where it writes black it may write nothing
+
+
+def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "", ink: str = "black") -> Figure:
+    """The network from top to bottom, narrow enough for a phone. name: for its head. ink: of lines and text."""
+    from dist_train.model.shapes import shapes, summed
+
+    entry, *left = shapes(model, image_shape)
+    rows, whole = layers(model, image_shape, classes), totals(model, image_shape, classes)
+
+    def sizes(part: str) -> str:
+        parameters, flops = (
+            sum(getattr(row, key) for row in rows if row.part == part) for key in ("parameters", "flops")
+        )
+        return f"{short(parameters)} parameters, {short(flops)} FLOPs ({percent(flops / whole['flops'], 0)} %)"
+
+    page = _Page(max(len(block.convolutions) for block in model.blocks), ink)
+    if name:
+        shown = name if len(name) < 40 else f"{name[:38]}…"
+        page.write(page.left, page.y + 6, shown, size=10, weight="bold", ha="left")
+        page.y += 15
+    size = f"{short(whole['parameters'])} parameters, {short(whole['flops'])} FLOPs per image"
+    page.write(page.left, page.y + 5, size, ha="left")
+    page.y += 20
+    page.write(page.middle, page.y + 3, f"images: {shape_text(image_shape)}")
+    page.y += 9
+    if model.stem.kind != "none":
+        page.flow(12)
+        with page.frame("stem", sizes("stem")):
+            page.bar(stem_text(model), BLUE)
+    for number, (before, block) in enumerate(zip([entry, *left], model.blocks, strict=False), 1):
+        page.flow(16, shape_text(before) if before != image_shape else "")
+        with page.frame(f"block {number}", sizes(f"block {number}")):
+            page.mixed(block, before[0], shape_text(summed(block, before)))
+    page.flow(16, shape_text(left[-1]))
+    with page.frame("output", sizes("output")):
+        for number, step in enumerate(output_text(model, [left[-1][0], *model.output.hidden, classes])):
+            if number:
+                page.flow(5)
+            page.bar(step.replace("->", "→"), BLUE)
+    page.flow(14, head=True)
+    page.write(page.middle, page.y + 6, f"{classes} logits")
+    page.y += 24
+    legend = ", ".join(f"{letter} {word}" for letter, word in LETTERS.items())
+    page.write(page.left, page.y, f"a mixing coefficients, {legend}", ha="left", size=7.5)
+    return page.finish()
+
+
+def svg(model: ModelConfig, image_shape: Shape, classes: int, name: str = "") -> str:
+    """The picture as an `<svg>` element for an HTML page: as wide as there is room, lines and text in the page's
+    current colour, no background, no ids that another on the page could share."""
+    drawn = image_bytes(figure(model, image_shape, classes, name, _INK), ".svg", transparent=True).decode()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<defs>.*?</defs>", "", drawn, count=1, flags=re.DOTALL)  # a style that would hold for all the page
+    drawn = re.sub(r' id="[^"]*"', "", drawn).replace(_INK, "currentColor")
+    box = re.search(r'viewBox="[^"]*"', drawn)
+    assert box
+    label = escape(f"{name}: a network of {len(model.blocks)} blocks".removeprefix(": "))
+    root = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} width="100%" style="max-width: 540px" '
+        f'stroke-linejoin="round" role="img" aria-label="{label}">'
+    )
+    return re.sub(r"<svg[^>]*>", lambda _: root, drawn, count=1)
+
+
+def image_bytes(drawn: Figure, suffix: str, transparent: bool = False) -> bytes:
+    """The same bytes for the same figure."""
+    import matplotlib
+
+    dates = {".svg": ("Date", "Creator", "Format", "Type"), ".pdf": ("CreationDate",), ".png": ()}
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "pdf.fonttype": 42}):
+        metadata = dict.fromkeys(dates[suffix])
+        drawn.savefig(file, format=suffix[1:], dpi=200, transparent=transparent, metadata=metadata)
+    return file.getvalue()
+
+
+class _Page:
+    """A figure that grows downwards. Lengths are in points; y is the distance from its upper edge to where the next
+    thing comes."""
+
+    left = 12.0
+
+    def __init__(self, branches: int, ink: str) -> None:
+        """branches: of the block that has the most; more than six make the page wider than 300 points."""
+        self.figure = new_figure()  # first: it keeps matplotlib quiet
+        from matplotlib.transforms import Affine2D
+
+        self.span = 33.0 * max(6, branches)  # what a block's branches share; its mixing comes right of them
+        self.middle, self.right = self.left + 6 + self.span / 2, self.left + 6 + self.span + 78
+        self.y, self.ink = 8.0, ink
+        self.points = Affine2D()
+        self.transform = self.points + self.figure.dpi_scale_trans
+
+    def finish(self) -> Figure:
+        """The figure, as high as what is on it."""
+        self.figure.set_size_inches((self.right + self.left) / 72, (self.y + 8) / 72)
+        self.points.scale(1 / 72, -1 / 72).translate(0, (self.y + 8) / 72)
+        return self.figure
+
+    def write(self, x: float, y: float, words: str, ha: str = "center", size: float = SIZE, **how: Any) -> None:
+        """One line of text, its middle at y."""
+        place: Any = {"transform": self.transform, "ha": ha, "va": "center"}
+        self.figure.text(x, y, words, color=self.ink, size=size, parse_math=False, family="sans-serif", **place, **how)
+
+    def line(self, *corners: tuple[float, float], color: str = "", head: bool = True) -> None:
+        """Straight lines from corner to corner, with an arrow's head at the end."""
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Polygon
+
+        color = color or self.ink
+        xs, ys = zip(*corners, strict=True)
+        self.figure.add_artist(Line2D(xs, ys, color=color, linewidth=0.8, transform=self.transform))
+        if head:
+            (x0, y0), (x, y) = corners[-2:]
+            dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
+            base = [(x - 4 * dx + side * dy, y - 4 * dy + side * dx) for side in (-1.8, 1.8)]
+            arrow = Polygon([(x, y), *base], facecolor=color, edgecolor="none", transform=self.transform)
+            self.figure.add_artist(arrow)
+
+    def box(self, x: float, y: float, width: float, lines: list[str], color: str) -> float:
+        """A box with lines of text, its upper edge's middle at (x, y). Returns the y of its lower edge."""
+        height = LEADING * len(lines) + 4
+        self._rectangle(x - width / 2, y, width, height, edgecolor=(color, 0.8), facecolor=(color, 0.12))
+        for number, words in enumerate(lines):
+            size = min(SIZE, (width - 4) / len(words) / 0.58)  # a letter is that wide, on average
+            self.write(x, y + LEADING * (number + 0.5) + 2, words, size=size)
+        return y + height
+
+    def _rectangle(self, x: float, y: float, width: float, height: float, **how: Any) -> None:
+        from matplotlib.patches import FancyBboxPatch
+
+        style = "round,pad=0,rounding_size=2.5"
+        box = FancyBboxPatch((x, y), width, height, style, linewidth=0.8, transform=self.transform, **how)
+        self.figure.add_artist(box)
+
+    def flow(self, length: float, words: str = "", head: bool = False) -> None:
+        """The way down from one thing to the next, and what shape the images have on it."""
+        self.line((self.middle, self.y), (self.middle, self.y + length), head=head)
+        self.write(self.middle + 5, self.y + length / 2, words, ha="left")
+        self.y += length
+
+    def bar(self, words: str, color: str) -> None:
+        """A box as wide as all branches."""
+        self.y = self.box(self.middle, self.y, self.span, [words], color)
+
+    @contextmanager
+    def frame(self, title: str, sizes: str) -> Iterator[None]:
+        """A frame around what is drawn inside, which ends in its middle."""
+        top = self.y
+        self.write(self.left + 6, top + 8.5, title, ha="left", size=9, weight="bold")
+        self.write(self.right - 6, top + 8.5, sizes, ha="right", size=7.5)
+        self.flow(16)
+        yield
+        self.flow(6)
+        size = self.right - self.left, self.y - top
+        self._rectangle(self.left, top, *size, edgecolor=(self.ink, 0.4), facecolor="none")
+
+    def mixed(self, block: Block, channels: int, summed: str) -> None:
+        """What is in a block: its branches side by side, its mixing right of them, the sum, and what follows."""
+        branches = len(block.convolutions)
+        slot = self.span / branches
+        xs = [self.left + 6 + slot * (number + 0.5) for number in range(branches)]
+        width = min(slot - 4, 90)
+        lines = [
+            [*conv.name.split(), *([f"p{padding(conv)}"] if _shrinks(conv) else []), *branch_text(block)]
+            for conv in block.convolutions
+        ]
+        if max(len(" ".join(words)) for words in lines) * 0.58 * SIZE < width - 4:
+            lines = [[" ".join(words)] for words in lines]
+        averages = self.right - 36
+        fc = mixing_text(block, channels)
+        fc[0] = fc[0].replace("->", "→")
+        # the entry is led to all of them
+        top = self.y + 10
+        bottom = top + max(17 + LEADING * (2 + len(fc)), 4 + LEADING * max(map(len, lines)))
+        self.line((min(xs[0], self.middle), self.y), (averages, self.y), head=False)
+        self.line((averages, self.y), (averages, top))
+        y = self.box(averages, top, 60, ["channel", "averages"], ORANGE)
+        self.line((averages, y), (averages, y + 9), color=ORANGE)
+        y = self.box(averages, y + 9, 60, fc, ORANGE)
+        row, coefficients = bottom + 8, bottom + 10 + LEADING / 2
+        self.line((averages, y), (averages, coefficients), (xs[-1] + 11, coefficients), color=ORANGE)
+        for number, (x, words) in enumerate(zip(xs, lines, strict=True)):
+            start = (top + bottom - LEADING * len(words) - 4) / 2
+            self.line((x, self.y), (x, start))
+            end = self.box(x, start, width, words, BLUE)
+            self.line((x, end), (x, row))
+            end = self.box(x, row, 22, [f"\N{MULTIPLICATION SIGN} a{str(number + 1).translate(_SUBSCRIPTS)}"], ORANGE)
+            self.line((x, end), (x, end + 9))
+            if number:
+                self.line((x - 11, coefficients), (xs[number - 1] + 11, coefficients), color=ORANGE)
+        self.y = end + 9
+        self.bar(f"sum: {summed}", self.ink)
+        if after := sum_text(block):
+            self.flow(5, head=False)
+            self.bar(" → ".join(after), self.ink)
+
+
+def _shrinks(conv: Convolution) -> bool:
+    """Whether its padding is another than the one that keeps the size."""
+    return 2 * padding(conv) != conv.dilation * (conv.kernel - 1)

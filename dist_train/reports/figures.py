@@ -1,0 +1,544 @@
+"""The figures of the report, as plotly's JSON. Numbers and words are made here, the page only draws and colours.
+
+A colour is a name in report.css such as `--c0`; `--c0 0.3` is three tenths of it over the page. A trace says in its
+`meta` which run and which entry of the legend it belongs to. All text goes through `_plain`: plotly reads it as HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_train.reports.plots import smooth
+from dist_train.reports.statistics import proportion
+from dist_train.runs.metrics import Row
+
+if TYPE_CHECKING:
+    from dist_train.reports.runs import Run
+
+Values = npt.NDArray[np.float64]
+
+_POINTS = 6_000  # of one quantity in a figure, shared among the runs
+
+_FEW = 3  # runs whose single batches and bands can lie over each other and still be told apart
+
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+_DOWN = {"autorange": "reversed"}
+
+_HIGH, _LOW = 320, 240  # pixels
+
+_WRITTEN = 20  # classes up to which a heat map's numbers stand in it
+
+_ACCURACIES = (("test", "test", "--c1"), ("train", "train", "--c0"), ("val", "validation", "--c2"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """An entry of a figure's legend, a button that switches its lines. dash: one of plotly's, or `band` or `marker`."""
+
+    key: str
+    label: str
+    color: str
+    dash: str = "solid"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """alt: what there is to see, in words. height: in pixels; 0: as high as wide."""
+
+    id: str
+    title: str
+    alt: str
+    traces: list[Row]
+    layout: Row
+    caption: str = ""
+    parts: list[Part] = field(default_factory=list)
+    height: int = _HIGH
+
+
+def curves(runs: Sequence[Run]) -> list[Figure]:
+    """What the runs recorded while training: loss, accuracies, and below them rate, speed and gradient. A quantity
+    that none of them has is left out."""
+    found = [
+        _by_batch(runs, "loss", "Training loss", "loss, mean over the batch"),
+        _accuracy(runs),
+        _by_batch(runs, "lr", "Learning rate", "rate of the kernels", smoothed=False),
+        _by_batch(runs, "images_per_second", "Speed", "images per second", from_zero=True),
+        _by_batch(runs, "grad_norm", "Gradient", "norm of the gradient"),
+    ]
+    return [figure for figure in found if figure is not None]
+
+
+def _by_batch(
+    runs: Sequence[Run], key: str, title: str, unit: str, *, smoothed: bool = True, from_zero: bool = False
+) -> Figure | None:
+    """A quantity that every step has. The axis is logarithmic where the line falls below a tenth of its highest value,
+    as in the plots of a run folder."""
+    lines: list[Row] = []
+    batches: list[Row] = []  # behind all lines
+    alts, widths, thinned, gaps, without, spans = [], set(), set(), [], [], []
+    most = min(1000, max(200, _POINTS // len(runs)))
+    for number, run in enumerate(runs):
+        values = _floats([row.get(key) for row in run.steps])
+        good = np.isfinite(values)
+        if not good.any():
+            without += [run.name] if run.steps else []
+            continue
+        width = max(5, len(values) // 60) if smoothed and len(values) >= 20 else 1
+        mean = smooth(values, width)
+        kept, every = _thinned(values, most)
+        spans.append((np.nanmin(values), np.nanmin(mean), np.nanmax(mean)))
+        steps = [run.steps[index]["step"] for index in kept]
+        line: Row = {"type": "scatter", "mode": "lines" if len(kept) > 30 else "lines+markers", "x": steps}
+        if width > 1:
+            color = f"{run.color} {0.35 if len(runs) <= _FEW else 0.12}"
+            faint = {"y": _numbers(values[kept]), "line": {"color": color, "width": 1}, "hoverinfo": "skip"}
+            batches.append({**line, **faint, "mode": "lines", "meta": {"run": number, "part": "each"}})
+            widths.add(width)
+        epochs = [run.steps[index]["epoch"] for index in kept]
+        lines.append(
+            {
+                **line,
+                "y": _numbers(mean[kept]),
+                "customdata": [list(pair) for pair in zip(_numbers(values[kept]), _numbers(epochs), strict=True)],
+                "name": _plain(run.name) if len(runs) > 1 else "",
+                "line": {"color": run.color, "width": 2},
+                "marker": {"size": 5},
+                "hovertemplate": "%{customdata[0]:.4~g}"
+                + (", smoothed %{y:.4~g}" if width > 1 else "")
+                + ", epoch %{customdata[1]:.4~g}",
+                "meta": {"run": number, "part": "mean"},
+            }
+        )
+        alts.append(f"{run.name} from {values[good][0]:.3g} to {mean[good][-1]:.3g}")
+        thinned |= {every} if every > 1 else set()
+        if not good.all():
+            first = run.steps[int(np.argmin(good))]["step"]
+            gaps.append(f"{run.name} {int((~good).sum()):,} times, first in batch {first:,}")
+    if not lines:
+        return None
+    parts, said = [], []
+    if widths:
+        said.append(f"Smoothed over {_from_to(widths)} batches.")
+        color = "--ink" if len(runs) > 1 else runs[0].color
+        parts = [Part("mean", "smoothed", color), Part("each", "each batch", f"{color} 0.35")]
+    if thinned:
+        said.append(f"Of more than {most:,} batches the lowest and highest of every {_from_to(thinned)} are drawn.")
+    said += [f"Not finite, and a gap: {_listed(gaps)}."] if gaps else []
+    said += [f"Not recorded by {_listed(without)}."] if without else []
+    layout = _layout("training batches", unit, "batch %{x:,}")
+    least, low, high = (pick(ends) for pick, ends in zip((min, min, max), zip(*spans, strict=True), strict=True))
+    if smoothed and not from_zero and least > 0 and low < high / 10:
+        layout["yaxis"] |= {"type": "log", **_ticks(low, high)}
+    elif from_zero:
+        layout["yaxis"]["rangemode"] = "tozero"
+    alt, height = f"{title} by batch: {_listed(alts)}.", _HIGH if key == "loss" else _LOW
+    return Figure(key, title, alt, batches + lines, layout, " ".join(said), parts, height)
+
+
+def _accuracy(runs: Sequence[Run]) -> Figure | None:
+    several = len(runs) > 1
+    traces, alts, present = [], [], set()
+    for number, run in enumerate(runs):
+        epochs = [row["epoch"] for row in run.evals]
+        for position, (key, label, color) in enumerate(_ACCURACIES):
+            values = 100 * _floats([row.get(f"{key}_accuracy") for row in run.evals])
+            if not np.isfinite(values).any():
+                continue
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines+markers" if len(values) < 50 else "lines",
+                    "x": epochs,
+                    "y": _numbers(values),
+                    "name": _plain(f"{run.name}, {label}" if several else label),
+                    "line": {"color": run.color if several else color, "dash": _DASHES[position], "width": 2},
+                    "marker": {"size": 5},
+                    "hovertemplate": "%{y:.2f} %",
+                    "meta": {"run": number, "part": key},
+                }
+            )
+            present.add(key)
+            if key == "test" and np.isfinite(values[-1]):
+                alts.append(f"{run.name} at {values[-1]:.2f} % after epoch {epochs[-1]:g}")
+        last = run.evals[-1] if run.evals else {}
+        if last.get("test_accuracy_tta") is not None:
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "x": [last["epoch"]],
+                    "y": [100 * last["test_accuracy_tta"]],
+                    "name": _plain(f"{run.name}, with TTA" if several else "test with TTA"),
+                    "marker": {"color": run.color if several else "--c1", "size": 10, "symbol": "diamond-open"},
+                    "hovertemplate": "%{y:.2f} %",
+                    "meta": {"run": number, "part": "tta"},
+                }
+            )
+            present.add("tta")
+    if not traces:
+        return None
+    parts = [
+        Part(key, label, "--ink" if several else color, dash)
+        for (key, label, color), dash in zip(_ACCURACIES, _DASHES, strict=False)
+        if key in present
+    ]
+    if "tta" in present:
+        parts.append(Part("tta", "test, with test-time augmentation", "--ink" if several else "--c1", "marker"))
+    layout = _layout("epochs", "accuracy, %", "epoch %{x:.4~g}")
+    layout["xaxis"]["rangemode"] = "tozero"
+    caption = "Train is while training: with augmentation and dropout, over the steps since the evaluation before."
+    alt = f"Accuracy by epoch; on the test set {_listed(alts)}."
+    return Figure("accuracy", "Accuracy", alt, traces, layout, caption if "train" in present else "", parts)
+
+
+def coefficients(runs: Sequence[Run]) -> list[Figure]:
+    """The mixing coefficients of each block over the epochs, a line for each of its convolutions."""
+    several = len(runs) > 1
+    found = []
+    for block in range(max(len(run.settings.model.blocks) for run in runs)):
+        bands: list[Row] = []  # behind all lines
+        lines: list[Row] = []
+        labels: dict[int, dict[str, None]] = {}
+        alts = []
+        for number, run in enumerate(runs):
+            if block >= len(run.settings.model.blocks):
+                continue
+            names = [each.name for each in run.settings.model.blocks[block].convolutions]
+            rows = [row for row in run.evals if len(row.get("coefficients") or ()) > block]
+            for branch, name in enumerate(names if rows else ()):
+                pairs = _floats([row["coefficients"][block][branch] for row in rows])
+                color = run.color if several else f"--c{branch % 7}"
+                shown = f"{run.name}, {name}" if several else name
+                band, line = _band([row["epoch"] for row in rows], pairs, shown, color, _DASHES[branch % 6])
+                band["fillcolor"] = f"{color} {0.15 if len(runs) <= _FEW else 0.05}"
+                band["meta"] = line["meta"] = {"run": number, "part": str(branch)}
+                bands.append(band)
+                lines.append(line)
+                labels.setdefault(branch, {})[name] = None
+                alts.append(f"{shown} {pairs[-1, 0]:.3g}")
+        if lines:
+            parts = [
+                Part(str(branch), " or ".join(names), "--ink" if several else f"--c{branch % 7}", _DASHES[branch % 6])
+                for branch, names in labels.items()
+            ]
+            layout = _layout("epochs", "coefficient")
+            layout["xaxis"]["rangemode"] = "tozero"
+            alt = f"Mixing coefficients of block {block + 1} by epoch; at the end {_listed(alts)}."
+            found.append(Figure(f"block{block}", f"Block {block + 1}", alt, bands + lines, layout, "", parts, 220))
+    return found
+
+
+def _band(epochs: list[float], pairs: Values, name: str, color: str, dash: str) -> tuple[Row, Row]:
+    """One standard deviation about the means, and these as a line. pairs: (epochs, 2)."""
+    mean, spread = pairs.T
+    line: Row = {
+        "type": "scatter",
+        "mode": "lines+markers" if len(epochs) < 30 else "lines",
+        "x": epochs,
+        "y": _numbers(mean),
+        "customdata": _numbers(spread),
+        "name": _plain(name),
+        "line": {"color": color, "dash": dash, "width": 2},
+        "marker": {"size": 4},
+        "hovertemplate": "%{fullData.name}<br>epoch %{x:.4~g}: %{y:.3f} ± %{customdata:.3f}<extra></extra>",
+    }
+    if len(epochs) == 1:  # a band of no width
+        line["error_y"] = {"array": _numbers(spread), "thickness": 1.5, "width": 4}
+    good = np.isfinite(mean)
+    x = np.array(epochs)[good]
+    edge = np.concatenate(((mean + spread)[good], (mean - spread)[good][::-1]))
+    band = {"x": _numbers([*x, *x[::-1]]), "y": _numbers(edge), "fill": "toself"}
+    return {"type": "scatter", "mode": "none", "hoverinfo": "skip", **band}, line
+
+
+def predictions(evaluation: Row, prefix: str) -> Row:
+    """What `evaluation.json` tells of the last evaluation: `blocks`, `confusion`, `classes` and `calibration` for
+    figures, and `wrong`. prefix: of the figures' ids."""
+    classes: list[str] = evaluation["classes"]
+    confusion = np.array(evaluation["confusion"], dtype=np.int64)
+    wrong = [
+        {
+            "png": image["png"],
+            "label": classes[image["label"]],
+            "predicted": classes[image["predicted"]],
+            "confidence": f"{100 * image['confidence']:.1f} %",
+            "index": image["index"],
+        }
+        for image in evaluation["wrong"]
+    ]
+    return {
+        "many": len(classes) > _WRITTEN,
+        "split": evaluation["split"],
+        "images": evaluation["images"],
+        "errors": int(confusion.sum() - np.trace(confusion)),
+        "blocks": list(_by_class(evaluation, prefix)),
+        "depth": f"{_depth(evaluation):.2g}",
+        "confusion": _confusion(classes, confusion, prefix),
+        "classes": _per_class(classes, confusion, prefix),
+        "calibration": _calibration(evaluation, prefix),
+        "wrong": wrong,
+    }
+
+
+def _depth(evaluation: Row) -> float:
+    """The largest difference between a class's mean coefficient and that of all images."""
+    blocks = evaluation["coefficients"]
+    return max(float(np.abs(_floats(block["by_class"]) - _floats(block["mean"])).max()) for block in blocks)
+
+
+def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
+    """For each block the classes' mean coefficients, coloured by how they differ from the mean of all images."""
+    names, depth = evaluation["classes"], _depth(evaluation)
+    for number, block in enumerate(evaluation["coefficients"]):
+        values, mean = _floats(block["by_class"]), _floats(block["mean"])
+        apart = values - mean
+        branches = [
+            f"{name}, {n + 1}" if block["branches"].count(name) > 1 else name
+            for n, name in enumerate(block["branches"])
+        ]
+        trace = {
+            "type": "heatmap",
+            "x": list(map(_plain, branches)),
+            "y": list(map(_plain, names)),
+            "z": [_numbers(row) for row in apart],
+            "text": [[f"{value:.3f}" for value in row] for row in values],
+            "customdata": [_numbers(mean)] * len(names),
+            "zmin": -depth,
+            "zmax": depth,
+            "colorscale": [[0, "--low"], [0.5, "--middle"], [1, "--high"]],
+            "showscale": False,
+            "xgap": 2,
+            "ygap": 1,
+            "hovertemplate": "%{y}, %{x}<br>%{text}, of all images %{customdata:.3f}<extra></extra>",
+            **_written(len(names)),
+        }
+        layout = _layout("", "")
+        layout["xaxis"] = _categories(branches)
+        layout["yaxis"] = _categories(names) | _DOWN
+        place = np.unravel_index(int(np.argmax(np.abs(apart))), apart.shape)
+        alt = (
+            f"Coefficients of block {number + 1} by class. Furthest from the mean of all images is "
+            f"{names[place[0]]} in {branches[place[1]]}: {values[place]:.3f}, where the mean is {mean[place[1]]:.3f}."
+        )
+        height = 70 + (22 if len(names) <= _WRITTEN else 8) * len(names)
+        yield Figure(f"{prefix}-block{number}", f"Block {number + 1}", alt, [trace], layout, height=height)
+
+
+def _confusion(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) -> Figure:
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    diagonal = np.eye(len(names), dtype=bool)
+    worst = max(float(share[~diagonal].max()), 1e-9) if len(names) > 1 else 1.0
+    both: Row = {
+        "type": "heatmap",
+        "x": list(map(_plain, names)),
+        "y": list(map(_plain, names)),
+        "customdata": confusion.tolist(),
+        "showscale": False,
+        "hoverongaps": False,
+        "xgap": 1,
+        "ygap": 1,
+        "hovertemplate": "%{y} taken for %{x}: %{customdata:,}<br>%{z:.1%} of the class<extra></extra>",
+        **_written(len(names)),
+    }
+    traces = [
+        {
+            **both,
+            "z": [_numbers(row) for row in np.where(mask, share, np.nan)],
+            "text": [[f"{count:,}" if count else "" for count in row] for row in (mask * confusion).tolist()],
+            "zmin": 0,
+            "zmax": most,
+            "colorscale": [[0, "--middle"], [1, color]],
+        }
+        for mask, most, color in ((~diagonal, worst, "--high"), (diagonal, 1, "--low"))
+    ]
+    layout = _layout("predicted class", "true class")
+    layout["xaxis"] |= _categories(names, _WRITTEN)
+    layout["yaxis"] |= _categories(names, _WRITTEN) | _DOWN
+    apart = np.where(diagonal, 0, confusion)
+    order = np.argsort(-apart, axis=None, kind="stable")[:5]
+    most = [
+        f"{names[i]} for {names[j]} ({confusion[i, j]:,})"
+        for i, j in (divmod(int(place), len(names)) for place in order)
+        if apart[i, j]
+    ]
+    caption = f"Most often mistaken: {_listed(most)}." if most else "No image was mistaken."
+    alt = f"Confusion matrix of {len(names)} classes. {caption}"
+    return Figure(f"{prefix}-confusion", "Confusion matrix", alt, traces, layout, caption, height=0)
+
+
+def _per_class(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) -> Figure:
+    """Accuracy of each class with its interval, the best on top."""
+    counts, right = confusion.sum(1), np.diag(confusion)
+    order = [int(n) for n in np.argsort(-right / np.maximum(counts, 1), kind="stable") if counts[n]]
+    middle = 100 * right[order] / counts[order]
+    ends = 100 * np.array([proportion(int(right[n]), int(counts[n])) for n in order])
+    words = [
+        f"{_plain(names[n])}: {right[n]:,} of {counts[n]:,} images, {mean:.1f} %<br>95 %: {low:.1f} to {high:.1f} %"
+        for n, mean, (low, high) in zip(order, middle, ends, strict=True)
+    ]
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": _numbers(middle),
+        "y": [_plain(names[n]) for n in order],
+        "error_x": _bars(middle, ends),
+        "customdata": words,
+        "marker": {"color": "--c0", "size": 8},
+        "hovertemplate": "%{customdata}<extra></extra>",
+    }
+    all_ = 100 * right.sum() / max(int(counts.sum()), 1)
+    layout = _layout("accuracy, %", "")
+    layout["yaxis"] |= _categories([names[n] for n in order]) | _DOWN
+    ends_of_line = {"yref": "paper", "y0": 0, "y1": 1, "x0": all_, "x1": all_}
+    layout["shapes"] = [{"type": "line", **ends_of_line, "line": {"color": "--muted", "dash": "dot"}}]
+    caption = (
+        f"With 95 % intervals of the {len(order)} classes, each for itself (Wilson); dotted: all images, {all_:.2f} %. "
+        f"Best {names[order[0]]}, {middle[0]:.1f} %; worst {names[order[-1]]}, {middle[-1]:.1f} %."
+    )
+    height = 90 + (19 if len(names) <= _WRITTEN else 10) * len(names)
+    return Figure(f"{prefix}-classes", "Accuracy by class", caption, [trace], layout, caption, height=height)
+
+
+def _calibration(evaluation: Row, prefix: str) -> Figure:
+    found = evaluation["calibration"]
+    bins = [each for each in found["bins"] if each["count"]]
+    counts = _floats([each["count"] for each in bins])
+    sure, right = (_floats([each[key] for each in bins]) for key in ("confidence", "accuracy"))
+    ends = np.array([proportion(round(a * n), int(n)) for a, n in zip(right, counts, strict=True)])
+    share = counts / counts.sum()
+    width = 1 / len(found["bins"])
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": [0, 1],
+            "y": [0, 1],
+            "line": {"color": "--muted", "dash": "dot", "width": 1},
+            "hoverinfo": "skip",
+        },
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": _numbers(sure),
+            "y": _numbers(right),
+            "error_y": _bars(right, ends),
+            "customdata": counts.astype(int).tolist(),
+            "marker": {"color": "--c0", "size": _numbers(5 + 13 * np.sqrt(share / share.max()))},
+            "hovertemplate": "%{customdata:,} images: sure of %{x:.1%}, right in %{y:.1%}<extra></extra>",
+        },
+        {
+            "type": "bar",
+            "x": [each["from"] + width / 2 for each in bins],
+            "y": _numbers(share),
+            "width": [0.9 * width] * len(bins),
+            "yaxis": "y2",
+            "customdata": counts.astype(int).tolist(),
+            "marker": {"color": "--c0 0.4"},
+            "hovertemplate": "%{customdata:,} images, %{y:.1%}<extra></extra>",
+        },
+    ]
+    layout = _layout("confidence", "accuracy")
+    layout["xaxis"] |= {"range": [0, 1.02], "tickformat": ".0%", "anchor": "y2"}
+    layout["yaxis"] |= {"range": [0, 1.05], "tickformat": ".0%", "domain": [0.3, 1]}
+    layout["yaxis2"] = {**_axis("images"), "domain": [0, 0.2], "tickformat": ".0%", "rangemode": "tozero", "nticks": 3}
+    average, accuracy = float((sure * share).sum()), float((right * share).sum())
+    lean = "more sure than right" if average > accuracy else "less sure than right"
+    caption = (
+        f"Expected calibration error {100 * found['ece']:.1f} %: on average {100 * average:.1f} % sure and "
+        f"{100 * accuracy:.1f} % right, {lean}. On the dotted line confidence is accuracy; bars are 95 % (Wilson), "
+        f"below is the share of the images."
+    )
+    return Figure(f"{prefix}-calibration", "Calibration", caption, traces, layout, caption, height=330)
+
+
+def _written(classes: int) -> Row:
+    """Trace options that write a heat map's text into it, where there is room."""
+    return {"texttemplate": "%{text}", "textfont": {"size": 11 if classes <= 12 else 9}} if classes <= _WRITTEN else {}
+
+
+def _bars(middle: Values, ends: Values) -> Row:
+    """Error bars up to both ends of intervals, (N, 2)."""
+    up, down = ends[:, 1] - middle, middle - ends[:, 0]
+    style = {"color": "--c0 0.6", "thickness": 1.5, "width": 0}
+    return {"type": "data", "symmetric": False, "array": _numbers(up), "arrayminus": _numbers(down), **style}
+
+
+def _ticks(low: float, high: float) -> Row:
+    """Ticks of a logarithmic axis, the finer the less it spans."""
+    decades = math.log10(high / low)
+    digits = (1, 1.5, 2, 3, 5, 7) if decades < 2 else (1, 2, 5) if decades < 4 else (1,)
+    values = [digit * 10.0**power for power in range(-9, 10) for digit in digits]
+    return {"tickvals": values, "ticktext": [f"{value:.2g}" for value in values]}
+
+
+def _layout(x: str, y: str, over: str = "") -> Row:
+    """over: the head of a box with all lines' values at an x; empty: a box for the nearest point alone."""
+    across, hover = _axis(x), "closest"
+    if over:
+        across |= {"unifiedhovertitle": {"text": over}, "spikecolor": "--muted", "spikedash": "solid"}
+        across["spikethickness"], hover = -1, "x unified"  # negative: without an outline
+    return {"xaxis": across, "yaxis": _axis(y), "showlegend": False, "hovermode": hover}
+
+
+def _axis(title: str) -> Row:
+    colors = {"gridcolor": "--grid", "zerolinecolor": "--grid", "linecolor": "--grid", "tickcolor": "--grid"}
+    words = {"title": {"text": title, "standoff": 8}, "exponentformat": "none", "separatethousands": True}
+    return {**colors, **words, "automargin": True}
+
+
+def _categories(names: Sequence[str], most: int = 50) -> Row:
+    """Options of an axis of names; of very many every second, third ... is written."""
+    shown = [*names[:: math.ceil(len(names) / most)]]
+    text = [_plain(name if len(name) <= 20 else f"{name[:19]}…") for name in shown]
+    ticks = {"tickvals": list(map(_plain, shown)), "ticktext": text, "ticks": "", "automargin": True}
+    return {**ticks, "type": "category", "showgrid": False, "zeroline": False}
+
+
+def _thinned(values: Values, most: int) -> tuple[list[int], int]:
+    """Which of the values are drawn, and of how many each time: all and 1, or of every few the lowest, the highest and
+    the first that is not finite, besides the first and the last."""
+    if len(values) <= most:
+        return list(range(len(values))), 1
+    every = math.ceil(2 * len(values) / most)
+    kept = {0, len(values) - 1}
+    for start in range(0, len(values), every):
+        part = values[start : start + every]
+        good = np.isfinite(part)
+        if good.any():
+            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+        if not good.all():
+            kept.add(start + int(np.argmin(good)))
+    return sorted(kept), every
+
+
+def _floats(values: object) -> Values:
+    """An array with nan for None."""
+    return np.array(values, dtype=np.float64)
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    """Five digits, which is more than a screen shows; None for what is not finite."""
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
+
+
+def _plain(text: str) -> str:
+    return escape(text)
+
+
+def _from_to(values: set[int]) -> str:
+    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)}))
+
+
+def _listed(words: Sequence[str]) -> str:
+    """A, B and C; the first few of many."""
+    if len(words) > 6:
+        words = [*words[:5], f"{len(words) - 5} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

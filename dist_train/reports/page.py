@@ -1,0 +1,378 @@
+"""One or several runs as one HTML page that opens anywhere, without a server and without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from dist_train.errors import UserError
+from dist_train.reports.plots import DATASETS
+from dist_train.reports.runs import NAMED, Group, Run, counted, duration, names, read
+from dist_train.reports.statistics import interval, proportion
+from dist_train.runs.layout import EVALUATION, SETTINGS
+from dist_train.runs.metrics import Row
+
+_WORDS = {"code": "digest of the code", "instructions": "CPU instructions", "git_commit": "commit", "host": "hosts"}
+
+
+def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
+    """The page as HTML. title: empty for the runs' names. command: that makes it. Raises UserError."""
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    from dist_train.reports import figures
+
+    groups, keys, unfinished = read(paths)
+    runs = [run for group in groups for run in group.runs]
+    curves, coefficients = figures.curves(runs), figures.coefficients(runs)
+    panels = [
+        {"run": number, "name": run.name, **figures.predictions(run.evaluation, f"run{number}")}
+        for number, run in enumerate(runs)
+        if run.evaluation is not None
+    ]
+    table = [_row(group, keys) for group in groups]
+    drawn = [*curves, *coefficients]
+    for panel in panels:
+        drawn += [*panel["blocks"], panel["confusion"], panel["classes"], panel["calibration"]]
+    here = Path(__file__).parent
+    scripts = [get_plotlyjs(), (here / "report.js").read_text()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.get_template("report.html").render(
+        title=title or (paths[0].resolve().name if len(paths) == 1 and len(runs) > 1 else names(runs)),
+        made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+        lead=_lead(groups),
+        facts=_facts(groups),
+        groups=groups,
+        runs=runs,
+        table=table,
+        tta=any(row["accuracies"][1] for row in table),
+        intervals={cell["kind"] for row in table for cell in row["accuracies"] if cell},
+        each=[_each(run) for run in runs],
+        notes=_notes(groups, unfinished),
+        curves=curves,
+        coefficients=coefficients,
+        architectures=_architectures(runs),
+        panels=panels,
+        keys=keys,
+        settings=[_settings(group) for group in groups],
+        environment=_environment(runs),
+        history=[_event(run, row) for run in runs for row in run.history],
+        commands=_commands(runs, command),
+        figures={each.id: {"data": each.traces, "layout": each.layout} for each in drawn},
+        style=Markup((here / "report.css").read_text()),
+        scripts=[Markup(script) for script in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+    )
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    """The result in one sentence."""
+    finished = [group for group in groups if group.done]
+    if len(groups) == 1 and finished:
+        group = groups[0]
+        cell, tta = _accuracy(group, "test_accuracy"), _accuracy(group, "test_accuracy_tta")
+        seconds = statistics.mean(group.row.results("train_seconds"))
+        if cell is None:
+            return "Finished without a test accuracy."
+        with_tta = f" ({tta['mean']} % with test-time augmentation)" if tta else ""
+        if group.done == 1:
+            epochs = group.runs[0].settings.train.epochs
+            return (
+                f"Test accuracy {cell['mean']} %{with_tta} after {epochs:g} epochs, in {duration(seconds)} of training."
+            )
+        return (
+            f"Test accuracy {cell['mean']} %{with_tta} as the mean of {group.done} runs, "
+            f"95 % interval {cell['interval']} %; {duration(seconds)} of training each."
+        )
+    if finished:
+        means = sorted(statistics.mean(group.row.results("test_accuracy")) for group in finished)
+        low, high = (f"{100 * mean:.2f} %" for mean in (means[0], means[-1]))
+        spans = f"mean test accuracy from {low} to {high}" if len(means) > 1 else f"test accuracy {high}, one finished"
+        return f"{len(groups)} configurations in {sum(len(group.runs) for group in groups)} runs: {spans}."
+    runs = [run for group in groups for run in group.runs]
+    so_far = [f"{run.name} is {_state(run)}" for run in runs]
+    return f"Not finished: {'; '.join(so_far[:NAMED])}{f'; and {len(runs) - NAMED} more' * (len(runs) > NAMED)}."
+
+
+def _state(run: Run) -> str:
+    """How far a run has come that is not finished."""
+    if not run.steps:
+        return "at its start"
+    words = f"at epoch {run.steps[-1]['epoch']:.3g} of {run.settings.train.epochs:g}"
+    for row in [row for row in run.evals if row["test_accuracy"] is not None][-1:]:
+        words += f", {100 * row['test_accuracy']:.2f} % on the test set after epoch {row['epoch']:g}"
+    return words
+
+
+def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """What was run, in pairs of a heading and lines."""
+    runs = [run for group in groups for run in group.runs]
+
+    def all_of(words: Callable[[Run], str]) -> list[str]:
+        different = list(dict.fromkeys(map(words, runs)))
+        return different[:NAMED] + ([f"and {len(different) - NAMED} more"] if len(different) > NAMED else [])
+
+    def network(run: Run) -> str:
+        blocks = run.settings.model.blocks
+        same = next(group.runs for group in groups if run in group.runs)
+        summary = next((other.summary for other in same if other.summary), {})
+        sizes = [f"{summary['parameters']:,} parameters"] if "parameters" in summary else []
+        sizes += [f"{summary['flops_per_image'] / 1e6:,.4g} M FLOPs per image"] if "flops_per_image" in summary else []
+        branches = counted(sum(len(block.convolutions) for block in blocks), "convolution")
+        return ", ".join([counted(len(blocks), "block"), branches, *sizes])
+
+    def training(run: Run) -> str:
+        t = run.settings.train
+        return f"{t.epochs:g} epochs in batches of {t.batch_size:,} images, {t.precision}"
+
+    def machine(run: Run) -> str:
+        on = f" on {run.device}" if run.device else ""
+        return f"{counted(run.ranks, 'rank')}{on}" if run.ranks else "not recorded"
+
+    seeds = [str(run.settings.train.seed) for run in runs]
+    return [
+        ("Data", all_of(lambda run: DATASETS.get(run.settings.data.dataset, run.settings.data.dataset))),
+        ("Network", all_of(network)),
+        ("Training", all_of(training)),
+        ("Seeds" if len(set(seeds)) > 1 else "Seed", [", ".join(dict.fromkeys(seeds))]),
+        ("Computed by", all_of(machine)),
+    ]
+
+
+def _row(group: Group, keys: Sequence[str]) -> Row:
+    """A configuration's row of the table, with all numbers as text."""
+    runs, results = group.runs, group.row.results
+
+    def mean(key: str, form: Callable[[float], str]) -> str:
+        values = results(key)
+        return form(statistics.mean(values)) if values else ""
+
+    return {
+        "color": runs[0].color,
+        "name": group.name,
+        "differs": [f"{key} = {value or 'none'}" for key, value in zip(keys, group.row.values, strict=True)],
+        "n": str(group.done) if group.done == len(runs) else f"{group.done} of {len(runs)}",
+        "accuracies": [_accuracy(group, key) for key in ("test_accuracy", "test_accuracy_tta")],
+        "seconds": mean("train_seconds", lambda value: f"{value:,.1f}"),
+        "rate": mean("images_per_second", lambda value: f"{value:,.0f}"),
+        "mfu": mean("mfu", lambda value: f"{100 * value:.1f} %"),
+        "parameters": mean("parameters", lambda value: f"{value:,.0f}"),
+    }
+
+
+def _accuracy(group: Group, key: str) -> dict[str, str] | None:
+    """Mean, standard deviation and 95 % interval in percent, what that is of and whose; None where no run has it."""
+    values = group.row.results(key)
+    if not values:
+        return None
+    mean = statistics.mean(values)
+    cell = {"mean": f"{100 * mean:.2f}", "deviation": "", "interval": "", "of": "", "kind": ""}
+    if len(values) > 1:
+        half = interval(values)
+        ends, of, kind = (mean - half, mean + half), f"over {len(values)} runs", "t"
+        cell["deviation"] = f"{100 * statistics.stdev(values):.2f}"
+    else:
+        run = next(run for run in group.runs if run.summary.get(key) is not None)
+        images = _tested(run)
+        if images is None:
+            return cell
+        ends, of, kind = proportion(round(mean * images), images), f"of {images:,} images", "Wilson"
+    return {**cell, "interval": f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}", "of": f"{of} ({kind})", "kind": kind}
+
+
+def _tested(run: Run) -> int | None:
+    """How many test images there are, where that is recorded."""
+    if run.evaluation is None or run.evaluation["split"] != "test":
+        return None
+    return int(run.evaluation["images"])
+
+
+def _each(run: Run) -> Row:
+    """A run's row of the table of all runs."""
+    summary, accuracies = run.summary, ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_accuracy")
+
+    def percent(key: str) -> str:
+        return f"{100 * summary[key]:.2f}" if summary.get(key) is not None else ""
+
+    return {
+        "color": run.color,
+        "name": run.name,
+        "seed": str(run.settings.train.seed),
+        "state": f"{run.member.missing}, {_state(run)}" if run.member.missing else "done",
+        "accuracies": [percent(key) for key in accuracies],
+        "seconds": f"{summary['train_seconds']:,.1f}" if "train_seconds" in summary else "",
+        "rate": f"{summary['images_per_second']:,.0f}" if "images_per_second" in summary else "",
+        "mfu": f"{100 * summary['mfu']:.1f} %" if "mfu" in summary else "",
+        "ranks": str(run.ranks or ""),
+        "weights": str(summary.get("weights_sha256", ""))[:12],
+    }
+
+
+def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
+    """What is missing, and what to keep in mind, in sentences."""
+    runs = [run for group in groups for run in group.runs]
+    notes = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
+    if without := [run for run in runs if run.summary and run.evaluation is None]:
+        folder = shlex.quote(str(without[0].folder)) if len(without) == 1 else "RUN"
+        notes.append(
+            f"Without {EVALUATION}, and so without confusion matrix, calibration and pictures: {names(without)}; "
+            f"dist-train evaluate {folder} --write makes it."
+        )
+    if without := [run for run in runs if run.evals and not any("coefficients" in row for row in run.evals)]:
+        notes.append(f"No mixing coefficients were recorded by {names(without)}.")
+    for group in groups:
+        done = [run for run in group.runs if run.summary]
+        seeds = Counter(run.settings.train.seed for run in done)
+        for seed in (seed for seed, count in seeds.items() if count > 1):
+            twice = [run for run in done if run.settings.train.seed == seed]
+            notes.append(
+                f"{names(twice)} have the same configuration and the same seed {seed}, and are counted as "
+                f"{len(twice)} runs all the same: the interval over seeds comes out too narrow."
+            )
+    return notes
+
+
+def _architectures(runs: Sequence[Run]) -> list[Row]:
+    """Each distinct architecture as a drawing and as a table, with the runs that have it; why not, where the shape of
+    its images is not known."""
+    from markupsafe import Markup
+
+    from dist_train import config
+    from dist_train.reports import architecture, drawing
+
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps([config.to_dict(run.settings)["model"], run.settings.data.dataset, str(run.settings.data.dir)])
+        found.setdefault(key, []).append(run)
+    drawn: dict[tuple[str, str], tuple[list[Run], list[architecture.Layer]]] = {}
+    for same in found.values():
+        settings = same[0].settings
+        try:
+            image_shape, classes = architecture.images(settings.data, None, None)
+            svg = drawing.svg(settings.model, image_shape, classes)
+            known, _ = drawn.setdefault((svg, ""), ([], architecture.layers(settings.model, image_shape, classes)))
+        except UserError:
+            reason = f"not drawn: {settings.data.dir} does not tell how large its images are and of how many classes"
+            known, _ = drawn.setdefault(("", reason), ([], []))
+        known += same
+    return [
+        {
+            "names": names(same) if len(drawn) > 1 else "",
+            "svg": Markup(svg),
+            "reason": reason,
+            "layers": [
+                {
+                    "part": "" if number and rows[number - 1].part == row.part else row.part,
+                    "name": row.name.replace("->", "→"),
+                    "shape": " x ".join(map(str, row.shape)),
+                    "parameters": f"{row.parameters:,}" if row.parameters else "",
+                    "flops": f"{row.flops:,}" if row.flops else "",
+                }
+                for number, row in enumerate(rows)
+            ],
+        }
+        for (svg, reason), (same, rows) in drawn.items()
+    ]
+
+
+def _settings(group: Group) -> Row:
+    """A configuration as it stands in the first run's folder."""
+    first, *others = group.runs
+    seeds = ", ".join(f"{run.settings.train.seed} ({run.name})" for run in others)
+    return {
+        "color": first.color,
+        "name": group.name,
+        "values": [value or "none" for value in group.row.values],
+        "path": str(first.folder / SETTINGS),
+        "others": f"Of {first.name}. The others differ in nothing but train.seed: {seeds}." if others else "",
+        "toml": (first.folder / SETTINGS).read_text(),
+    }
+
+
+def _environment(runs: Sequence[Run]) -> list[Row]:
+    """What the runs were computed with: under each name its values, each with its runs where not all have it."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        described = [row.get("environment") or {} for row in run.starts] or run.summary.get("environments") or [{}]
+        values_of = {
+            "device": [],
+            **{name: [value] for name, value in (run.summary.get("versions") or {}).items()},
+            "git_commit": [(run.summary.get("git_commit") or "")[:12] or None],
+            "ranks": [row.get("world_size") for row in run.starts],
+            "host": [row.get("host") for row in run.starts],
+        }
+        for name in dict.fromkeys(name for each in described for name in each):
+            values_of[name] = [each.get(name) for each in described]
+        for name, values in values_of.items():
+            shown = ", then ".join(dict.fromkeys(str(value) for value in values if value is not None))
+            if shown:
+                found.setdefault(name, {}).setdefault(shown, []).append(run)
+
+    def with_runs(value: str, same: list[Run]) -> Row:
+        return {"value": value, "runs": names(same) if len(same) < len(runs) else ""}
+
+    return [
+        {"name": _WORDS.get(name, name), "values": [with_runs(*each) for each in values.items()]}
+        for name, values in found.items()
+    ]
+
+
+def _event(run: Run, row: Row) -> Row:
+    """A line of a run's history in words."""
+    others = {key: value for key, value in row.items() if key not in ("event", "time", "environment")}
+    step = others.pop("step", None)
+    if row["event"] == "start":
+        ranks, host = others.pop("world_size", None), others.pop("host", "")
+        words = f"started on {counted(ranks, 'rank')}{f' of {host}' if host else ''}" if ranks else "started"
+        changed = others.pop("changed", {})
+        words += "".join(f"; {name} was {before}, is {now}" for name, (before, now) in changed.items())
+    elif row["event"] == "end":
+        reason = others.pop("reason", "")
+        words = f"ended: {others.pop('outcome', '')}{f', {reason}' if reason else ''}"
+    else:
+        words = str(row["event"]).replace("_", " ")
+    more = ", ".join(f"{key} {value}" for key, value in others.items())
+    return {
+        "run": run.name,
+        "time": str(row.get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
+        "step": "" if step is None else f"{step:,}",
+        "words": f"{words} ({more})" if more else words,
+    }
+
+
+def _commands(runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
+    """Commands, with what they are for."""
+
+    def train(run: Run, into: str) -> str:
+        start = f"torchrun --standalone --nproc_per_node={run.ranks}" if (run.ranks or 1) > 1 else "python"
+        paths = shlex.join(["--config", str(run.folder / SETTINGS), "--run-dir", into])
+        return f"{start} -m dist_train.main {paths}"
+
+    commits = [*{commit: None for run in runs if (commit := str(run.summary.get("git_commit") or ""))}]
+    done, others = ([run for run in runs if bool(run.summary) is wanted] for wanted in (True, False))
+    found = []
+    if done:
+        code = f", with the code of commit {commits[0][:12]}" if len(commits) == 1 else ""
+        words = f"Train again, on any number of ranks to the same weights{code}; then compare:"
+        lines = [train(run, f"{run.folder}-again") for run in done]
+        compare = ["python", "-m", "dist_train.diff", str(done[0].folder), f"{done[0].folder}-again"]
+        found.append({"for": words, "lines": [*lines, shlex.join(compare)]})
+    if others:
+        lines = [train(run, str(run.folder)) for run in others]
+        found.append({"for": "Go on with what is not finished:", "lines": lines})
+    return [*found, {"for": "Make this page again:", "lines": [shlex.join(command)]}]

@@ -1,0 +1,198 @@
+"""The two plots of a run folder, drawn from its `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_train.files import write_atomic
+from dist_train.reports.statistics import best_eval
+from dist_train.runs.layout import METRICS, SUMMARY
+from dist_train.runs.metrics import Row, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#555555",
+)  # Okabe and Ito: safe for the colour-blind
+
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # names as their authors write them
+
+
+def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
+    """Write `plots/loss.png` and `plots/accuracy.png` of a run folder, and return their paths.
+
+    Args:
+        run_dir: a run folder with a `metrics.jsonl`; any number of lines, none included, will do.
+        dataset: the data set's name, for the titles; empty: the one in `summary.json`, if there.
+        name: the run's name, for the titles; empty: the run folder's.
+
+    Raises:
+        OSError: `metrics.jsonl` cannot be read or the plots cannot be written.
+        ValueError: `metrics.jsonl` is damaged before its last line.
+    """
+    steps, evals = read_metrics(run_dir / METRICS)
+    dataset = dataset or _recorded_dataset(run_dir)
+    name = name or run_dir.resolve().name
+    figures = {
+        "loss.png": loss_figure(steps, dataset=dataset, name=name),
+        "accuracy.png": accuracy_figure(evals, dataset=dataset, name=name),
+    }
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    for file, figure in figures.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150)
+        write_atomic(folder / file, png.getvalue())
+    return [folder / file for file in figures]
+
+
+def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
+    """Training loss against training batches: every batch, a smoothed line over it, spikes as they are.
+
+    The loss axis is logarithmic where the smoothed line falls below a tenth of its highest value.
+    """
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = _figure("Training loss", dataset, name)
+    axes.set(xlabel="training batches", ylabel="loss (mean over the batch)")
+    if not steps:
+        return _nothing(figure, axes, "no training batch yet")
+    batch = np.array([row["step"] for row in steps], dtype=np.float64)
+    loss = np.array([row["loss"] for row in steps], dtype=np.float64)  # None becomes nan: a gap
+    width = max(5, len(steps) // 60) if len(steps) >= 20 else 1
+    mean = smooth(loss, width)
+    axes.plot(batch, loss, color=BLUE, alpha=0.4, linewidth=0.7, label="each batch", **_dots(loss))
+    if width > 1:
+        axes.plot(batch, mean, color=BLUE, linewidth=1.8, label=f"smoothed over {width} batches")
+    if (bad := ~np.isfinite(loss)).any():
+        axes.plot(
+            batch[bad],
+            np.full(int(bad.sum()), 0.02),
+            "x",
+            color=ORANGE,
+            transform=axes.get_xaxis_transform(),
+            label=f"loss not finite ({int(bad.sum())})",
+        )
+    if np.isfinite(mean).any() and 0 < np.nanmin(mean) < np.nanmax(mean) / 10 and np.nanmin(loss) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.set_xlim(0, 1.02 * batch[-1])
+    per_epoch = batch[-1] / steps[-1]["epoch"]
+    top = axes.secondary_xaxis("top", functions=(lambda x: x / per_epoch, lambda x: x * per_epoch))
+    top.set_xlabel("epochs", color=GREY)
+    top.tick_params(colors=GREY)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
+    """Train and test accuracy (and validation accuracy) in percent against epochs.
+
+    Test accuracy has its last value, which is the result, and its best marked and labelled; the others
+    have their last.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure("Accuracy", dataset, name)
+    axes.set(xlabel="epochs", ylabel="accuracy (%)")
+    epoch = np.array([row["epoch"] for row in evals], dtype=np.float64)
+    ends: list[tuple[float, str, str]] = []
+    for kind, color, style in (("train", BLUE, "--"), ("val", GREEN, "-."), ("test", ORANGE, "-")):
+        key = f"{kind}_accuracy"
+        percent = 100 * np.array([row.get(key) for row in evals], dtype=np.float64)
+        if not np.isfinite(percent).any():
+            continue
+        axes.plot(epoch, percent, style, color=color, linewidth=1.6, label=kind, **_dots(percent))
+        if np.isfinite(percent[-1]):
+            axes.plot(epoch[-1], percent[-1], "o", color=color, markersize=7, zorder=3)
+            ends.append((float(percent[-1]), f"{kind} {percent[-1]:.2f} %", color))
+    if not evals:
+        return _nothing(figure, axes, "no evaluation yet")
+    if (best := best_eval(evals)) is not None:
+        value = 100 * best["test_accuracy"]
+        axes.plot(
+            best["epoch"],
+            value,
+            "*",
+            color=ORANGE,
+            markeredgecolor="black",
+            markersize=13,
+            zorder=4,
+            label=f"best test: {value:.2f} %, epoch {best['epoch']}",
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0, 1.03 * epoch[-1])
+    axes.margins(y=0.08)
+    # The last values stand right of the axes, moved apart where they would cover each other.
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top)
+    gap, lowest = 0.06 * (top - bottom), -np.inf
+    for value, text, color in sorted(ends):
+        lowest = max(value, lowest + gap)
+        axes.annotate(text, (1.015, lowest), xycoords=axes.get_yaxis_transform(), color=color, va="center", fontsize=10)
+    axes.text(1.015, 1.02, "last", transform=axes.transAxes, color=GREY, va="bottom", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)  # outside: it covers no point
+    return figure
+
+
+def new_figure(**options: Any) -> Figure:
+    """An empty figure of matplotlib's; the options are those of its `Figure`."""
+    # that it builds its list of fonts, or has no home folder to keep it in: it does without
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    return Figure(**options)
+
+
+def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
+    figure = new_figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    shown = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
+    axes.set_title(f"{title} · {shown} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _nothing(figure: Figure, axes: Axes, sentence: str) -> Figure:
+    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", color=GREY)
+    axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+    """Mean of the `width` values around each, weighted by a bell, fewer at the ends; nan does not count."""
+    finite = np.isfinite(values)
+    window = np.hanning(width + 2)[1:-1]
+    weight = np.convolve(finite, window, mode="same")
+    total = np.convolve(np.where(finite, values, 0.0), window, mode="same")
+    mean: npt.NDArray[np.float64] = np.full(len(values), np.nan)
+    np.divide(total, weight, out=mean, where=weight > 0)
+    return mean
+
+
+def _dots(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Line options that keep a short series visible: one point alone has no line."""
+    return {"marker": "."} if len(values) < 50 else {}
+
+
+def _recorded_dataset(run_dir: Path) -> str:
+    try:
+        return str(json.loads((run_dir / SUMMARY).read_text()).get("dataset", ""))
+    except FileNotFoundError:  # a run that has not come to its end
+        return ""

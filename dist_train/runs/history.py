@@ -1,0 +1,42 @@
+"""`history.jsonl`: when and where a run was started, how it ended, what went wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from dist_train.runs.layout import HISTORY
+from dist_train.runs.metrics import Row, finite
+
+
+def append_history(run_dir: Path, event: str, **fields: Any) -> None:
+    """Add `{"event", "time", **fields}` to `history.jsonl`; `time` is UTC, in whole seconds. Rank 0 only.
+
+    What cannot be written costs a line on stderr, not the run.
+    """
+    path = run_dir / HISTORY
+    row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
+    line = (json.dumps(finite(row), default=str) + "\n").encode()
+    try:
+        with path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read() not in (b"", b"\n")  # by a kill; nothing is glued to it
+            file.write(b"\n" * torn + line)
+    except OSError as error:
+        told = f"{path} cannot be written ({error.strerror}); its line on the {event} is left out"
+        print(told, file=sys.stderr, flush=True)
+
+
+def read_history(run_dir: Path) -> list[Row]:
+    """The lines of `history.jsonl` that are whole, none where there is no such file. Raises OSError."""
+    path = run_dir / HISTORY
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict) and "event" in row:
+                rows.append(row)
+    return rows

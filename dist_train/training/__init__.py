@@ -1,0 +1,1 @@
+"""Training: assembly, loop, optimizers, evaluation, and what rank 0 writes."""

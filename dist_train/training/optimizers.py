@@ -1,0 +1,137 @@
+"""The optimizers and their schedule. Every rank applies the same update to the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config.settings import OptimConfig
+from dist_train.model.network import parameter_kind
+
+
+def factor(config: OptimConfig, progress: float) -> float:
+    """The schedule: a factor in 0..1 on every rate, at `progress` in 0..1 of the run. It rises linearly from
+    0 over the first `warmup` of the run."""
+    if progress >= 1:
+        return 0.0
+    if progress < config.warmup:
+        return progress / config.warmup
+    rest = (progress - config.warmup) / (1 - config.warmup)
+    return {"linear": 1 - rest, "cosine": 0.5 + 0.5 * math.cos(math.pi * rest), "constant": 1.0}[config.schedule]
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 3) -> Tensor:
+    """Bring every singular value near 1 by the quintic Newton-Schulz iteration in bfloat16 (Jordan et al. 2024,
+    "Muon: an optimizer for hidden layers in neural networks").
+
+    matrices: (rows, columns) or (batch, rows, columns). Returns the same shape, bfloat16.
+    """
+    x: Tensor = matrices.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for convolution kernels of fixed norm.
+
+    Before each update a kernel (out, in, h, w) is scaled to the norm sqrt(out) (Jordan 2024, airbench94_muon):
+    batch normalisation makes its own scale meaningless, and the rate then means the same in every layer.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or not group["lr"]:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
+                nesterov = parameter.grad.add(state["momentum"], alpha=group["momentum"])
+                update = orthogonalise(nesterov.flatten(1)).view(parameter.shape)
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+
+
+class Optimizers:
+    """The optimizers of one network, and the rates of a step as a function of the step alone."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, steps_per_epoch: int) -> None:
+        self.config, self.total_steps, self.steps_per_epoch = config, total_steps, steps_per_epoch
+        kinds: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kinds.setdefault(parameter_kind(name, parameter), []).append(parameter)
+        algorithms: dict[str, list[dict[str, Any]]] = {}
+        for kind, parameters in kinds.items():
+            settings = config.group(kind)
+            settings |= {"params": parameters, "peak": settings["lr"], "kind": kind}
+            algorithms.setdefault(settings.pop("algorithm"), []).append(settings)
+        self.all = [_build(algorithm, groups) for algorithm, groups in sorted(algorithms.items())]
+
+    def set_rates(self, step: int) -> float:
+        """Set every group's rate for the step after `step` finished ones. Returns the kernels' rate."""
+        kernels = 0.0
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                until = group["until_epoch"]
+                horizon = self.total_steps if until is None else until * self.steps_per_epoch
+                group["lr"] = group["peak"] * factor(self.config, step / horizon if horizon else 1.0)
+                if group["kind"] == "kernels":
+                    kernels = group["lr"]
+        return kernels
+
+    def learns(self, kind: str, step: int) -> bool:
+        """Whether a kind of parameters may still change after `step` finished steps."""
+        until = self.config.group(kind)["until_epoch"]
+        return until is None or step < until * self.steps_per_epoch
+
+    def step(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """Apply the gradients; with a scaler in use, skip every optimizer whose gradients overflowed. Returns the
+        norm of the whole gradient, float32, on the device."""
+        for optimizer in self.all:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm(
+            parameter.grad
+            for optimizer in self.all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        )
+        for optimizer in self.all:
+            scaler.step(optimizer)
+        scaler.update()
+        return norm
+
+    def state(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def _build(algorithm: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if algorithm == "muon":
+        return Muon(groups, lr=0.0, momentum=0.0)
+    if algorithm == "sgd":
+        for group in groups:
+            group["nesterov"] = group["momentum"] > 0
+        return torch.optim.SGD(groups, lr=0.0)
+    for group in groups:
+        group["betas"] = (group["momentum"], 0.999)
+    return torch.optim.AdamW(groups, lr=0.0)

@@ -1,0 +1,125 @@
+"""The structure of the code: who may import whom, and what comes without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+# The floors of the house, from the ground up. A module may import modules of its own package and of lower floors: no
+# module of a higher floor, and none of another package on its own. CONTRIBUTING.md states the rule.
+FLOORS = (
+    ("errors",),
+    ("data_prep", "randomness", "signals", "command_line"),
+    ("files",),
+    ("config",),
+    ("model", "distributed", "runs"),
+    ("data", "tracking", "reports"),
+    ("training", "inference"),
+    ("main", "commands"),
+    ("launch",),
+    ("__main__",),
+)
+# Packages that need no torch, and the modules of others that need none: importing all of them imports no torch.
+WITHOUT_TORCH = ("errors", "signals", "command_line", "data_prep", "files", "config", "tracking", "reports")
+WITHOUT_TORCH_TOO = ("runs.layout", "runs.metrics", "runs.history", "runs.run", "model.shapes", "data.dataset", "main")
+# The only modules that import others of ours inside a function: after the checks that need no torch, or for a command
+# of many. Each says why at the place.
+LATE = ("__init__", "__main__", "main")
+
+PACKAGE = REPOSITORY / "dist_train"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its dotted name without `dist_train.`."""
+    found = {}
+    for folder in (PACKAGE, *(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists())):
+        for path in folder.glob("*.py"):
+            name = path.stem if folder == PACKAGE else f"{folder.name}.{path.stem}"
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """The modules of ours that a file imports anywhere in it, and whether that is inside a function."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("dist_train."):
+                found.append((_module(name.removeprefix("dist_train.")), id(node) in inside))
+    return found
+
+
+def _module(name: str) -> str:
+    """The module that an imported name is, or is in; "" for what the package itself has."""
+    there = modules()
+    while name and name not in there:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def floor(module: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if package(module) in names)
+
+
+def test_every_module_has_a_floor() -> None:
+    known = {name for names in FLOORS for name in names} | {"__init__"}
+    assert {package(name) for name in modules()} == known
+
+
+def test_nothing_imports_upwards() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        if name != "__init__"
+        for other, _ in imports(path)
+        if other and package(other) != package(name) and floor(other) >= floor(name)
+    ]
+    assert wrong == []
+
+
+def test_there_is_no_circle() -> None:
+    graph = {name: {other for other, _ in imports(path) if other != name} for name, path in modules().items()}
+    # the facade of a package imports its modules, and they import each other
+    graph = {name: others - {package(name)} for name, others in graph.items()}
+    graph.pop("__init__")
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+
+
+def test_imports_stand_at_the_top() -> None:
+    late = {name for name, path in modules().items() for other, inside in imports(path) if inside and other}
+    assert late <= {*LATE}
+
+
+def test_configuration_reports_tracking_and_readers_need_no_torch() -> None:
+    chosen = [name for name in modules() if package(name) in WITHOUT_TORCH and not name.endswith("__main__")]
+    names = [f"dist_train.{name}" for name in (*chosen, *WITHOUT_TORCH_TOO)]
+    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "torch was imported"
