@@ -30,7 +30,7 @@ WITHOUT_TORCH = ("errors", "signals", "command_line", "data_prep", "files", "con
 WITHOUT_TORCH_TOO = ("runs.layout", "runs.metrics", "runs.history", "runs.run", "model.shapes", "data.dataset", "main")
 # The only modules that import others of ours inside a function: after the checks that need no torch, or for a command
 # of many. Each says why at the place.
-LATE = ("__init__", "__main__", "main")
+LATE = ("__init__", "__main__", "main", "reports.diff")
 
 PACKAGE = REPOSITORY / "dist_train"
 

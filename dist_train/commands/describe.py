@@ -12,21 +12,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dist_train import config
 from dist_train.command_line import Parser, command, positive
+from dist_train.config.settings import Config
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.reports.architecture import images, layers, markdown, shape_text, text, totals
 from dist_train.reports.drawing import PICTURES, figure, image_bytes
 
-if TYPE_CHECKING:
-    from dist_train.config.settings import Config
-
 
 def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
     """The name and the configuration of a preset, a TOML file or a run folder. Raises UserError."""
-    from dist_train import config
 
     path = Path(what)
     if what in config.presets():

@@ -20,9 +20,11 @@ from dist_train.command_line import Parser, command
 from dist_train.config.settings import Tta
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
+from dist_train.distributed.device import DTYPES
 from dist_train.distributed.ranks import ranks
 from dist_train.errors import UserError
-from dist_train.reports.statistics import often_taken_for
+from dist_train.inference.trained_network import load
+from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.metrics import write_evaluation
 from dist_train.training.evaluation import evaluate
 
@@ -40,9 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--json", action="store_true", help="print all of it as JSON, as in a run's evaluation.json")
     add("--write", action="store_true", help="write it to evaluation.json of the run folder, for its report")
     args = parser.parse_args(arguments)
-
-    from dist_train.distributed.device import DTYPES
-    from dist_train.inference.trained_network import load
 
     if args.write and (not (args.checkpoint / "config.toml").exists() or args.split != "test"):
         raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; leave --write out")
@@ -73,7 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def described(details: dict[str, Any]) -> str:
     """`evaluation.json` in words and as a table of the classes, for the terminal."""
-    from dist_train.reports.statistics import proportion
 
     images, confusion = details["images"], np.array(details["confusion"])
     low, high = proportion(int(confusion.trace()), images)

@@ -23,6 +23,7 @@ from pathlib import Path
 from dist_train.command_line import Parser, command
 from dist_train.errors import UserError, say
 from dist_train.inference.export import FILES, export
+from dist_train.inference.trained_network import load
 
 
 def _run_dir(checkpoint: Path) -> Path | None:
@@ -44,8 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = described.parse_args(arguments)
     formats, code = [*dict.fromkeys(options.format or FILES)], 0
-
-    from dist_train.inference.trained_network import load
 
     network = load(options.checkpoint, "cpu")
     run_dir = _run_dir(options.checkpoint)

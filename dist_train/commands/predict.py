@@ -24,18 +24,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
 
 from dist_train.command_line import Parser, command, positive
+from dist_train.config.settings import Tta
 from dist_train.data_prep.images import SUFFIXES
 from dist_train.errors import UserError, say
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from dist_train.config.settings import Tta
-    from dist_train.inference.trained_network import TrainedNetwork
+from dist_train.inference.trained_network import TrainedNetwork, load, read_image
 
 _KINDS = (*SUFFIXES, ".gif")  # of a folder's files, by their names
 
@@ -85,7 +83,6 @@ def results(
     network: TrainedNetwork, pictures: Iterator[Source], batch: int, top: int, tta: Tta
 ) -> Iterator[tuple[str, Answer] | UserError]:
     """Each picture's name and likeliest classes with their probabilities, in order, or why it cannot be read."""
-    from dist_train.inference.trained_network import read_image
 
     def read(source: Source) -> npt.NDArray[np.uint8] | UserError:
         if isinstance(source, UserError):
@@ -141,8 +138,6 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, signal.SIG_DFL)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any file's name
     warnings.simplefilter("ignore")  # Pillow's, of pictures that it reads all the same
-
-    from dist_train.inference.trained_network import load
 
     network = load(options.checkpoint, options.device)
     code, width = 0, max(map(len, network.classes))

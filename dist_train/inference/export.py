@@ -12,15 +12,18 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from dist_train import config, data_prep
+from dist_train.config.settings import RecordConfig
 from dist_train.files import write_atomic
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.export import ExportedProgram
-
-    from dist_train.inference.trained_network import TrainedNetwork
+from dist_train.inference.model_card import Check, Checked, card
+from dist_train.inference.trained_network import TrainedNetwork, load, stamp
+from dist_train.model.network import BatchNorm
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 
@@ -33,20 +36,12 @@ _PARTS = (1, 8)  # where these are cut into batches
 
 def as_safetensors(network: TrainedNetwork) -> bytes:
     """The weights and, row by row, the BatchNorm statistics: bit for bit those of the training."""
-    from safetensors.torch import save
-
-    from dist_train.inference.trained_network import stamp
-
     weights = {name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}
     return save(weights, {"format": "pt", **stamp(network)})
 
 
 def as_graph(network: TrainedNetwork) -> ExportedProgram:
     """The graph from float32 images (N, C, H, W) from 0 to 1, any N, to logits."""
-    import torch
-
-    from dist_train.model.network import BatchNorm
-
     network = deepcopy(network)
     for module in network.modules():
         if isinstance(module, BatchNorm):  # some runtimes take only constants for these
@@ -65,10 +60,6 @@ def as_graph(network: TrainedNetwork) -> ExportedProgram:
 
 def as_torch(network: TrainedNetwork, program: ExportedProgram) -> bytes:
     """The graph as `torch.export.load` takes it, with the `stamp` as extra files."""
-    import torch
-
-    from dist_train.inference.trained_network import stamp
-
     file = io.BytesIO()
     torch.export.save(program, file, extra_files=stamp(network))
     return file.getvalue()
@@ -76,10 +67,6 @@ def as_torch(network: TrainedNetwork, program: ExportedProgram) -> bytes:
 
 def as_onnx(network: TrainedNetwork, program: ExportedProgram) -> bytes:
     """The graph as ONNX, with the `stamp` as metadata."""
-    import torch
-
-    from dist_train.inference.trained_network import stamp
-
     made = torch.onnx.export(
         program,
         input_names=["images"],
@@ -98,10 +85,6 @@ def as_onnx(network: TrainedNetwork, program: ExportedProgram) -> bytes:
 
 def reader(path: Path) -> Callable[[Tensor], Tensor]:
     """The network in an exported file: float32 images (N, C, H, W) from 0 to 1 to logits."""
-    import torch
-
-    from dist_train.inference.trained_network import load
-
     if path.suffix == ".safetensors":
         return load(path, "cpu").logits
     if path.suffix == ".pt2":
@@ -119,10 +102,6 @@ def reader(path: Path) -> Callable[[Tensor], Tensor]:
 
 def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
     """(N, C, H, W) from 0 to 1, and what they are: test images where the run's betons are there, else random ones."""
-    import torch
-
-    from dist_train import data_prep
-
     with contextlib.suppress(data_prep.DataError):
         folder = network.config.data.folder
         found = data_prep.check(folder)
@@ -135,8 +114,6 @@ def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
 
 
 def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    import torch
-
     with torch.no_grad():
         return torch.cat([read(part) for part in torch.tensor_split(images, _PARTS) if len(part)])
 
@@ -144,9 +121,6 @@ def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
     """Write the files and the card into the folder `out`, and a line for each to stdout. Returns what is wrong with
     those that failed the comparison; they are removed again. Raises OSError."""
-    from dist_train import config
-    from dist_train.config.settings import RecordConfig
-    from dist_train.inference.model_card import Check, Checked, card
 
     images, which = images_to_compare(network)
     expected = _logits(network.logits, images)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from dist_train.config.settings import Block, Convolution, DataConfig, ModelConfig
 from dist_train.data_prep.betons import MANIFEST
 from dist_train.errors import UserError
-
-if TYPE_CHECKING:
-    from dist_train.config.settings import Block, Convolution, DataConfig, ModelConfig
+from dist_train.model.shapes import flops, shapes, summed, training_flops
 
 Shape = tuple[int, int, int]
 
@@ -36,7 +34,6 @@ class Layer:
 def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
     """The layers from the input to the logits; a block's are its convolutions, its mixing, and in one row what
     follows the sum. image_shape: (C, H, W). Raises UserError for an architecture that cannot be built."""
-    from dist_train.model.shapes import flops, shapes, summed
 
     entry, *left = shapes(model, image_shape)
     of_stem, *of_blocks, of_output = flops(model, image_shape, classes)
@@ -70,7 +67,6 @@ def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
 def totals(model: ModelConfig, image_shape: Shape, classes: int) -> dict[str, int]:
     """parameters, learned, bytes (of the parameters in float32), flops (forward), and for the forward and backward
     pass training_flops, and training_flops_stem_fixed once the stem no longer learns; all per image."""
-    from dist_train.model.shapes import training_flops
 
     rows = layers(model, image_shape, classes)
     parameters = sum(row.parameters for row in rows)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dist_train import config
 from dist_train.data_prep.files import sha256_of
 from dist_train.errors import UserError
 from dist_train.runs.history import read_history
@@ -194,7 +195,6 @@ def _differing(a: Row, b: Row) -> list[str]:
 
 def _settings(a: Run, b: Run) -> Iterator[str]:
     """A line for each setting that differs and that the weights depend on."""
-    from dist_train import config
 
     try:
         mine, other = (config.load(None, run.folder / "config.toml", []) for run in (a, b))

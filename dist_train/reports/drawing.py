@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from dist_train.config.settings import Block, Convolution, ModelConfig
+from dist_train.model.shapes import shapes, summed
 from dist_train.reports.architecture import (
     LETTERS,
     Shape,
@@ -29,7 +31,6 @@ from dist_train.reports.plots import BLUE, ORANGE, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dist_train.config.settings import Block, Convolution, ModelConfig
 
 PICTURES = (".svg", ".png", ".pdf")
 
@@ -42,7 +43,6 @@ _INK = "#010203"  # found again in the SVG that matplotlib writes; where it writ
 
 def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "", ink: str = "black") -> Figure:
     """The network from top to bottom, narrow enough for a phone. name: for its head. ink: of lines and text."""
-    from dist_train.model.shapes import shapes, summed
 
     entry, *left = shapes(model, image_shape)
     rows, whole = layers(model, image_shape, classes), totals(model, image_shape, classes)

@@ -10,17 +10,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_train.reports.plots import smooth
+from dist_train.reports.runs import Run
 from dist_train.reports.statistics import proportion
 from dist_train.runs.metrics import Row
-
-if TYPE_CHECKING:
-    from dist_train.reports.runs import Run
 
 Values = npt.NDArray[np.float64]
 

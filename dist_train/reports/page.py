@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from dist_train import config
 from dist_train.errors import UserError
+from dist_train.reports import architecture, drawing, figures
 from dist_train.reports.plots import DATASETS
 from dist_train.reports.runs import NAMED, Group, Run, counted, duration, names, read
 from dist_train.reports.statistics import interval, proportion
@@ -27,8 +29,6 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
-
-    from dist_train.reports import figures
 
     groups, keys, unfinished = read(paths)
     runs = [run for group in groups for run in group.runs]
@@ -251,9 +251,6 @@ def _architectures(runs: Sequence[Run]) -> list[Row]:
     """Each distinct architecture as a drawing and as a table, with the runs that have it; why not, where the shape of
     its images is not known."""
     from markupsafe import Markup
-
-    from dist_train import config
-    from dist_train.reports import architecture, drawing
 
     found: dict[str, list[Run]] = {}
     for run in runs:

@@ -8,17 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dist_train.config.settings import Config
 from dist_train.errors import UserError
 from dist_train.reports.table import Configuration, configurations
 from dist_train.runs.history import read_history
 from dist_train.runs.layout import EVALUATION, METRICS, SETTINGS
 from dist_train.runs.metrics import Row, read_metrics
 from dist_train.runs.run import Member, member, members
-
-if TYPE_CHECKING:
-    from dist_train.config.settings import Config
 
 COLORS = 7  # --c0 to --c6 of report.css
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_train import config
 from dist_train.data_prep.files import locked
 from dist_train.files import write_atomic
 from dist_train.reports.statistics import interval
@@ -36,7 +37,6 @@ class Configuration:
 def configurations(found: Sequence[Member]) -> tuple[list[str], list[Configuration]]:
     """The settings in which runs that have begun differ, by dotted key and without the seed, and the runs by their
     values."""
-    from dist_train import config
 
     known = [(member, member.settings) for member in found if member.settings is not None]
     varied: set[str] = set()

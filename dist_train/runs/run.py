@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dist_train import config
+from dist_train.config.settings import Config
 from dist_train.errors import UserError
 from dist_train.runs.history import read_history
 from dist_train.runs.layout import MEMBERS, SETTINGS, SUMMARY
-
-if TYPE_CHECKING:
-    from dist_train.config.settings import Config
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ def members(group: Path) -> list[Member]:
 
 def member(folder: Path) -> Member:
     """The run in a folder. Raises UserError where its settings cannot be read."""
-    from dist_train import config  # takes the seconds that torch takes
 
     if not (folder / SETTINGS).exists():
         return Member(folder, None, None, "not begun")

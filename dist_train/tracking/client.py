@@ -9,12 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dist_train.config.settings import RecordConfig
 from dist_train.runs.layout import METRICS, SAMPLES
-
-if TYPE_CHECKING:
-    from dist_train.config.settings import RecordConfig
 
 INIT_TIMEOUT = 5.0  # seconds for the server to answer before the run goes offline
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dist_train import config
 from dist_train.errors import PREEMPTED, UserError
 from dist_train.files import claimed
 from dist_train.runs.history import read_history
@@ -37,7 +38,6 @@ def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[M
         raise UserError(f"{run_dir}: cannot be read and written ({error.strerror}); mend that") from None
     except ValueError as error:
         raise UserError(f"{run_dir}: {error}; put back the file that was written") from None
-    from dist_train import config  # after the checks: it takes seconds
 
     settings = config.load(None, run_dir / "config.toml", [])
     done = (run_dir / SUMMARY).exists()
