@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.table import spread
 from dist_train import config
 from dist_train.distributed.gradient_sum import FixedOrderSum, cost, pieces
-from dist_train.distributed.ranks import Ranks, ranks, share
+from dist_train.distributed.ranks import Ranks, join_ranks, share
 from dist_train.model.network import BlockNetwork
 from dist_train.training.optimizers import Optimizers
 
@@ -156,7 +156,7 @@ def fixed(here: Ranks, work: Work, microbatches: int) -> Way:
 
     def step() -> None:
         for index, slot in enumerate(summed.slots):
-            with summed.leaf(index):
+            with summed.microbatch(index):
                 loss(summed.ddp, slot).backward()
         update()
 
@@ -203,7 +203,7 @@ def as_rank(rank: int, world_size: int, port: int, work: Work, microbatches: int
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, **where}
     os.environ.update({name: str(value) for name, value in launched.items()})
-    with ranks("cpu", threads=1, deterministic=True, timeout=120) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=120) as here:
         return in_turns([plain(here, work, microbatches), fixed(here, work, microbatches)], steps)
 
 

@@ -6,7 +6,7 @@
 
 DIR are clones of github.com/KellerJordan/cifar10-airbench and github.com/hiverge/cifar10-speedrun. Their scripts run
 from there, unchanged on a GPU, with a few words replaced on a CPU (benchmarks/peer.py): airbench94_muon.py, or
-airbench96_faster.py with --preset block96. Ours is dist_train.train.train itself, under torchrun, on as many ranks of
+airbench96_faster.py with --preset block96. Ours is dist_train.training.loop.train, under torchrun, on as many ranks of
 one thread as there are cores, or on one GPU; key=value are its settings. All get the images of our betons (data.dir).
 
 One program computes at a time: a step (or --turn of them) of one, then of another. A schedule has several kinds of
@@ -46,14 +46,15 @@ from dist_train import config, data_prep
 from dist_train.data.batches import Data, Microbatch
 from dist_train.data.dataset import manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
-from dist_train.distributed.ranks import ranks, ranks_per_node
+from dist_train.distributed.ranks import join_ranks, ranks_per_node
 from dist_train.errors import UserError, say
-from dist_train.model.network import BlockNetwork
 from dist_train.model.shapes import shapes, training_flops
 from dist_train.signals import StopRequest
-from dist_train.training.loop import train
+from dist_train.training.loop import State, train
 from dist_train.training.optimizers import Optimizers
-from dist_train.training.train import build_model, total_steps
+from dist_train.training.run_writer import Writer
+from dist_train.training.schedule import total_steps
+from dist_train.training.train import build_model
 
 PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
@@ -101,16 +102,18 @@ def be_ours(args: argparse.Namespace) -> None:
     """Be one of our ranks."""
     settings = config.load(args.preset, None, args.settings)
     t = settings.train
-    testing = dataclasses.replace(settings.evaluate, every=10**9)  # none before the last step, which is not reached
-    with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+    # no evaluation before the last step, which is not reached
+    settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, every=10**9))
+    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         data = PacedData(settings.data, manifest(settings.data), here, t.batch_size, t.microbatches, t.seed)
-        steps = total_steps(t, data)
+        steps = total_steps(settings, data.steps_per_epoch)
 
-        def new() -> tuple[BlockNetwork, Optimizers]:
-            model = build_model(settings.model, t, data).to(here.device)
-            return model, Optimizers(model, settings.optim, steps, data.steps_per_epoch)
+        def new() -> State:
+            model = build_model(settings, data).to(here.device)
+            optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
+            return State(model, optimizers, torch.amp.GradScaler(here.device.type, enabled=t.precision == "fp16"))
 
-        _, optimizers = new()
+        optimizers = new().optimizers
         schedule = kinds(data, optimizers)
         data.pacer, data.warm_up = Pacer(args.ours, args.name, here.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
@@ -125,16 +128,10 @@ def be_ours(args: argparse.Namespace) -> None:
             data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)
             if data.counted < 1:
                 raise UserError(f"{kind.count} steps of the kind {kind.label} are too few to be measured")
-            model, optimizers = new()
-            scaler = torch.amp.GradScaler(here.device.type, enabled=t.precision == "fp16")
-            start = {
-                "step": kind.first,
-                "model": model.state_dict(),
-                "optimizers": optimizers.state(),
-                "scaler": scaler.state_dict(),
-            }
+            state = new()
+            state.step = kind.first
             with contextlib.suppress(EnoughError):
-                train(t, testing, settings.checkpoint, model, optimizers, data, here, start, StopRequest(), None, None)
+                train(settings, data, here, state, Writer(), StopRequest())
         data.pacer.done()
 
 

@@ -95,8 +95,7 @@ def _child(out: Path, trainer: list[str]) -> None:
 
     from dist_train import main
     from dist_train.data import dataset
-    from dist_train.runs import metrics
-    from dist_train.training import step_log, train
+    from dist_train.training import recorder, step_log, train
 
     seconds = {"started": started, "imports": time.time() - started}
     open_parts: list[str] = []
@@ -122,11 +121,11 @@ def _child(out: Path, trainer: list[str]) -> None:
     timed(dataset, "prepare", "data")
     for name, part in (("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
         timed(train, name, part)
-    for name in ("open_folder", "Keeper"):
+    for name in ("open_folder", "RunWriter"):
         timed(train, name, "record")
     timed(train, "FixedOrderSum", "DDP")
 
-    step = metrics.Recorder.step
+    step = recorder.Recorder.step
     begin = step_log.StepLog.__init__
 
     def begins(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +140,7 @@ def _child(out: Path, trainer: list[str]) -> None:
         os._exit(0)  # the others are ended by the launcher
 
     step_log.StepLog.__init__ = begins  # type: ignore[method-assign]
-    metrics.Recorder.step = ends  # type: ignore[method-assign]
+    recorder.Recorder.step = ends  # type: ignore[method-assign]
     main.main(trainer)
 
 

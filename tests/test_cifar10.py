@@ -32,7 +32,7 @@ def test_prepare_train_on_two_ranks_resume_and_evaluate(cifar10: Path, tmp_path:
     (tmp_path / "run" / "summary.json").unlink()
     again = trainer(*base, "--run-dir", tmp_path / "run")
     assert again.returncode == 0, again.stderr
-    assert "going on after step 40" in again.stdout
+    assert "resuming after step 40" in again.stdout
     resumed = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert resumed["weights_sha256"] == summary["weights_sha256"]
     assert resumed["test_accuracy"] == summary["test_accuracy"]

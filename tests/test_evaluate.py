@@ -73,9 +73,9 @@ def test_figures_with_and_without_test_time_augmentation(digits: Path, tta: Tta)
             logits = torch.cat(
                 [scores(network, images, tta if suffix else "none").detach() for _, images, _ in batches]
             )
-            assert found.figures[f"accuracy{suffix}"] == float(np.mean((logits.argmax(1) == labels).numpy()))
-            assert found.figures[f"loss{suffix}"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-        assert len(found.figures) == (2 if tta == "none" else 4)
+            assert found.metrics[f"accuracy{suffix}"] == float(np.mean((logits.argmax(1) == labels).numpy()))
+            assert found.metrics[f"loss{suffix}"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert len(found.metrics) == (2 if tta == "none" else 4)
 
 
 def test_details_are_those_of_each_image(digits: Path) -> None:

@@ -108,7 +108,7 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
 
     done = trainer(*arguments, "--run-dir", folder, ranks=3)
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stdout
+    assert "resuming after step" in done.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(folder) == lines(tmp_path / "undisturbed")
@@ -218,7 +218,7 @@ def test_another_environment_is_said_once_and_recorded(digits: Path, train: Trai
     arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=3", "--run-dir", folder]
     drifted = trainer(*arguments, "threads=2")
     assert drifted.returncode == 0, drifted.stderr
-    assert drifted.stderr.count("goes on with another ") == 1
+    assert drifted.stderr.count("resumes with another ") == 1
     for part in (
         f"torch (2.0.0 before, {torch.__version__} now)",
         "device (NVIDIA Imaginary 1 before, ",
@@ -270,7 +270,7 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
     assert [row["step"] for row in lines(out) if row["kind"] == "step"] == list(range(1, 11))
     assert "checkpoint_failed" in {row["event"] for row in read_history(out)}
     assert (out / "again.code").read_text() == "0\n", (out / "again.log").read_text()
-    assert "going on after step 5" in (out / "again.log").read_text()
+    assert "resuming after step 5" in (out / "again.log").read_text()
     summary = json.loads((out / "run" / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(out / "run") == lines(tmp_path / "undisturbed")

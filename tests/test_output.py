@@ -136,7 +136,7 @@ def test_a_run_that_goes_on(place: Path) -> None:
     last.with_suffix(".pt.sha256").unlink(missing_ok=True)
     last.unlink()
     done = run(place, "--config", "run/config.toml", "record.wandb=offline", "--run-dir", "stopped")
-    check(done, (*TRAINING, *RESULT, r"going on after step \d+"), OFFLINE)
+    check(done, (*TRAINING, *RESULT, r"resuming after step \d+"), OFFLINE)
     assert "going on" in done.stdout
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peers import run_ranks
 from torch import Tensor, nn
 
-from dist_train.distributed.gradient_sum import Branches, FixedOrderSum, cost, pieces
-from dist_train.distributed.ranks import gather_shares, ranks, share
+from dist_train.distributed.gradient_sum import FixedOrderSum, Subtrees, cost, pieces
+from dist_train.distributed.ranks import gather_shares, join_ranks, share
 
 
 def by_hand(parts: list[Tensor]) -> Tensor:
@@ -37,9 +37,9 @@ def test_branches_of_any_contiguous_shares_make_the_whole_tree(count: int, data:
     shares = [share(count, rank, world_size) for rank in range(world_size)]
     assert [i for one in shares for i in one] == list(range(count))
     assert {len(one) for one in shares} <= {count // world_size, -(-count // world_size)}
-    whole: Branches[Tensor] = Branches(count, torch.add)
+    whole: Subtrees[Tensor] = Subtrees(count, torch.add)
     for one in shares:
-        mine: Branches[Tensor] = Branches(count, torch.add)
+        mine: Subtrees[Tensor] = Subtrees(count, torch.add)
         for leaf in one:
             mine.push(0, leaf, leaves[leaf])
         assert [(level, index) for level, index, _ in mine.nodes] == pieces(one, count)
@@ -91,7 +91,7 @@ def draw_case(seed: int, most_ranks: int) -> tuple[int, list[tuple[int, ...]]]:
 def sums_of_cases(seeds: list[int]) -> list[list[list[float]]]:
     """Reduce the gradients of every case; returns those of two steps, and the largest of each leaf."""
     found = []
-    with ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
         for seed in seeds:
             microbatches, shapes = draw_case(seed, here.world_size)
             model = Given(shapes)
@@ -101,10 +101,9 @@ def sums_of_cases(seeds: list[int]) -> list[list[list[float]]]:
             for step in range(2):  # DDP lays its buckets out anew after the first
                 leaves = random_leaves(microbatches, size, seed + step)
                 for index, slot in enumerate(mine):
-                    with summed.leaf(index):
+                    with summed.microbatch(index) as gradient:
                         summed.ddp(leaves[slot]).backward()
-                    assert summed.largest is not None
-                    assert summed.largest == leaves[slot].abs().max()
+                    assert gradient.largest == leaves[slot].abs().max()
                 expected = by_hand(leaves).split([p.numel() for p in model.all])
                 for parameter, total in zip(model.all, expected, strict=True):
                     assert parameter.grad is not None
@@ -129,7 +128,7 @@ def test_gradients_of_one_rank_are_the_tree_over_its_microbatches(microbatches: 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 1), nn.Flatten(), nn.Linear(2 * 36, 3))
     model.to(memory_format=torch.channels_last)
-    with ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
         summed = FixedOrderSum(here, model, microbatches)
         for _ in range(3):  # DDP lays its buckets out anew after the first
             inputs = [torch.randn(4, 3, 8, 8) for _ in range(microbatches)]
@@ -144,7 +143,7 @@ def test_gradients_of_one_rank_are_the_tree_over_its_microbatches(microbatches: 
                     leaves.append(grad.clone())
                 expected.append(by_hand(leaves))
             for index, x in enumerate(inputs):
-                with summed.leaf(index):
+                with summed.microbatch(index):
                     summed.ddp(x).square().sum().backward()
             for parameter, total in zip(model.parameters(), expected, strict=True):
                 assert parameter.grad is not None
@@ -153,13 +152,12 @@ def test_gradients_of_one_rank_are_the_tree_over_its_microbatches(microbatches: 
 
 
 def test_a_gradient_that_is_not_finite_shows_in_its_own_microbatch() -> None:
-    with ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=60) as here:
         summed = FixedOrderSum(here, Given([(3,), (2, 2)]), 3)
         for index, value in enumerate((1.0, math.nan, -math.inf)):
-            with summed.leaf(index):
+            with summed.microbatch(index) as gradient:
                 summed.ddp(torch.full((7,), value)).backward()
-            assert summed.largest is not None
-            assert str(float(summed.largest)) == ("1.0", "nan", "inf")[index]
+            assert str(float(gradient.largest)) == ("1.0", "nan", "inf")[index]
     torch.use_deterministic_algorithms(False)
 
 

@@ -176,7 +176,7 @@ def test_cancel_ends_it_for_good(lab: Lab, limited: str) -> None:
     assert outcomes(lab.run_dir(job)) == ["preempted"]
     done = trainer(*lab.long, "--run-dir", lab.run_dir(job))
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stdout
+    assert "resuming after step" in done.stdout
     lab.same_bits(lab.run_dir(job))
 
 

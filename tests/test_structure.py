@@ -27,7 +27,17 @@ FLOORS = (
 )
 # Packages that need no torch, and the modules of others that need none: importing all of them imports no torch.
 WITHOUT_TORCH = ("errors", "signals", "command_line", "data_prep", "files", "config", "tracking", "reports")
-WITHOUT_TORCH_TOO = ("runs.layout", "runs.metrics", "runs.history", "runs.run", "model.shapes", "data.dataset", "main")
+WITHOUT_TORCH_TOO = (
+    "runs.layout",
+    "runs.metrics",
+    "runs.history",
+    "runs.run",
+    "training.recorder",
+    "training.progress",
+    "model.shapes",
+    "data.dataset",
+    "main",
+)
 # The only modules that import others of ours inside a function: after the checks that need no torch, or for a command
 # of many. Each says why at the place.
 LATE = ("__init__", "__main__", "main", "reports.diff")

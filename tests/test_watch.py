@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers import run_ranks
 
-from dist_train.distributed.ranks import gather_shares, ranks
+from dist_train.distributed.ranks import gather_shares, join_ranks
 
 TIMEOUT = 4
 
@@ -20,7 +20,7 @@ def exchange_until_lost(folder: Path, how: str) -> None:
     """Rank 1 comes to grief in step 7; the others go on until they notice."""
     log = os.open(folder / f"{os.environ['RANK']}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 2)
-    with ranks("cpu", threads=1, deterministic=True, timeout=TIMEOUT) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=TIMEOUT) as here:
         for step in range(1, 100):
             here.begin(step)
             gather_shares(here, torch.ones(1), here.world_size)
@@ -65,7 +65,7 @@ def test_a_rank_that_hangs_is_noticed_within_the_timeout(tmp_path: Path, how: st
 
 
 def pause(folder: Path) -> float:
-    with ranks("cpu", threads=1, deterministic=True, timeout=TIMEOUT) as here:
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=TIMEOUT) as here:
         if here.rank == 1:
             time.sleep(TIMEOUT - 2)
         return float(gather_shares(here, torch.ones(1), 2).sum())

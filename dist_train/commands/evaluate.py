@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from dist_train.command_line import Parser, command
 from dist_train.config.settings import Tta
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
-from dist_train.distributed.device import DTYPES
-from dist_train.distributed.ranks import ranks
+from dist_train.distributed.device import autocast
+from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import UserError
 from dist_train.inference.trained_network import load
 from dist_train.reports.statistics import often_taken_for, proportion
@@ -54,14 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"--data {config.folder}: its classes or its image size are not those that {args.checkpoint} was trained "
             f"on; name the folder of {trained.dataset}"
         )
-    with ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
+    with join_ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
         data = Data(config, found, here, t.batch_size, t.microbatches, t.seed)
         if not len(data.indices[args.split]):
             raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
         model = trained.network.to(here.device)
         tta = args.tta or trained.config.evaluate.tta
-        autocast = torch.autocast(here.device.type, DTYPES[t.precision], enabled=t.precision != "fp32")
-        evaluation = evaluate(model, data, args.split, here, autocast, tta)
+        evaluation = evaluate(model, data, args.split, here, autocast(here.device, t.precision), tta)
         if here.main:
             details = evaluation.details(data, trained.step)
             if args.write:

@@ -16,6 +16,11 @@ from dist_train.errors import UserError
 from dist_train.signals import libc
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass. precision: of TrainConfig."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
 @contextmanager
 def muted_stdout() -> Iterator[None]:
     """Drop what is written to stdout, by C++ too: the gloo of torch 2.9 says there how many peers it has found, which

@@ -24,8 +24,8 @@ from dist_train.distributed.ranks import Ranks, share
 T = TypeVar("T")
 
 
-class Branches(Generic[T]):
-    """Sums of whole branches of the fixed binary tree over `count` leaves, which come from left to right.
+class Subtrees(Generic[T]):
+    """Sums of whole subtrees of the fixed binary tree over `count` leaves, which come from left to right.
 
     The node (level, index) sums the leaves from index * 2**level on, 2**level of them or as many as there are:
     its left half plus its right half. `nodes` holds (level, index, sum) of the largest nodes that are complete.
@@ -50,11 +50,11 @@ class Branches(Generic[T]):
 
 
 def pieces(leaves: range, count: int) -> list[tuple[int, int]]:
-    """(level, index) of the fewest whole branches that make up the contiguous `leaves` of a tree over `count`."""
-    branches: Branches[None] = Branches(count, lambda left, right: None)
+    """(level, index) of the fewest whole subtrees that make up the contiguous `leaves` of a tree over `count`."""
+    subtrees: Subtrees[None] = Subtrees(count, lambda left, right: None)
     for leaf in leaves:
-        branches.push(0, leaf, None)
-    return [(level, index) for level, index, _ in branches.nodes]
+        subtrees.push(0, leaf, None)
+    return [(level, index) for level, index, _ in subtrees.nodes]
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,44 @@ class Cost:
 def cost(elements: int, microbatches: int, world_size: int) -> Cost:
     """The cost of summing float32 gradients of that many elements, in one bucket.
 
-    A rank whose share is p whole branches sends p slices of ceil(elements / world size) to each other rank, and
+    A rank whose share is p whole subtrees sends p slices of ceil(elements / world size) to each other rank, and
     then the sum of its own slice: p = 1 gives the bytes of a ring all-reduce.
     """
     shares = [share(microbatches, rank, world_size) for rank in range(world_size)]
-    branches = [len(pieces(leaves, microbatches)) for leaves in shares]
-    part, peers, most = 4 * -(-elements // world_size), world_size - 1, max(branches)
+    subtrees = [len(pieces(leaves, microbatches)) for leaves in shares]
+    part, peers, most = 4 * -(-elements // world_size), world_size - 1, max(subtrees)
     waiting = max(len(pieces(leaves[:n], microbatches)) for leaves in shares for n in range(len(leaves)))
-    buffers = (most - 1) * 4 * elements + sum(branches) * part if peers else 0
+    buffers = (most - 1) * 4 * elements + sum(subtrees) * part if peers else 0
     return Cost(
         sent=(most + 1) * peers * part,
-        received=(sum(branches) - min(branches) + peers) * part if peers else 0,
+        received=(sum(subtrees) - min(subtrees) + peers) * part if peers else 0,
         memory=waiting * 4 * elements + buffers,
         messages=(most + 1) * peers,
     )
 
 
+class MicrobatchGradient:
+    """What is known of one microbatch's own gradient after its backward pass."""
+
+    def __init__(self) -> None:
+        self._largest: Tensor | None = None
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitude, NaN where there is one: a scalar on the device. Raises RuntimeError before."""
+        if self._largest is None:
+            raise RuntimeError("the backward pass of this microbatch has not run")
+        return self._largest
+
+    def add(self, largest: Tensor) -> None:
+        """Take the largest magnitude of a part of the gradient."""
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+
 class FixedOrderSum:
     """Leaves in every parameter's `grad` the sum over all microbatches of all ranks, in the fixed tree.
 
-    Wraps the network in DDP. Run each of this rank's microbatches under `leaf`; after the last one the sum is
+    Wraps the network in DDP. Run each of this rank's microbatches under `microbatch`; after the last one the sum is
     there. Across ranks each one adds up its own slice of the gradient.
     """
 
@@ -99,8 +117,8 @@ class FixedOrderSum:
         self.ranks, self.microbatches = ranks, microbatches
         self.slots = ranks.share(microbatches)
         self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
-        self.largest: Tensor | None = None
-        self.begun: list[_Begun] = []
+        self.gradient = MicrobatchGradient()
+        self.exchanges: list[_BucketExchange] = []
         # each rank owns the BatchNorm rows of its microbatches; torch renamed the option
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -114,19 +132,19 @@ class FixedOrderSum:
         self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
-        self.sums = self._branches()
+        self.sums = self._subtrees()
 
     @contextmanager
-    def leaf(self, index: int) -> Iterator[None]:
-        """Around the forward and backward pass of this rank's microbatch number `index`, counted from 0. After
-        it `largest` is the largest magnitude in that microbatch's own gradient, NaN when it holds one."""
+    def microbatch(self, index: int) -> Iterator[MicrobatchGradient]:
+        """Around the forward and backward pass of this rank's microbatch number `index`, counted from 0. What it
+        yields is known after the pass."""
         last = index == len(self.slots) - 1
         if index == 0:
-            self.sums = self._branches()
+            self.sums = self._subtrees()
             self.ddp.zero_grad(set_to_none=True)
-        self.largest = None
+        self.gradient = gradient = MicrobatchGradient()
         with nullcontext() if last else self.ddp.no_sync():
-            yield
+            yield gradient
         if not last:
             grads = []
             for parameter in self.parameters:
@@ -134,47 +152,46 @@ class FixedOrderSum:
                     raise RuntimeError("a parameter took no part in the loss")
                 grads.append(parameter.grad)
                 parameter.grad = None
-            self.largest = _largest(grads)
+            gradient.add(_largest(grads))
             self.sums.push(0, self.slots[index], grads)
 
-    def _branches(self) -> Branches[list[Tensor]]:
-        return Branches(self.microbatches, _add_to_right)
+    def _subtrees(self) -> Subtrees[list[Tensor]]:
+        return Subtrees(self.microbatches, _add_to_right)
 
     def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         flat, parameters = bucket.buffer(), bucket.parameters()
-        largest = _largest([flat])
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        self.gradient.add(_largest([flat]))
         mine = [self.position[id(parameter)] for parameter in parameters]
-        branches = self._branches()
-        branches.nodes = [(level, node, [sums[i] for i in mine]) for level, node, sums in self.sums.nodes]
-        branches.push(0, self.slots[-1], _views(flat, parameters))  # sums end up in `flat`, the last piece
-        rows = [torch.empty_like(flat) for _ in branches.nodes[:-1]]
-        for row, (_, _, sums) in zip(rows, branches.nodes, strict=False):
+        subtrees = self._subtrees()
+        subtrees.nodes = [(level, node, [sums[i] for i in mine]) for level, node, sums in self.sums.nodes]
+        subtrees.push(0, self.slots[-1], _views(flat, parameters))  # sums end up in `flat`, the last piece
+        rows = [torch.empty_like(flat) for _ in subtrees.nodes[:-1]]
+        for row, (_, _, sums) in zip(rows, subtrees.nodes, strict=False):
             torch._foreach_copy_(_views(row, parameters), sums)
         devices = [flat.device] if flat.is_cuda else None
         total: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         if self.ranks.world_size == 1:
             total.set_result(flat)
             return total
-        self.begun.append(_Begun(self.ranks, self.pieces, [*rows, flat], total))
+        self.exchanges.append(_BucketExchange(self.ranks, self.pieces, [*rows, flat], total))
         if bucket.is_last():
             self._finish()
         return total
 
     def _finish(self) -> None:
         """Sum this rank's slice of every bucket, and exchange the sums."""
-        begun, self.begun = self.begun, []
+        exchanges, self.exchanges = self.exchanges, []
         with self.ranks.exchange():
-            for bucket in begun:
+            for bucket in exchanges:
                 bucket.sum(self.microbatches)
-            works = [work for bucket in begun for work in bucket.share()]
+            works = [work for bucket in exchanges for work in bucket.send_sums()]
             for work in works:
                 work.wait()
-        for bucket in begun:
+        for bucket in exchanges:
             bucket.done()
 
 
-class _Begun:
+class _BucketExchange:
     """A bucket whose slices are on their way to the ranks that sum them, while the backward pass goes on."""
 
     def __init__(
@@ -196,15 +213,15 @@ class _Begun:
     def sum(self, microbatches: int) -> None:
         for work in self.works:
             work.wait()
-        branches: Branches[Tensor] = Branches(microbatches, lambda left, right: right.add_(left))
+        subtrees: Subtrees[Tensor] = Subtrees(microbatches, lambda left, right: right.add_(left))
         for rank, nodes in enumerate(self.pieces):
             theirs = self.received.get(rank) or [row[self.slices[rank]] for row in self.rows]
             for (level, index), row in zip(nodes, theirs, strict=True):
-                branches.push(level, index, row)
-        ((_, _, total),) = branches.nodes
+                subtrees.push(level, index, row)
+        ((_, _, total),) = subtrees.nodes
         self.mine.copy_(total)
 
-    def share(self) -> list[dist.Work]:
+    def send_sums(self) -> list[dist.Work]:
         whole = self.rows[-1]
         return _swap(
             [(peer, self.mine) for peer in self.others], [(peer, whole[self.slices[peer]]) for peer in self.others]

@@ -39,6 +39,10 @@ class Ranks:
     watch: Watch | None = None
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def main(self) -> bool:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
@@ -65,7 +69,7 @@ def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
 
 
 @contextmanager
-def ranks(
+def join_ranks(
     device: str, threads: int, deterministic: bool, timeout: int, backend: str = "auto", first_timeout: int = 0
 ) -> Iterator[Ranks]:
     """Join the process group for the time of the context.

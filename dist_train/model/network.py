@@ -194,33 +194,28 @@ class BlockNetwork(nn.Module):
             for module in self.blocks.modules():
                 if isinstance(module, nn.Conv2d):
                     _dirac(module)
-        self.stem_learns = True  # to be set to False once its rate is 0 for good
-        self._flops: dict[tuple[int, int, bool], int] = {}
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, slot: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, slot: Tensor | None = None, stem_learns: bool = True) -> Tensor:
         """images: normalised (N, C, H, W) floats. slot: the microbatch's slot, an int64 tensor of shape (1,),
-        in training; None in evaluation. Returns the logits (N, classes)."""
+        in training; None in evaluation. stem_learns: False once the stem's rate is 0 for good, which saves its
+        gradient. Returns the logits (N, classes)."""
         x = images
         if self.stem is not None:
             x = self.stem_activation(self.stem(x))
-            if not self.stem_learns:
-                x = x.detach()  # spares the gradient of B1's input
+            if not stem_learns:
+                x = x.detach()  # saves the gradient of B1's input
         for block in self.blocks:
             x = block(x, slot)
         logits: Tensor = self.output(x)
-        if self.stem is not None and not self.stem_learns:
+        if self.stem is not None and not stem_learns:
             # DDP waits for a gradient of every parameter: here it is 0
             logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
         return logits
 
-    def training_flops(self, height: int, width: int) -> int:
-        """Operations of the forward and backward pass of one image of that size, as the network learns now."""
-        phase = height, width, self.stem_learns
-        if phase not in self._flops:
-            shape = self.channels, height, width
-            self._flops[phase] = training_flops(self.config, shape, self.classes, self.stem_learns)
-        return self._flops[phase]
+    def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
+        """Operations of the forward and backward pass of one image of that size."""
+        return training_flops(self.config, (self.channels, height, width), self.classes, stem_learns)
 
 
 def _dirac(convolution: nn.Conv2d) -> None:

@@ -15,3 +15,4 @@ MEMBERS = "members.json"  # {name of the run folder: its settings}, as submitted
 SETTINGS = "config.toml"
 
 SAMPLES = "system/rank-*.jsonl"  # by system.py, likewise
+DIVERGED = "diverged.json"

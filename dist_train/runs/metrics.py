@@ -1,4 +1,4 @@
-"""The run folder's record on rank 0: `metrics.jsonl` is written first, everything else reads from it.
+"""`metrics.jsonl` of a run folder, which is written first; everything else reads from it. And `evaluation.json`.
 
 `metrics.jsonl` holds one JSON object a line, in the order of training:
 
@@ -14,19 +14,14 @@
   order, the first 16 hexadecimal digits of the SHA-256 of its bytes after `step`.
 
 A number that is not finite is written as `null`. Runs of the same weights have the same lines, apart from
-`images_per_second`. What may differ between them is in `history.jsonl`: when and where the run was started,
-how it ended, what went wrong; `{"event", "time", ...}` a line.
+`images_per_second`. What may differ between them is in `history.jsonl`.
 
 `evaluation.json` is the last evaluation in full: `{"dataset", "split", "step", "images", "loss", "accuracy",
 "classes", "confusion", "calibration", "coefficients", "wrong"}` and, with test-time augmentation, `*_tta`.
-`confusion[i][j]` images of class i were taken for class j. `calibration` is `{"ece", "bins": [{"from", "count",
+`confusion[i][j]` images of class i were classified as class j. `calibration` is `{"ece", "bins": [{"from", "count",
 "confidence", "accuracy"}]}`. `coefficients` has for each block `{"branches", "mean", "std", "by_class"}`: names,
 mean and standard deviation for each convolution, and for each class the mean of each. `wrong` lists the wrong answers
 of the highest confidence, `{"index", "label", "predicted", "confidence", "png"}`, the image in base64.
-
-`system/rank-N.jsonl`, where that is asked for, is each rank's own: see system.py.
-
-This module does not import torch.
 """
 
 from __future__ import annotations
@@ -35,162 +30,79 @@ import contextlib
 import json
 import math
 import os
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_train.config.settings import RecordConfig
 from dist_train.data_prep.files import sync
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
-from dist_train.runs.layout import EVALUATION, METRICS, SUMMARY
+from dist_train.runs.layout import EVALUATION, METRICS
 
 Row = dict[str, Any]
 
 KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
 
 
-class Recorder:
-    """Writes the record of one run and shows it: W&B, a progress bar, a table row per evaluation.
+class MetricsFile:
+    """Writes `metrics.jsonl` of one run, on rank 0 only.
 
-    Only rank 0 makes one. W&B has a process of its own that reads the file; it is never waited for, except
-    for a bounded time in `close`.
+    A full disk does not stop the run: lines that cannot be written wait in memory and are tried again with each
+    later one; only `flush` raises for them.
 
-    A full disk does not stop the run: lines that cannot be written wait in memory, are tried again with each
-    later one, and are missed only by `flush` and `finish`.
+    last_step: the newest step in the file. last_eval: the newest eval line. averages: over the steps since then.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: RecordConfig,
-        *,
-        dataset: str,
-        run_config: Row,
-        total_steps: int,
-        resume_step: int,
-        matrix_rate: float = math.nan,
-        branches: Sequence[Sequence[str]] = (),
-    ) -> None:
-        """Open the record, and cut it back to `resume_step` where a checkpoint is being resumed.
+    def __init__(self, run_dir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
+        """Open the file, and cut it back to `resume_step` where a checkpoint is resumed.
 
         Args:
-            run_dir: the run folder; made if it is not there.
-            dataset: the data set's name, for plot titles and `summary.json`.
-            run_config: the whole configuration, and what else W&B shall show with it.
-            total_steps: optimizer steps of the whole run.
-            resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be
-                replayed and are removed, as is a torn last line.
-            matrix_rate: floating-point operations a second of matrix products on all ranks, for W&B's MFU.
-            branches: for each block the names of its convolutions, for W&B's mixing coefficients.
+            run_dir: the run folder; created if it is missing.
+            resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be replayed and are
+                removed, as is a torn last line.
+            warn: takes a sentence for the user, when lines cannot be written and when they can be again.
 
         Raises:
             UserError: the lines up to `resume_step` are not all there.
             OSError: the run folder cannot be written.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.evals: list[Row] = []  # every eval line so far, those before a resume included
-        self._dir, self._dataset, self._quiet, self._artifacts = run_dir, dataset, config.quiet, config.artifacts
-        self._name = config.name or run_dir.resolve().name
-        self.last_step = 0  # the newest step that was recorded
-        self._last_digests, self._sums = 0, _Sums()
-        self._path = run_dir / METRICS
+        self.last_step = 0
+        self.last_eval: Row | None = None
+        self.averages = Averages()
+        self._warn, self._path = warn, run_dir / METRICS
+        self._last_digests = 0
         self._restore(resume_step)
         self._path.touch()
         self._file = self._path.open("r+b", buffering=0)
-        # The first `_synced` bytes of the file are known to be on the disk. The lines after them are kept, for a
+        # The first `synced` bytes of the file are known to be on the disk. The lines after them are kept, for a
         # network file system may lose written ones and say so only at the next fsync; the first `_written` bytes
         # of them are in the file.
-        self._synced, self._written, self._lines = self._path.stat().st_size, 0, bytearray()
+        self.synced, self._written, self._lines = self._path.stat().st_size, 0, bytearray()
         self._stuck = False  # the last write failed
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         sync(run_dir)
-        self._start, self._header_due = time.monotonic(), True
-        self._bar: Any = None
-        if not config.quiet and sys.stderr.isatty():
-            from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total_steps,
-                initial=resume_step,
-                file=sys.stderr,
-                dynamic_ncols=True,
-                leave=False,
-                bar_format="{percentage:3.0f} %|{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-            )
-        self._wandb: Any = None
-        if config.wandb != "disabled":
-            from dist_train.tracking.client import WandbRun, beginning
+    def step(self, row: Row) -> None:
+        """Append the line of one finished optimizer step; steps come in order, singly or in groups.
 
-            self._wandb = WandbRun.start(
-                beginning(
-                    run_dir,
-                    config,
-                    config=run_config,
-                    branches=branches,
-                    offset=self._synced,
-                    matrix_rate=matrix_rate,
-                )
-            )
-
-    def step(
-        self,
-        *,
-        step: int,
-        epoch: float,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        images_per_second: float,
-        correct: int,
-        images: int,
-        flops: int,
-    ) -> None:
-        """Record one finished optimizer step; steps come in order, singly or a group after another.
-
-        Args:
-            step: number of optimizer steps finished.
-            epoch: passes over the training set finished, a fraction.
-            loss: mean over the `images` of the global batch.
-            lr: learning rate of the convolution kernels.
-            grad_norm: norm of the gradient of all weights.
-            correct: images of the batch classified right in training mode.
-            flops: floating-point operations of the step, forward and backward.
+        row: all but `kind` of a step line.
 
         Raises:
-            ValueError: `step` does not follow the step before.
+            ValueError: the step does not follow the step before.
         """
+        step = row["step"]
         if step != self.last_step + 1:
             raise ValueError(f"step {step} was recorded after step {self.last_step}")
-        row = {
-            "kind": "step",
-            "step": step,
-            "epoch": epoch,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "images_per_second": images_per_second,
-            "correct": correct,
-            "images": images,
-            "flops": flops,
-        }
-        self._append(row)
+        self._append({"kind": "step", **row})
         self.last_step = step
-        self._sums.add(row)
-        if self._bar is not None:
-            accuracy = f"{100 * self._sums.accuracy:.1f} %"
-            text = f"loss {loss:.3f}, train acc {accuracy}, {images_per_second:.0f} images/s"
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(1)
+        self.averages.add(row)
 
-    def weights(self, *, step: int, digests: dict[str, str]) -> None:
-        """Record digests of the weights after `step`, before its evaluation; a second time is not recorded.
+    def weights(self, step: int, digests: dict[str, str]) -> None:
+        """Append digests of the weights after `step`, before its evaluation, unless they are there already.
 
-        Args:
-            digests: by tensor, in the network's order, 16 hexadecimal digits of the SHA-256 of its bytes.
+        digests: by tensor, in the network's order, 16 hexadecimal digits of the SHA-256 of its bytes.
 
         Raises:
             ValueError: `step` is not the last step recorded.
@@ -201,73 +113,29 @@ class Recorder:
             self._append({"kind": "weights", "step": step, "digests": digests})
             self._last_digests = step
 
-    def eval(
-        self,
-        *,
-        step: int,
-        epoch: float,
-        test_loss: float,
-        test_accuracy: float,
-        coefficients: list[list[list[float]]],
-        **others: float,
-    ) -> Row:
-        """Record an evaluation after `step` and return its line.
+    def evaluation(self, row: Row) -> Row | None:
+        """Append an evaluation after the last step, and return its line; None where that is there already, as in a run
+        that is resumed right behind an evaluation.
 
-        Train loss and accuracy are those of the steps since the evaluation before, as they were while
-        training. A second evaluation after the same step (a run resumed right behind an evaluation)
-        is not recorded; the line that is there is returned.
+        row: all but `kind`, `train_loss` and `train_accuracy`, which are those of the steps since the evaluation
+        before, as they were while training.
 
         Raises:
-            ValueError: `step` is not the last step recorded.
+            ValueError: the step is not the last step recorded.
         """
-        if step != self.last_step:
-            raise ValueError(f"an evaluation after step {step} came when step {self.last_step} was the last")
-        if self.evals and self.evals[-1]["step"] == step:
-            return self.evals[-1]
-        metrics = {
-            "train_loss": self._sums.loss,
-            "train_accuracy": self._sums.accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-            **others,
-            "coefficients": coefficients,
-        }
-        row: Row = finite({"kind": "eval", "step": step, "epoch": epoch, **metrics})
-        self._append(row)
-        self.evals.append(row)
-        if not self._quiet:
-            self._table_row(epoch, metrics)
-        self._sums = _Sums()
-        return row
-
-    def evaluation(self, details: Row) -> None:
-        """Write `evaluation.json`. What cannot be written costs a line on stderr, not the run."""
-        try:
-            write_evaluation(self._dir, details)
-        except OSError as error:
-            self._tell(
-                f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
-                f"later: dist-train evaluate {self._dir} --write"
-            )
-
-    def checkpoint(self, path: Path, last: bool = False) -> None:
-        """Hand a checkpoint that is whole to W&B, if the configuration says so. last: of a run that is done."""
-        if self._wandb is not None and self._artifacts == ("last" if last else "all"):
-            self._wandb.artifact(path)
-
-    def say(self, phase: str) -> None:
-        """Show on the progress bar what goes on while no steps are made."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(phase)
-
-    def end_progress(self) -> None:
-        """Take the progress bar away: no more steps are to come."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if row["step"] != self.last_step:
+            raise ValueError(f"an evaluation after step {row['step']} came when step {self.last_step} was the last")
+        if self.last_eval is not None and self.last_eval["step"] == row["step"]:
+            return None
+        training = {"train_loss": self.averages.loss, "train_accuracy": self.averages.accuracy}
+        line: Row = finite({"kind": "eval", "step": row["step"], "epoch": row["epoch"], **training, **row})
+        self._append(line)
+        self.last_eval = line
+        self.averages = Averages()
+        return line
 
     def flush(self) -> None:
-        """Bring every line to the disk; call it, in any thread, before a checkpoint is written.
+        """Bring every line to the disk; to be called, in any thread, before a checkpoint is written.
 
         Raises:
             OSError: the disk did not take them all: a checkpoint after them could not be resumed.
@@ -275,7 +143,7 @@ class Recorder:
         with self._flushing:
             with self._lock:
                 failure = self._write()
-                end = self._synced + self._written
+                end = self.synced + self._written
             if failure is None:
                 try:
                     os.fsync(self._file.fileno())  # takes its time, in which other threads may append
@@ -286,44 +154,19 @@ class Recorder:
             if failure is not None:
                 raise OSError(failure.errno, failure.strerror, str(self._path)) from failure
             with self._lock:
-                done = end - self._synced
+                done = end - self.synced
                 del self._lines[:done]
-                self._synced, self._written = end, self._written - done
+                self.synced, self._written = end, self._written - done
 
-    def finish(self, summary: Row, draw: Callable[..., list[Path]]) -> None:
-        """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
-
-        draw: `plots.draw`, or another with its arguments.
-
-        Plots that fail cost a line on stderr, not the run: they can be drawn again from the record.
-
-        Raises:
-            OSError: lines of the record or `summary.json` could not be written.
-        """
-        self.flush()
-        summary = finite({"dataset": self._dataset, **summary})
-        write_atomic(self._dir / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
-        try:
-            pictures = draw(self._dir, dataset=self._dataset, name=self._name)
-        except Exception as error:
-            self._tell(f"plots not drawn ({error}); try again: dist-train plots {self._dir}")
-            pictures = []
-        if self._wandb is not None:
-            self._wandb.summarize(summary, pictures, self._dir / EVALUATION)
-
-    def close(self, exit_code: int) -> None:
-        """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
+    def close(self) -> None:
+        """Write what can be written, and close the file. A second call does nothing."""
         if not self._file.closed:
             with self._lock:
                 self._write()
-        self.end_progress()
-        if self._wandb is not None:
-            self._wandb.close(exit_code)
-            self._wandb = None
-        self._file.close()
+            self._file.close()
 
     def _restore(self, resume_step: int) -> None:
-        """Cut the file back to `resume_step` and take up the sums and evaluations of what is kept."""
+        """Cut the file back to `resume_step`, and restore the averages and the last evaluation of what is kept."""
         remedy = "put back the file that belongs to the checkpoint, or start in a new run folder"
         data = self._path.read_bytes() if self._path.exists() else b""
         keep = 0
@@ -331,20 +174,20 @@ class Recorder:
             if row["step"] > resume_step:
                 break
             if row["kind"] == "eval":
-                self.evals.append(row)
-                self._sums = _Sums()
+                self.last_eval = row
+                self.averages = Averages()
             elif row["kind"] == "weights":
                 self._last_digests = row["step"]
             elif row["step"] != self.last_step + 1:
                 raise UserError(f"{self._path} goes from step {self.last_step} to step {row['step']}; {remedy}")
             else:
                 self.last_step = row["step"]
-                self._sums.add(row)
+                self.averages.add(row)
             keep = end
         if self.last_step != resume_step:
             raise UserError(
-                f"{self._path} has whole lines up to step {self.last_step}, but the checkpoint to go on "
-                f"from is at step {resume_step}; {remedy}"
+                f"{self._path} has whole lines up to step {self.last_step}, but the checkpoint to "
+                f"resume is at step {resume_step}; {remedy}"
             )
         if keep != len(data):
             write_atomic(self._path, data[:keep])
@@ -360,46 +203,25 @@ class Recorder:
         file, failure = self._file.fileno(), None
         try:
             while self._written < len(self._lines):  # a write to a disk that fills up may be a partial one
-                self._written += os.pwrite(file, self._lines[self._written :], self._synced + self._written)
+                self._written += os.pwrite(file, self._lines[self._written :], self.synced + self._written)
         except OSError as error:
             failure = error
             self._written = self._lines.rfind(b"\n", 0, self._written) + 1
             with contextlib.suppress(OSError):  # a torn line that stays is later written over by the whole one
-                os.ftruncate(file, self._synced + self._written)
+                os.ftruncate(file, self.synced + self._written)
         if failure is not None and not self._stuck:
-            self._tell(
+            self._warn(
                 f"{self._path} cannot be written ({failure.strerror}); free space on its disk: training goes on and "
                 f"keeps the lines in memory, but no checkpoint can be written until then"
             )
         elif failure is None and self._stuck:
-            self._tell(f"{self._path} can be written again; none of its lines is missing")
+            self._warn(f"{self._path} can be written again; none of its lines is missing")
         self._stuck = failure is not None
         return failure
 
-    def _table_row(self, epoch: float, metrics: Row) -> None:
-        lines = []
-        if self._header_due:
-            lines.append("epoch  train loss  train acc  test loss  test acc  images/s  elapsed s")
-            self._header_due = False
-        lines.append(
-            f"{epoch:5g}  {metrics['train_loss']:10.4f}  {100 * metrics['train_accuracy']:7.2f} %"
-            f"  {metrics['test_loss']:9.4f}  {100 * metrics['test_accuracy']:6.2f} %"
-            f"  {self._sums.rate:8.0f}  {time.monotonic() - self._start:9.1f}"
-        )
-        self._print("\n".join(lines), sys.stdout)
 
-    def _tell(self, sentence: str) -> None:
-        self._print(sentence, sys.stderr)
-
-    def _print(self, text: str, stream: Any) -> None:
-        if (bar := self._bar) is not None:
-            bar.write(text, file=stream)  # takes the bar away for the time of the line
-        else:
-            print(text, file=stream, flush=True)
-
-
-class _Sums:
-    """Sums over the step lines since the last evaluation."""
+class Averages:
+    """Means over step lines: loss and accuracy over the images, rate in images per second."""
 
     def __init__(self) -> None:
         self._images = self._correct = 0
@@ -427,9 +249,7 @@ class _Sums:
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
-    """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line.
-
-    Lines with digests are left to `read_digests`.
+    """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line. `read_digests` has the others.
 
     Raises:
         ValueError: a line before the last is not one of a record.

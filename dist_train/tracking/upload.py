@@ -18,7 +18,9 @@ from dist_train.files import claimed
 from dist_train.runs.history import read_history
 from dist_train.runs.layout import EVALUATION, METRICS, SUMMARY
 from dist_train.runs.metrics import read_metrics
-from dist_train.tracking.client import Message, beginning, closing, process
+from dist_train.tracking.client import process
+from dist_train.tracking.messages import Artifact, Begin, End, Message, begin, encode
+from dist_train.tracking.messages import summary as summary_message
 
 FINISH_TIMEOUT = 3600.0  # seconds for all to be uploaded
 
@@ -48,7 +50,7 @@ def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[M
         project=args.project or settings.record.project,
         system="all",  # if there are samples
     )
-    first = beginning(
+    first = begin(
         run_dir,
         record,
         config={
@@ -59,29 +61,32 @@ def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[M
         offset=0,
         matrix_rate=summary.get("matrix_flops_per_second", math.nan),
     )
-    first["settings"] |= {
-        "run_id": uuid.uuid4().hex[:12],
-        "finish_timeout": FINISH_TIMEOUT,
-        "x_disable_machine_info": True,  # of this machine, now
-        "disable_git": True,
-        **({"entity": args.entity} if args.entity else {}),
-    }
+    first.settings.update(
+        {
+            "run_id": uuid.uuid4().hex[:12],
+            "finish_timeout": FINISH_TIMEOUT,
+            "x_disable_machine_info": True,  # of this machine, now
+            "disable_git": True,
+            **({"entity": args.entity} if args.entity else {}),
+        }
+    )
     last = read_history(run_dir)[-1:]
     exit_code = {"done": 0, "preempted": PREEMPTED}.get(last[0].get("outcome", ""), 1) if last else 1
     kept = sorted((run_dir / "checkpoints").glob("step-*.pt"))
     chosen = {"none": [], "last": kept[-1:] if done else [], "all": kept}[record.artifacts]
     return [
         first,
-        *({"artifact": str(path.absolute())} for path in chosen),
-        *([closing(summary, sorted((run_dir / "plots").glob("*.png")), run_dir / EVALUATION)] if done else []),
-        {"exit_code": exit_code},
+        *(Artifact(str(path.absolute())) for path in chosen),
+        *([summary_message(summary, sorted((run_dir / "plots").glob("*.png")), run_dir / EVALUATION)] if done else []),
+        End(exit_code),
     ]
 
 
 def send(run_dir: Path, messages: list[Message]) -> int:
     """Have a run's process take the messages, and say where the run is. Returns the exit code."""
-    text = "".join(json.dumps(message, default=str) + "\n" for message in messages)
-    sent = subprocess.run(**process(messages[0]), input=text, stdout=subprocess.PIPE, text=True)
+    first = messages[0]
+    assert isinstance(first, Begin)
+    sent = subprocess.run(**process(first), input=b"".join(map(encode, messages)), stdout=subprocess.PIPE)
     if sent.stdout:
-        print(f"{run_dir}: {sent.stdout.strip()}", flush=True)
+        print(f"{run_dir}: {sent.stdout.decode().strip()}", flush=True)
     return sent.returncode

@@ -27,13 +27,16 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.errors import PREEMPTED
 from dist_train.runs.layout import METRICS, SAMPLES
-from dist_train.tracking.client import Message, first_line, tell
+from dist_train.runs.metrics import Row
+from dist_train.tracking.client import first_line, tell
+from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
 
 POLL = 0.5  # seconds between two looks at the record
 
@@ -47,13 +50,15 @@ def main() -> int:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process; rank 0 decides what follows
     messages = _messages()
-    heard = [next(message for message in messages if message is not None)]
-    where = Path(heard[0]["run_dir"], "wandb")
+    first = next(message for message in messages if message is not None)
+    assert isinstance(first, Begin)
+    received: list[Message] = []
+    where = Path(first.run_dir, "wandb")
     for attempt in (1, 2):
         try:
-            run, place = _follow(heard, messages)
+            run, place = _follow(first, received, messages)
             print(place)
-            return int(heard[0]["mode"] == "online" and run.offline)
+            return int(first.mode == "online" and run.offline)
         except TimeoutError:
             tell(f"W&B: not all was uploaded in time; later: wandb sync --include-online {where}/run-*")
             break
@@ -68,24 +73,22 @@ def main() -> int:
     return 1
 
 
-def _follow(heard: list[Message], messages: Iterator[Message | None]) -> tuple[Any, str]:
-    """Begin the run of the first message, pass on what there is and what comes, end it. Returns it and where it is.
+def _follow(first: Begin, received: list[Message], messages: Iterator[Message | None]) -> tuple[Any, str]:
+    """Begin the run, pass on its metrics and the messages, end it. Returns it and where it is.
 
-    heard: the messages so far, followed first; it takes up those that come.
+    received: the messages after the first so far, which are passed on first; new ones are added to it.
     """
-    first, exit_code = heard[0], 1  # unless rank 0 says another, it has died
+    exit_code = 1  # unless rank 0 sends another, it has died
     run, place, new = _begin(first)
-    if new:
-        first["seen"] = {}
-    record = _Record(first)
-    for message in itertools.chain(heard[1:], _kept(messages, heard)):
+    record = _Record(replace(first, seen={}) if new else first)
+    for message in itertools.chain([*received], _kept(messages, received)):
         record.pass_on(run)
-        if message and "artifact" in message:
-            _keep(run, Path(message["artifact"]))
-        if message and "summary" in message:
+        if isinstance(message, Artifact):
+            _keep(run, Path(message.path))
+        elif isinstance(message, Summary):
             _summarize(run, message)
-        if message and "exit_code" in message:
-            exit_code = message["exit_code"]
+        elif isinstance(message, End):
+            exit_code = message.exit_code
             break
     record.pass_on(run)
     if exit_code == PREEMPTED:
@@ -94,10 +97,10 @@ def _follow(heard: list[Message], messages: Iterator[Message | None]) -> tuple[A
     return run, place
 
 
-def _kept(messages: Iterator[Message | None], heard: list[Message]) -> Iterator[Message | None]:
+def _kept(messages: Iterator[Message | None], received: list[Message]) -> Iterator[Message | None]:
     for message in messages:
         if message is not None:
-            heard.append(message)
+            received.append(message)
         yield message
 
 
@@ -112,24 +115,24 @@ def _messages() -> Iterator[Message | None]:
         if not received:
             return
         *lines, text = (text + received).split(b"\n")
-        yield from map(json.loads, lines)
+        yield from map(decode, lines)
 
 
-def _begin(first: Message) -> tuple[Any, str, bool]:
+def _begin(first: Begin) -> tuple[Any, str, bool]:
     """The run, where it is, and whether it is a new one, which has had nothing of the record."""
     import wandb
     from wandb.sdk import wandb_setup  # wandb.setup would start the helper, and wait for good if that dies
 
-    where = Path(first["run_dir"], "wandb")
-    known = {key: value for key, value in first["settings"].items() if key in wandb.Settings.model_fields}
+    where = Path(first.run_dir, "wandb")
+    known = {key: value for key, value in first.settings.items() if key in wandb.Settings.model_fields}
     new = "run_id" in known
     if not new:
         known["run_id"], new = _run_id(where / "run_id")
 
     def begin(mode: str) -> Any:
-        return wandb.init(config=first["config"], settings=wandb.Settings(**known, mode=mode))
+        return wandb.init(config=first.config, settings=wandb.Settings(**known, mode=mode))
 
-    if _online(first["mode"], wandb_setup.singleton().settings):
+    if _online(first.mode, wandb_setup.singleton().settings):
         try:
             run = begin("online")
             tell(f"W&B: {run.url}")
@@ -194,8 +197,8 @@ def _run_id(path: Path) -> tuple[str, bool]:
 class _Record:
     """What is new in a run folder, as rows."""
 
-    def __init__(self, first: Message) -> None:
-        self._dir, self._first, self._seen = Path(first["run_dir"]), first, dict(first["seen"])
+    def __init__(self, first: Begin) -> None:
+        self._dir, self._first, self._seen = Path(first.run_dir), first, dict(first.seen)
         self._began: float | None = None  # the time of rank 0's first sample
 
     def pass_on(self, run: Any) -> None:
@@ -203,10 +206,10 @@ class _Record:
         for line in self._new_lines(METRICS):
             row = json.loads(line)
             if row["kind"] == "step":
-                run.log(_step_row(row, self._first["matrix_rate"]))
+                run.log(_step_row(row, self._first.matrix_rate))
             elif row["kind"] == "eval":  # digests of the weights are nothing to draw
-                run.log(_eval_row(row, self._first["branches"]))
-        self._began = self._began or (self._first_sample() if self._first["samples"] else None)
+                run.log(_eval_row(row, self._first.branches))
+        self._began = self._began or (self._first_sample() if self._first.samples else None)
         if self._began is None:
             return
         for path in sorted(self._dir.glob(SAMPLES)):
@@ -230,12 +233,12 @@ class _Record:
         return new[:end].splitlines()
 
 
-def _sample_row(row: Message, rank: str, began: float) -> Message:
+def _sample_row(row: Row, rank: str, began: float) -> Row:
     values = {f"ranks/{key}/{rank}": value for key, value in row.items() if key not in ("time", "host")}
     return {"elapsed_seconds": row["time"] - began, **values}
 
 
-def _step_row(row: Message, matrix_rate: float) -> Message:
+def _step_row(row: Row, matrix_rate: float) -> Row:
     values = {key: row[key] for key in ("epoch", "loss", "lr", "grad_norm", "images_per_second")}
     values["accuracy"] = row["correct"] / row["images"]
     if math.isfinite(matrix_rate):
@@ -243,7 +246,7 @@ def _step_row(row: Message, matrix_rate: float) -> Message:
     return _without_none({"step": row["step"], **{f"train/{key}": value for key, value in values.items()}})
 
 
-def _eval_row(row: Message, branches: list[list[str]]) -> Message:
+def _eval_row(row: Row, branches: list[list[str]]) -> Row:
     others = ("kind", "step", "epoch", "coefficients")
     values = {f"eval/{key}": value for key, value in row.items() if key not in others}
     for block, (names, found) in enumerate(zip(branches, row["coefficients"], strict=False), 1):
@@ -257,7 +260,7 @@ def _in_order(names: Sequence[str]) -> list[str]:
     return [f"conv{position}_{name.replace(' ', '_')}" for position, name in enumerate(names, 1)]
 
 
-def _without_none(row: Message) -> Message:
+def _without_none(row: Row) -> Row:
     return {key: value for key, value in row.items() if value is not None}  # was not finite
 
 
@@ -275,21 +278,21 @@ def _keep(run: Any, checkpoint: Path) -> None:
         run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
-def _summarize(run: Any, message: Message) -> None:
+def _summarize(run: Any, message: Summary) -> None:
     import wandb
 
-    pictures = [Path(picture) for picture in message["pictures"]]
+    pictures = [Path(picture) for picture in message.pictures]
     row = {f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures}
-    if message["evaluation"]:
-        details = json.loads(Path(message["evaluation"]).read_text())
+    if message.evaluation:
+        details = json.loads(Path(message.evaluation).read_text())
         row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
         run.summary[f"{details['split']}_ece"] = details["calibration"]["ece"]
     if row:
         run.log(row)
-    run.summary.update(message["summary"])
+    run.summary.update(message.summary)
 
 
-def _details(details: Message) -> dict[str, Any]:
+def _details(details: Row) -> dict[str, Any]:
     """Charts and tables of an `evaluation.json`."""
     import wandb
     from PIL import Image

@@ -34,14 +34,14 @@ _WRONG = 40  # images shown of those that were classified wrong
 class Evaluation:
     """What a network makes of a split of N images.
 
-    figures: `loss` (mean cross entropy) and `accuracy` (a fraction), with test-time augmentation also as `*_tta`.
+    metrics: `loss` (mean cross entropy) and `accuracy` (a fraction), with test-time augmentation also as `*_tta`.
     labels, predicted: (N,) int64. confidence: (N,) float32, the probability of the class predicted. sums: int64
     (2, classes, branches of all blocks), by label, of the coefficients and of their squares, in units of 2^-24.
     branches: names of each block's convolutions.
     """
 
     split: str
-    figures: dict[str, float]
+    metrics: dict[str, float]
     labels: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     confidence: npt.NDArray[np.float32]
@@ -86,7 +86,7 @@ class Evaluation:
             "split": self.split,
             "step": step,
             "images": len(self.labels),
-            **self.figures,
+            **self.metrics,
             "classes": list(data.manifest.classes),
             "confusion": self.confusion().tolist(),
             "calibration": self.calibration(),
@@ -159,15 +159,15 @@ def evaluate(
             confidence, predicted = plain.softmax(1).max(1)
             answers[place] = torch.stack((labels, predicted, confidence.view(torch.int32)), 1)
     model.train()
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for suffix, (loss, right, count) in zip(("", "_tta"), sum_integers(ranks, totals).tolist(), strict=True):
         if count:
-            figures |= {f"loss{suffix}": loss * _UNIT / count, f"accuracy{suffix}": right / count}
+            metrics |= {f"loss{suffix}": loss * _UNIT / count, f"accuracy{suffix}": right / count}
     # every row is 0 on all ranks but one
     label, predicted, confidence = sum_integers(ranks, answers).cpu().T.contiguous()
     return Evaluation(
         split,
-        figures,
+        metrics,
         label.numpy(),
         predicted.numpy(),
         confidence.int().view(torch.float32).numpy(),

@@ -1,4 +1,4 @@
-"""What rank 0 keeps of a run: metrics, checkpoints, history, summary."""
+"""What rank 0 writes of a run: metrics, checkpoints, history, summary. The other ranks write nothing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import config
+from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.ranks import Ranks
-from dist_train.errors import say
-from dist_train.reports import plots
+from dist_train.errors import DONE, PREEMPTED, say
+from dist_train.model.network import BlockNetwork, tensor_digests
 from dist_train.runs import checkpoint
 from dist_train.runs.environment import Environment, changes, environment, git_commit, versions
 from dist_train.runs.folder import content_sha256
 from dist_train.runs.history import append_history
-from dist_train.runs.metrics import Recorder
+from dist_train.training.evaluation import Evaluation
+from dist_train.training.recorder import Recorder
 
 
-class Keeper:
-    """What rank 0 keeps of a run: `recorder`, `writer` of checkpoints, and the history around them."""
+class Writer:
+    """What the training loop hands over. This one, of the ranks above 0, drops it."""
+
+    def step(self, **metrics: Any) -> None:
+        """The metrics of one step: see `Recorder.step`."""
+
+    def weights(self, step: int, model: BlockNetwork) -> None:
+        """The weights after `step`, of which digests are recorded."""
+
+    def phase(self, name: str) -> None:
+        """What is done while no steps are made."""
+
+    def evaluation(
+        self, step: int, epoch: float, evaluations: dict[str, Evaluation], data: Data, last: bool = False
+    ) -> None:
+        """The evaluations after `step`, by the prefix of their metrics. last: of the run."""
+
+    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """The state after `step`, whose tensors may change after the call."""
+
+
+class RunWriter(Writer):
+    """Writes the run folder, on rank 0."""
 
     def __init__(
         self,
@@ -30,15 +53,15 @@ class Keeper:
         data: Manifest,
         total_steps: int,
         matrix_rate: float,
-        state: dict[str, Any] | None,
+        resumed: dict[str, Any] | None,
     ) -> None:
-        """matrix_rate: floating-point operations a second of matrix products on all ranks. state: of the checkpoint
-        that the run goes on from, None for a new run. Says so, once, when the environment is another one than
-        before."""
+        """matrix_rate: floating-point operations a second of matrix products on all ranks. resumed: the checkpoint
+        that the run resumes from, None for a new run. Prints a sentence where the environment has changed since it.
+        Raises UserError and OSError as Recorder does."""
         self.run_dir, self._artifacts = run_dir, settings.record.artifacts
-        step = state["step"] if state else 0
-        self.environments = self._environments(ranks, step, state["environments"] if state else [])
-        self.recorder = Recorder(
+        step = resumed["step"] if resumed else 0
+        self.environments = self._environments(ranks, step, resumed["environments"] if resumed else [])
+        self._recorder = Recorder(
             run_dir,
             settings.record,
             dataset=data.dataset,
@@ -52,7 +75,7 @@ class Keeper:
             matrix_rate=matrix_rate,
             branches=[[conv.name for conv in block.convolutions] for block in settings.model.blocks],
         )
-        self.writer = checkpoint.Writer(
+        self._checkpoints = checkpoint.Writer(
             run_dir / "checkpoints",
             settings.checkpoint.keep,
             {
@@ -68,40 +91,61 @@ class Keeper:
                     "content_sha256": content_sha256(data),
                 },
             },
-            before=self.recorder.flush,  # a checkpoint without the lines before it could not be resumed
-            written=self.recorder.checkpoint,
+            before=self._recorder.flush,  # a checkpoint without the lines before it could not be resumed
+            written=self._recorder.checkpoint,
             failed=self._not_written,
         )
 
-    def last_checkpoint(self) -> str:
+    def step(self, **metrics: Any) -> None:
+        self._recorder.step(**metrics)
+
+    def weights(self, step: int, model: BlockNetwork) -> None:
+        self._recorder.weights(step=step, digests=tensor_digests(model))
+
+    def phase(self, name: str) -> None:
+        self._recorder.phase(name)
+
+    def evaluation(
+        self, step: int, epoch: float, evaluations: dict[str, Evaluation], data: Data, last: bool = False
+    ) -> None:
+        metrics = {f"{name}_{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()}
+        test = evaluations["test"]
+        self._recorder.eval(step=step, epoch=epoch, coefficients=test.coefficients(), **metrics)
+        if last:
+            self._recorder.evaluation(test.details(data, step))
+
+    def checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        self._checkpoints.write(step, state)
+
+    def wait(self) -> str:
         """Wait until the last checkpoint is written. Returns "", or that it could not be, and why."""
-        self.recorder.end_progress()
-        error = self.writer.wait()
-        return f"the checkpoint of step {self.recorder.last_step} ({error.strerror})" if error else ""
+        self._recorder.end_progress()
+        error = self._checkpoints.wait()
+        return f"the checkpoint of step {self._recorder.last_step} ({error.strerror})" if error else ""
 
     def finish(self, summary: dict[str, Any]) -> str:
         """Write the summary and the plots of a run that is done. Returns "", or what could not be written, and why."""
         try:
-            self.recorder.finish({**summary, "environments": self.environments}, plots.draw)
+            self._recorder.finish({**summary, "environments": self.environments})
         except OSError as error:
             return f"summary.json ({error.strerror})"
         if self._artifacts == "last" and (last := checkpoint.newest(self.run_dir / "checkpoints")):
-            self.recorder.checkpoint(last, last=True)
+            self._recorder.checkpoint(last, last=True)
         return ""
 
     def close(self, code: int, reason: str) -> None:
-        """Say in the history how the run ended, and close its record. code: the exit code."""
-        outcome = {0: "done", 75: "preempted"}.get(code, "failed")
-        append_history(self.run_dir, "end", outcome=outcome, step=self.recorder.last_step, reason=reason)
-        self.recorder.close(code)
+        """Write to the history how the run ended, and end its record. code: the exit code."""
+        outcome = {DONE: "done", PREEMPTED: "preempted"}.get(code, "failed")
+        append_history(self.run_dir, "end", outcome=outcome, step=self._recorder.last_step, reason=reason)
+        self._recorder.close(code)
 
     def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
-        """Those that the run has had, this one last."""
+        """Those that the run has had, this one last; and the history's line of the start."""
         now = environment(ranks.device)
         changed = changes(known[-1], now) if known else {}
         if changed:
-            said = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
-            say(f"{self.run_dir} goes on with another {said}: its weights may differ in bits from an unbroken run's")
+            parts = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
+            say(f"{self.run_dir} resumes with another {parts}: its weights may differ in bits from an unbroken run's")
         append_history(
             self.run_dir,
             "start",

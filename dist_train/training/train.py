@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from dist_train import config, data_prep
-from dist_train.config.settings import ModelConfig, TrainConfig
+from dist_train.config import Config
+from dist_train.config import digest as config_digest
 from dist_train.data.batches import Data
+from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.lazy_dynamo import leave_out_compiler
-from dist_train.distributed.ranks import Ranks, on_main, ranks, sum_integers
+from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
 from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, say
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
@@ -28,27 +28,25 @@ from dist_train.reports.statistics import best_eval
 from dist_train.runs import checkpoint
 from dist_train.runs.environment import device_name, git_commit, versions
 from dist_train.runs.folder import check_data, open_folder
+from dist_train.runs.layout import DIVERGED, METRICS, SUMMARY
 from dist_train.runs.metrics import read_metrics
 from dist_train.signals import StopRequest
-from dist_train.training.loop import train
+from dist_train.training.loop import State, train
 from dist_train.training.optimizers import Optimizers
-from dist_train.training.run_writer import Keeper
+from dist_train.training.run_writer import RunWriter, Writer
+from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
 
 _WHITENING_PIXELS = 5000 * 32 * 32
 
 
-def total_steps(settings: TrainConfig, data: Data) -> int:
-    """Steps of the whole run; the last epoch's fraction is rounded up to whole ones."""
-    return math.ceil(settings.epochs * data.steps_per_epoch)
-
-
-def build_model(architecture: ModelConfig, settings: TrainConfig, data: Data) -> BlockNetwork:
-    """The network with its initial weights, a function of the seed and the data set, on the CPU."""
+def build_model(config: Config, data: Data) -> BlockNetwork:
+    """The network with its initial weights, a function of the configuration and the data set, on the CPU."""
     height, width, channels = data.manifest.image_shape
-    torch.manual_seed(derive(settings.seed, "init"))
-    model = BlockNetwork(architecture, (channels, height, width), len(data.manifest.classes), settings.microbatches)
-    if model.stem is not None and architecture.stem.kind == "whiten":
+    torch.manual_seed(derive(config.train.seed, "init"))
+    classes, slots = len(data.manifest.classes), config.train.microbatches
+    model = BlockNetwork(config.model, (channels, height, width), classes, slots)
+    if model.stem is not None and config.model.stem.kind == "whiten":
         whiten(model.stem, data.sample(max(1, _WHITENING_PIXELS // (height * width))))
     return model
 
@@ -59,133 +57,123 @@ _DATA = 3600
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, checked. manifest: of the betons, on the first rank of each node. waited: whether they had to
-    be written first. start: when the command began, by time.perf_counter."""
+    """A training whose input is checked. manifest: of the betons, on the first rank of each node. waited: whether they
+    had to be written first. start: when the command began, by time.perf_counter."""
 
-    settings: config.Config
+    config: Config
     run_dir: Path
-    manifest: data_prep.Manifest | None
+    manifest: Manifest | None
     waited: bool
     start: float
 
 
 def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
-    """Train on this rank until all is done or stopped, and note in `outcome` how it ends. held: what is to be closed
-    when that is known. Raises UserError, data_prep.DataError, DivergedError and LostPeerError."""
+    """Train on this rank to the last step or a stop, and note in `outcome` how it ends.
+
+    held: what is to be closed when that is known. Raises UserError, DivergedError and LostPeerError."""
     get_error_handler().initialize()  # prints where native code crashed
-    settings, run_dir = job.settings, job.run_dir
-    t = settings.train
+    config, run_dir = job.config, job.run_dir
+    t = config.train
     if not t.compile:
         leave_out_compiler()
-    with ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, _DATA if job.waited else 0) as here:
+    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, _DATA if job.waited else 0) as ranks:
         # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
         stop = held.enter_context(StopRequest())
         outcome.found_by = "all"
-        found = on_main(here, lambda: job.manifest)
-        assert found is not None
-        data = Data(settings.data, found, here, t.batch_size, t.microbatches, t.seed)
-        steps = total_steps(t, data)
-        newest = on_main(here, lambda: open_folder(run_dir, settings, held))
-        state = checkpoint.load(newest) if newest else None
-        if state:
-            check_data(state, found, run_dir)
-        if newest and checkpoint.step_of(newest) == steps and (run_dir / "summary.json").exists():
+        manifest = on_main(ranks, lambda: job.manifest)
+        assert manifest is not None
+        data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
+        last_step = total_steps(config, data.steps_per_epoch)
+        newest = on_main(ranks, lambda: open_folder(run_dir, config, held))
+        resumed = checkpoint.load(newest) if newest else None
+        if resumed:
+            check_data(resumed, manifest, run_dir)
+        if newest and checkpoint.step_of(newest) == last_step and (run_dir / SUMMARY).exists():
             outcome.code = DONE
-            if here.main:
+            if ranks.main:
                 print(f"{run_dir} is finished already")
-                _report(run_dir)
+                _print_result(run_dir)
             return
-        step = state["step"] if state else 0
-        model = build_model(settings.model, t, data).to(here.device)
-        optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
-        rate = _matrix_rate(here, t.precision)
-        keeper = None
-        if here.main:
-            _announce(run_dir, settings, found, here, step, steps)
-            keeper = Keeper(run_dir, settings, here, found, steps, rate, state)
-            held.callback(lambda: keeper.close(outcome.code, outcome.reason))
-        sampling = sampled(run_dir, here.rank, here.device) if settings.record.system == "all" else nullcontext()
+
+        model = build_model(config, data).to(ranks.device)
+        optimizers = Optimizers(model, config.optim, last_step, data.steps_per_epoch)
+        state = State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
+        if resumed:
+            state.load(resumed)
+        rate = _matrix_rate(ranks, t.precision)
+        writer = Writer()
+        if ranks.main:
+            _announce(run_dir, config, manifest, ranks, state.step, last_step)
+            writer = main_writer = RunWriter(run_dir, config, ranks, manifest, last_step, rate, resumed)
+            held.callback(lambda: main_writer.close(outcome.code, outcome.reason))
+        sampling = sampled(run_dir, ranks.rank, ranks.device) if config.record.system == "all" else nullcontext()
         try:
             with sampling:
-                step, stopped = train(
-                    t,
-                    settings.evaluate,
-                    settings.checkpoint,
-                    model,
-                    optimizers,
-                    data,
-                    here,
-                    state,
-                    stop,
-                    keeper.recorder if keeper else None,
-                    keeper.writer if keeper else None,
-                    settings.record.digest_every,
-                )
+                stopped = train(config, data, ranks, state, writer, stop)
         except DivergedError as error:
-            if keeper:
-                write_atomic(run_dir / "diverged.json", (json.dumps(error.details, indent=1) + "\n").encode())
+            if ranks.main:
+                write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
             raise
 
         def finish() -> str:
             """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
-            assert keeper is not None
-            if missing := keeper.last_checkpoint():
+            if (missing := main_writer.wait()) or stopped:
                 return missing
-            if stopped:
-                return ""
-            summary = _summary(settings, model, data, here, rate, run_dir)
-            return keeper.finish({**summary, "seconds": time.perf_counter() - job.start})
+            seconds = time.perf_counter() - job.start
+            return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), "seconds": seconds})
 
-        missing = on_main(here, finish)
+        missing = on_main(ranks, finish)
         outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
         outcome.reason = stopped or missing
-        if here.main:
-            if missing:
-                say(
-                    f"{run_dir}: {missing} could not be written; make room and start the same command again: it goes "
-                    f"on from the newest checkpoint"
-                )
-            elif stopped:
-                print(f"stopped by {stopped} after step {step}, all saved; the same command goes on from there")
-            else:
-                _report(run_dir)
+        if not ranks.main:
+            return
+        if missing:
+            say(
+                f"{run_dir}: {missing} could not be written; make room and start the same command again: it resumes "
+                f"from the newest checkpoint"
+            )
+        elif stopped:
+            print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
+        else:
+            _print_result(run_dir)
 
 
-def _matrix_rate(here: Ranks, precision: str) -> int:
+def _matrix_rate(ranks: Ranks, precision: str) -> int:
     """Floating-point operations a second that all ranks together reach in matrix products at the same time."""
-    mine = torch.tensor(int(matrix_rate(here.device, DTYPES[precision])), device=here.device)
-    return int(sum_integers(here, mine).item())
+    mine = torch.tensor(int(matrix_rate(ranks.device, DTYPES[precision])), device=ranks.device)
+    return int(sum_integers(ranks, mine).item())
 
 
 def _announce(
     run_dir: Path,
-    settings: config.Config,
-    found: data_prep.Manifest,
-    here: Ranks,
+    config: Config,
+    manifest: Manifest,
+    ranks: Ranks,
     step: int,
     total_steps: int,
 ) -> None:
-    device = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    training, test = (f"{manifest.splits[split].count:,}" for split in ("train", "test"))
     print(
-        f"{found.dataset}: {found.splits['train'].count:,} training and {found.splits['test'].count:,} test images; "
-        f"{here.world_size} rank{'s' * (here.world_size > 1)} on {device}, {settings.train.precision}; "
-        f"{total_steps} steps in {settings.train.epochs:g} epochs; run folder {run_dir}",
+        f"{manifest.dataset}: {training} training and {test} test images; "
+        f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {device}, {config.train.precision}; "
+        f"{total_steps} steps in {config.train.epochs:g} epochs; run folder {run_dir}",
         flush=True,
     )
     if step:
-        print(f"going on after step {step}", flush=True)
+        print(f"resuming after step {step}", flush=True)
 
 
 def _summary(
-    settings: config.Config,
+    config: Config,
     model: BlockNetwork,
     data: Data,
-    here: Ranks,
+    ranks: Ranks,
     rate: int,
     run_dir: Path,
 ) -> dict[str, Any]:
     """rate: floating-point operations a second that all ranks reach together in a matrix product."""
-    steps, evals = read_metrics(run_dir / "metrics.jsonl")
+    steps, evals = read_metrics(run_dir / METRICS)
     last, best = evals[-1], best_eval(evals)
     assert best is not None
     train_seconds = sum(row["images"] / row["images_per_second"] for row in steps)
@@ -200,26 +188,26 @@ def _summary(
         **{key: value for key, value in last.items() if key.startswith("val_") or key.endswith("_tta")},
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
-        "epochs": settings.train.epochs,
+        "epochs": config.train.epochs,
         "steps": len(steps),
         "train_seconds": train_seconds,
         "images_per_second": sum(row["images"] for row in steps) / train_seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_image": sum(map(sum, flops(settings.model, (channels, height, width), classes))),
+        "flops_per_image": sum(map(sum, flops(config.model, (channels, height, width), classes))),
         "train_flops": train_flops,
         "matrix_flops_per_second": rate,
         "mfu": train_flops / train_seconds / rate,
         "weights_sha256": weights_digest(model),
-        "config_digest": config.digest(settings),
-        "world_size": here.world_size,
-        "device": device_name(here.device),
+        "config_digest": config_digest(config),
+        "world_size": ranks.world_size,
+        "device": device_name(ranks.device),
         "versions": versions(),
         "git_commit": git_commit(),
     }
 
 
-def _report(run_dir: Path) -> None:
-    summary = json.loads((run_dir / "summary.json").read_text())
+def _print_result(run_dir: Path) -> None:
+    summary = json.loads((run_dir / SUMMARY).read_text())
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     print(
         f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "

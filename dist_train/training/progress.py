@@ -1,0 +1,85 @@
+"""The progress of a training on the terminal: a bar over its steps, and a table row for each evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from dist_train.runs.metrics import Averages, Row
+
+
+class Progress:
+    """A progress bar on stderr, where that is a terminal, and a table on stdout. quiet: neither of them."""
+
+    def __init__(self, total_steps: int, resume_step: int, quiet: bool) -> None:
+        self._quiet, self._header_due, self._start = quiet, True, time.monotonic()
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm  # only where there is a terminal
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=resume_step,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=False,
+                bar_format="{percentage:3.0f} %|{bar}| step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
+            )
+
+    def step(self, averages: Averages, loss: float, images_per_second: float) -> None:
+        """Advance the bar by one step. averages: of the epoch so far. loss: of the step."""
+        if self._bar is not None:
+            accuracy = f"{100 * averages.accuracy:.1f} %"
+            text = f"loss {loss:.3f}, train acc {accuracy}, {images_per_second:.0f} images/s"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+
+    def evaluation(self, row: Row, rate: float) -> None:
+        """Print a table row. row: an eval line. rate: images per second since the evaluation before."""
+        if self._quiet:
+            return
+        lines = []
+        if self._header_due:
+            lines.append("epoch  train loss  train acc  test loss  test acc  images/s  elapsed s")
+            self._header_due = False
+        cells = [
+            f"{row['epoch']:5g}",
+            _cell(row["train_loss"], "10.4f"),
+            _cell(row["train_accuracy"], "7.2%"),
+            _cell(row["test_loss"], "9.4f"),
+            _cell(row["test_accuracy"], "6.2%"),
+            f"{rate:8.0f}",
+            f"{time.monotonic() - self._start:9.1f}",
+        ]
+        lines.append("  ".join(cells))
+        self._print("\n".join(lines), sys.stdout)
+
+    def phase(self, name: str) -> None:
+        """Show on the bar what is done while no steps are made."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(name)
+
+    def warn(self, sentence: str) -> None:
+        """Print a sentence to stderr, above the bar."""
+        self._print(sentence, sys.stderr)
+
+    def close(self) -> None:
+        """Remove the bar: no more steps follow. A second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, text: str, stream: Any) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=stream)  # removes the bar for the time of the line
+        else:
+            print(text, file=stream, flush=True)
+
+
+def _cell(value: float | None, form: str) -> str:
+    """A number in its column; `nan` for one that is not finite."""
+    number = float("nan") if value is None else value
+    if not form.endswith("%"):
+        return f"{number:{form}}"
+    return f"{100 * number:{form[:-1]}f} %"

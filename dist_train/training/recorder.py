@@ -1,0 +1,188 @@
+"""What a run records on rank 0, and where: metrics.jsonl, the terminal, W&B, and at the end summary and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train.config.settings import RecordConfig
+from dist_train.files import write_atomic
+from dist_train.reports import plots
+from dist_train.runs.layout import EVALUATION, SUMMARY
+from dist_train.runs.metrics import MetricsFile, Row, finite, write_evaluation
+from dist_train.tracking.client import WandbRun
+from dist_train.tracking.messages import begin
+from dist_train.training.progress import Progress
+
+
+class Recorder:
+    """Records one run. `metrics.jsonl` is written first. W&B has a process of its own that reads the file; it is never
+    waited for, except for a bounded time in `close`."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RecordConfig,
+        *,
+        dataset: str,
+        run_config: Row,
+        total_steps: int,
+        resume_step: int,
+        matrix_rate: float = math.nan,
+        branches: Sequence[Sequence[str]] = (),
+    ) -> None:
+        """Open the record, and cut it back to `resume_step` where a checkpoint is resumed.
+
+        Args:
+            run_dir: the run folder; created if it is missing.
+            dataset: the data set's name, for plot titles and `summary.json`.
+            run_config: the whole configuration, and what else W&B shows with it.
+            total_steps: optimizer steps of the whole run.
+            resume_step: steps finished at the checkpoint, 0 for a new run.
+            matrix_rate: floating-point operations a second of matrix products on all ranks, for W&B's MFU.
+            branches: for each block the names of its convolutions, for W&B's mixing coefficients.
+
+        Raises:
+            UserError: the lines up to `resume_step` are not all there.
+            OSError: the run folder cannot be written.
+        """
+        self._dir, self._dataset, self._artifacts = run_dir, dataset, config.artifacts
+        self._name = config.name or run_dir.resolve().name
+        self._progress = Progress(total_steps, resume_step, config.quiet)
+        self._metrics = MetricsFile(run_dir, resume_step, self._progress.warn)
+        self._wandb: WandbRun | None = None
+        if config.wandb != "disabled":
+            offset = self._metrics.synced
+            self._wandb = WandbRun.start(
+                begin(run_dir, config, config=run_config, branches=branches, offset=offset, matrix_rate=matrix_rate)
+            )
+
+    @property
+    def last_step(self) -> int:
+        """The newest step that is recorded."""
+        return self._metrics.last_step
+
+    def step(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        images_per_second: float,
+        correct: int,
+        images: int,
+        flops: int,
+    ) -> None:
+        """Record one finished optimizer step; steps come in order, singly or in groups.
+
+        Args:
+            step: number of optimizer steps finished.
+            epoch: passes over the training set finished, a fraction.
+            loss: mean over the `images` of the global batch.
+            lr: learning rate of the convolution kernels.
+            grad_norm: norm of the gradient of all weights.
+            correct: images of the batch classified right in training mode.
+            flops: floating-point operations of the step, forward and backward.
+
+        Raises:
+            ValueError: `step` does not follow the step before.
+        """
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "images_per_second": images_per_second,
+            "correct": correct,
+            "images": images,
+            "flops": flops,
+        }
+        self._metrics.step(row)
+        self._progress.step(self._metrics.averages, loss, images_per_second)
+
+    def weights(self, *, step: int, digests: dict[str, str]) -> None:
+        """Record digests of the weights after `step`: see `MetricsFile.weights`. Raises ValueError."""
+        self._metrics.weights(step, digests)
+
+    def eval(
+        self,
+        *,
+        step: int,
+        epoch: float,
+        test_loss: float,
+        test_accuracy: float,
+        coefficients: list[list[list[float]]],
+        **others: float,
+    ) -> None:
+        """Record an evaluation after `step`; a second one after the same step is not recorded. Raises ValueError where
+        `step` is not the last step recorded."""
+        rate = self._metrics.averages.rate
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            **others,
+            "coefficients": coefficients,
+        }
+        if (line := self._metrics.evaluation(row)) is not None:
+            self._progress.evaluation(line, rate)
+
+    def evaluation(self, details: Row) -> None:
+        """Write `evaluation.json`. A failure is a sentence on stderr, and the run continues."""
+        try:
+            write_evaluation(self._dir, details)
+        except OSError as error:
+            self._progress.warn(
+                f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
+                f"later: dist-train evaluate {self._dir} --write"
+            )
+
+    def checkpoint(self, path: Path, last: bool = False) -> None:
+        """Hand a checkpoint that is whole to W&B, if the configuration says so. last: of a run that is done."""
+        if self._wandb is not None and self._artifacts == ("last" if last else "all"):
+            self._wandb.artifact(path)
+
+    def phase(self, name: str) -> None:
+        """Show on the progress bar what is done while no steps are made."""
+        self._progress.phase(name)
+
+    def end_progress(self) -> None:
+        """Remove the progress bar: no more steps follow."""
+        self._progress.close()
+
+    def flush(self) -> None:
+        """Bring every line of `metrics.jsonl` to the disk: see `MetricsFile.flush`. Raises OSError."""
+        self._metrics.flush()
+
+    def finish(self, summary: Row) -> None:
+        """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
+
+        Plots that fail are a sentence on stderr, and the run continues: they can be drawn again from the metrics.
+
+        Raises:
+            OSError: lines of the metrics or `summary.json` could not be written.
+        """
+        self.flush()
+        summary = finite({"dataset": self._dataset, **summary})
+        write_atomic(self._dir / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+        try:
+            pictures = plots.draw(self._dir, dataset=self._dataset, name=self._name)
+        except Exception as error:
+            self._progress.warn(f"plots not drawn ({error}); try again: dist-train plots {self._dir}")
+            pictures = []
+        if self._wandb is not None:
+            self._wandb.summarize(summary, pictures, self._dir / EVALUATION)
+
+    def close(self, exit_code: int) -> None:
+        """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
+        self._metrics.close()
+        self.end_progress()
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+            self._wandb = None
