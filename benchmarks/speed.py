@@ -46,7 +46,8 @@ from dist_train import config, data_prep
 from dist_train.data.batches import Data, Microbatch
 from dist_train.data.dataset import manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
-from dist_train.distributed.ranks import join_ranks, ranks_per_node
+from dist_train.distributed.launcher import ranks_per_node
+from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import UserError, say
 from dist_train.model.shapes import shapes, training_flops
 from dist_train.signals import StopRequest

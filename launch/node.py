@@ -24,12 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
-from dist_train.distributed.ranks import ranks_per_node
+from dist_train.distributed.launcher import gpus_here, ranks_per_node
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, say
 from dist_train.files import write_atomic
 from dist_train.reports import table
@@ -73,7 +71,7 @@ def place() -> Place:
 
 def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
     """How many ranks to start on each of `nodes` nodes like this one. Raises UserError where there can be none."""
-    gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
+    gpus = 0 if train.device == "cpu" else gpus_here()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
     if not gpus and train.device != "cpu" and given.isdigit() and int(given):
         raise UserError(

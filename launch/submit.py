@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import torch
 import yaml
 
 from dist_train.command_line import Parser, command
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
+from dist_train.distributed.launcher import gpus_here
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
@@ -290,7 +290,7 @@ class _Plan:
 
 
 def _gpus_here(sbatch: dict[str, str | bool]) -> int:
-    return int(sbatch.get("gpus-per-node", torch.cuda.device_count()))
+    return int(sbatch.get("gpus-per-node", gpus_here()))
 
 
 def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> _Plan:

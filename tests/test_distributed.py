@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_train.distributed.launcher import check_world_size, launched_as
-from dist_train.distributed.ranks import ranks_per_node
+from dist_train.distributed.launcher import check_world_size, launched_as, ranks_per_node
 from dist_train.errors import UserError
 
 

@@ -1,11 +1,15 @@
-"""What the launcher says of this process, and the bond to it. Without torch, whose import takes seconds."""
+"""Who this process is among the ranks, as the launcher says, and how many ranks to launch. Without torch, whose import
+takes seconds."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from dist_train.errors import UserError
 
+# what the drivers of GPUs that torch knows put into /dev: NVIDIA's, AMD's, and those of Windows
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,3 +45,19 @@ def check_world_size(microbatches: int) -> None:
             f"train.microbatches = {microbatches} gives work to {microbatches} ranks at most, but {world_size} were "
             f"started; start fewer, or raise train.microbatches"
         )
+
+
+def gpus_here() -> int:
+    """How many GPUs torch sees on this machine. torch is imported only where there is a driver."""
+    if not any(Path(driver).exists() for driver in _DRIVERS):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
+    """The fewest ranks on each of `nodes` nodes, no more than there are microbatches, that are as fast as `workers` on
+    each: a step takes as long as the largest share."""
+    share = -(-microbatches // (nodes * min(workers, microbatches // nodes)))
+    return -(-microbatches // (nodes * share))

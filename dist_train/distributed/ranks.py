@@ -61,13 +61,6 @@ class Ranks:
             self.watch.step = step
 
 
-def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
-    """The fewest ranks on each of `nodes` nodes, no more than there are microbatches, that are as fast as `workers` on
-    each: a step takes as long as the largest share."""
-    share = -(-microbatches // (nodes * min(workers, microbatches // nodes)))
-    return -(-microbatches // (nodes * share))
-
-
 @contextmanager
 def join_ranks(
     device: str, threads: int, deterministic: bool, timeout: int, backend: str = "auto", first_timeout: int = 0
