@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -34,14 +36,33 @@ def test_a_written_configuration_reads_back_the_same(preset: str, tmp_path: Path
     assert config.digest(again) == config.digest(found)
 
 
-def test_only_what_reaches_the_weights_binds_a_run() -> None:
+# They name the folders of existing runs.
+DIGESTS = {"block94": "bbf819ba", "block96": "69ddd2bb", "digits": "db9443e4", "seed": "c477225b"}
+
+
+def test_the_digests_of_presets_stay() -> None:
+    assert {preset: config.digest(config.load(preset, None, [])) for preset in config.presets()} == DIGESTS
+
+
+def test_only_what_reaches_the_weights_binds_a_run(tmp_path: Path) -> None:
     base = config.load("block94", None, [])
-    free = ["record.wandb=offline", "checkpoint.keep=9", "data.dir=/elsewhere", "loader=stream", "timeout=9"]
-    assert config.difference(base, config.load("block94", None, free)) == []
-    assert config.digest(base) == config.digest(config.load("block94", None, free))
-    other = config.load("block94", None, ["seed=1", "model.blocks.1.convolutions.1.kernel=5"])
-    assert config.difference(base, other) == ["model.blocks.1.convolutions.1.kernel", "train.seed"]
+    (tmp_path / "config.toml").write_text(config.to_toml(base))
+    free = ["record.wandb=offline", "checkpoint.keep=9", "data.dir=/elsewhere", "data.source=/there", "loader=stream"]
+    free += ["device=cpu", "backend=gloo", "timeout=9", "log_every=7"]
+    found = config.load("block94", None, free)
+    assert config.difference(base, found) == []
+    assert config.digest(base) == config.digest(found)
+    config.check_folder(tmp_path, found)
+    # a new run gets another folder; a run that is resumed in its own may change it
+    threads = config.load("block94", None, ["threads=2"])
+    assert config.difference(base, threads) == ["train.threads"]
+    assert config.digest(base) != config.digest(threads)
+    config.check_folder(tmp_path, threads)
+    other = config.load("block94", None, ["seed=1", "threads=2", "model.blocks.1.convolutions.1.kernel=5"])
+    assert config.difference(base, other) == ["model.blocks.1.convolutions.1.kernel", "train.seed", "train.threads"]
     assert config.digest(base) != config.digest(other)
+    with pytest.raises(UserError, match=r"another model\.blocks\.1\.convolutions\.1\.kernel, train\.seed;"):
+        config.check_folder(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +111,62 @@ def test_unknown_presets_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_help_has_every_setting_with_its_real_default(tmp_path: Path) -> None:
     text = config.reference()
-    shown = re.findall(r"(?<=\s)((?:data|optim|train|evaluate|checkpoint|record|model)\.[\w.]+=\S+)", text)
-    names = [setting.partition("=")[0] for setting in shown]
-    of_kinds = {name for name in loading._leaves(config.Config) if name.count(".") == 2 and name.startswith("optim.")}
-    unset = of_kinds - {name for name in of_kinds if name.startswith("optim.default")} | {"optim.default.until_epoch"}
-    assert {*names} == {*loading._leaves(config.Config)} - unset - {"model.blocks"}
+    shown = re.findall(r"^  ([\w.]+=\S+)$", text, re.MULTILINE)
+    undecided = re.findall(r"^  ([\w.]+) \((?:required|not set)\)$", text, re.MULTILINE)
+    names = [*(setting.partition("=")[0] for setting in shown), *undecided]
+    assert len(names) == len({*names})
+    # those of the other groups are those of the first
+    groups = {name for name in loading._leaves(config.Config) if name.count(".") == 2 and name.startswith("optim.")}
+    others = {name for name in groups if not name.startswith("optim.default.")}
+    listed = {name for name in names if ".0." in name}
+    assert {*names} - listed == {*loading._leaves(config.Config)} - others
     file = tmp_path / "least.toml"
-    file.write_text("[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n")
-    least, written_out = config.load(None, file, []), config.load(None, file, shown)
+    file.write_text(
+        "[[data.smaller]]\nsize = 8\nuntil_epoch = 1\n[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n"
+    )
+    given = [setting for setting in shown if setting != "data.smaller=[]"]
+    least, written_out = config.load(None, file, []), config.load(None, file, given)
     assert [config.to_dict(c) | {"optim": c.optim.group("kernels")} for c in (least, written_out)] == [
         config.to_dict(least) | {"optim": least.optim.group("kernels")}
     ] * 2
+
+
+def test_help_says_of_every_setting_what_it_does() -> None:
+    text = config.reference()
+    assert max(map(len, text.splitlines())) <= 100
+    flowing = " ".join(text.split())
+    tables = [config.Config, *dict.fromkeys(table for _, table, _ in loading._sections(config.Config))]
+    assert len(tables) == 15
+    for table in tables[1:]:
+        assert " ".join(table.__doc__.split()) in flowing, table
+    for table in tables:
+        for name, kind in get_type_hints(table).items():
+            info = table.__pydantic_fields__[name]
+            if not is_dataclass(kind):
+                assert info.description, f"{table.__name__}.{name} has no text below it"
+                for choice in choices(kind):
+                    assert f"`{choice}`" in info.description, f"{table.__name__}.{name} does not say what {choice} is"
+            assert " ".join((info.description or "").split()) in flowing, name
+
+
+def choices(kind: Any) -> list[str]:
+    """The names that a type allows."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [name for argument in get_args(kind) for name in choices(argument)]
+
+
+def test_help_says_what_a_resumed_run_may_change() -> None:
+    parts = re.split(r"\n(?=  \w|\[)", config.reference())
+    marked = {part.split(maxsplit=1)[0]: " ".join(part.split()) for part in parts}
+
+    def ending(words: str) -> set[str]:
+        return {re.sub(r"=.*|[][]", "", name) for name, part in marked.items() if part.endswith(words)}
+
+    data, train = ("data.dir", "data.source", "data.loader"), ("train.backend", "train.timeout", "train.log_every")
+    assert ending("Does not change the weights.") == {*data, *train, "checkpoint", "record"}
+    assert ending("May change bits.") == {"train.threads", "train.device"}
+    # a mark on a setting of a list's items would have no effect
+    of_items = [table for key, table, _ in loading._sections(config.Config) if ".0" in key]
+    assert len(of_items) == 3
+    assert not any("Effect(" in str(info.metadata) for table in of_items for info in table.__pydantic_fields__.values())

@@ -12,16 +12,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import textwrap
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from dist_train.config.settings import DRIFTING, FREE, Block, Config, Convolution, Group, ModelConfig
+from dist_train.config.settings import Config, Effect, OptimConfig
 from dist_train.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -31,7 +34,7 @@ else:
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
-_REQUIRED = ("channels", "convolutions")  # of a block
+_WIDTH = 100  # columns of the reference
 
 
 def presets() -> list[str]:
@@ -81,41 +84,75 @@ def to_toml(config: Config) -> str:
 
 
 def reference() -> str:
-    """All settings by section, with what its module says of it and the defaults, as text."""
-    convolution = Convolution()
-    block = Block(channels=1, convolutions=[convolution])
-    settings = Config(ModelConfig([block]))
-    tree = to_dict(settings)
-    del tree["model"]["blocks"]
-    sections = [(f"[{name}]", name, _fields(Config)[name], values) for name, values in tree.items()]
-    of_block = {name: value for name, value in dataclasses.asdict(block).items() if name not in _REQUIRED}
-    sections[1:1] = [
-        ("[[model.blocks]]", "", Block, of_block),
-        ("each of its convolutions:", "", Convolution, dataclasses.asdict(convolution)),
-    ]
-    place = [name for _, name, *_ in sections].index("optim") + 1
-    sections.insert(place, ("[optim.default]", "optim.default", Group, settings.optim.group("default")))
-    text = []
-    for title, prefix, kind, values in sections:
-        described = {name: field.description for name, field in kind.__pydantic_fields__.items() if field.description}
-        said = " ".join([*(kind.__doc__ or "").split(), *(f"{name}: {words}" for name, words in described.items())])
-        flat = _lines(_without_none(values), prefix)
-        text.append(textwrap.fill(f"{title} {said}", 100))
-        text.append(textwrap.fill("  ".join(flat), 100, initial_indent="    ", subsequent_indent="    ") + "\n")
+    """All settings by section: what each does, its unit and its default, as text of 100 columns."""
+    about = (
+        "Settings that do not change the weights and those that may change bits are marked; a resumed run may change "
+        "them, and no others. The names of a list's items have numbers, here 0 for the first."
+    )
+    text, shown = [*textwrap.wrap(about, _WIDTH), ""], dict[Any, str]()
+    for key, table, words in _sections(Config):
+        title = re.sub(r"\.0\b", "", key)
+        title = f"[[{title}]]" if key.endswith(".0") else f"[{title}]"
+        like = f"Settings as in {shown[table]}." if table in shown else ""
+        text += [title, *textwrap.wrap(f"{words} {like}" if like else f"{table.__doc__} {words}", _WIDTH), ""]
+        if not like:
+            shown[table] = title
+            text += [*_settings(table, key), ""]
     return "\n".join(text)
 
 
-def _lines(tree: dict[str, Any], prefix: str) -> list[str]:
-    """`key=value` with dotted keys, as the command line takes them."""
-    found = []
-    for name, value in tree.items():
-        key = f"{prefix}.{name}" if prefix else name
-        if isinstance(value, dict):
-            found += _lines(value, key)
+def _sections(table: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
+    """The sections that a dataclass holds: their keys, their dataclasses and what their fields say of them."""
+    for name, info in table.__pydantic_fields__.items():
+        single = dataclasses.is_dataclass(info.annotation)
+        for inner in _tables(info.annotation):
+            place = _joined(key, name if single else f"{name}.0")
+            yield place, inner, _words(info) if single else ""
+            yield from _sections(inner, place)
+
+
+def _settings(table: Any, key: str) -> list[str]:
+    """Lines that describe the settings of a section."""
+    defaults = OptimConfig().group("default") if key == "optim.default" else {}
+    indent = " " * 6
+    lines = []
+    for name, info in table.__pydantic_fields__.items():
+        if dataclasses.is_dataclass(info.annotation):
+            continue
+        value = defaults.get(name, info.get_default(call_default_factory=True))
+        if info.is_required():
+            shown = " (required)"
+        elif value is None:
+            shown = " (not set)"
         else:
-            shown = value if isinstance(value, str) and value else json.dumps(value)
-            found.append(f"{key}={shown}")
+            shown = f"={value if isinstance(value, str) and value else json.dumps(value)}"
+        lines.append(f"  {_joined(key, name)}{shown}")
+        lines += textwrap.wrap(_words(info), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return lines
+
+
+def _words(info: FieldInfo) -> str:
+    """What is said of a field: the text below it, and its mark."""
+    marks = [f"{mark.words[0].upper()}{mark.words[1:]}." for mark in info.metadata if isinstance(mark, Effect)]
+    return " ".join([*(info.description or "").split(), *marks])
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _effects(table: Any = Config, key: str = "") -> dict[str, Effect]:
+    """The marked settings and sections by their dotted names."""
+    found: dict[str, Effect] = {}
+    for name, info in table.__pydantic_fields__.items():
+        place = _joined(key, name)
+        found.update((place, mark) for mark in info.metadata if isinstance(mark, Effect))
+        if dataclasses.is_dataclass(info.annotation):
+            found.update(_effects(info.annotation, place))
     return found
+
+
+_EFFECTS = _effects()
 
 
 def digest(config: Config) -> str:
@@ -135,9 +172,9 @@ def check_folder(run_dir: Path, settings: Config) -> None:
     OSError when it cannot be read, or cannot be made."""
     path = run_dir / "config.toml"
     if path.exists():
-        if differing := set(difference(settings, load(None, path, []))) - {*DRIFTING}:
+        if differing := [key for key in difference(settings, load(None, path, [])) if key not in _EFFECTS]:
             raise UserError(
-                f"--run-dir {run_dir} belongs to a run with another {', '.join(sorted(differing))}; "
+                f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
                 f"give the settings it was started with, or another folder"
             )
         return
@@ -146,17 +183,19 @@ def check_folder(run_dir: Path, settings: Config) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
 
 
-def _binding(tree: dict[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for section, values in tree.items():
-        if section not in FREE:
-            kept[section] = {key: value for key, value in values.items() if f"{section}.{key}" not in FREE}
+def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
+    """The settings that are part of the digest."""
+    kept = {}
+    for name, value in tree.items():
+        place = _joined(key, name)
+        if place not in _EFFECTS or _EFFECTS[place].in_digest:
+            kept[name] = _binding(value, place) if isinstance(value, dict) else value
     return kept
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        pairs = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
+        pairs = [(_joined(prefix, key), item) for key, item in value.items()]
     elif isinstance(value, list):
         pairs = [(f"{prefix}.{index}", item) for index, item in enumerate(value)]
     else:
@@ -220,7 +259,7 @@ def _tables(kind: Any) -> list[Any]:
 
 
 def _fields(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+    return typing.get_type_hints(cls)
 
 
 def _leaves(cls: Any, prefix: str = "") -> list[str]:

@@ -95,7 +95,7 @@ class MixedBlock(nn.Module):
                 config.channels,
                 conv.kernel,
                 conv.stride,
-                padding_of(conv, ""),
+                padding_of(conv),
                 conv.dilation,
                 conv.groups,
                 conv.bias,

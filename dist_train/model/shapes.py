@@ -13,7 +13,9 @@ def convolved(size: int, kernel: int, dilation: int, stride: int, padding: int) 
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def padding_of(conv: Convolution, where: str) -> int:
+def padding_of(conv: Convolution, where: str = "convolution") -> int:
+    """The zeros on each side of an image, in pixels. where: names the convolution in the message. Raises UserError
+    where no padding keeps the size."""
     if conv.padding != "same":
         return conv.padding
     reach = conv.dilation * (conv.kernel - 1)
@@ -80,7 +82,7 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
 def summed(block: Block, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """The (C, H, W) of the images that a block sums, and only then pools, from that of its input."""
     conv, (_, height, width) = block.convolutions[0], shape
-    how = conv.kernel, conv.dilation, conv.stride, padding_of(conv, "")
+    how = conv.kernel, conv.dilation, conv.stride, padding_of(conv)
     return block.channels, convolved(height, *how), convolved(width, *how)
 
 

@@ -6,10 +6,10 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 
-from dist_train.config.settings import Block, Convolution, DataConfig, ModelConfig
+from dist_train.config.settings import Block, DataConfig, ModelConfig
 from dist_train.data_prep.betons import MANIFEST
 from dist_train.errors import UserError
-from dist_train.model.shapes import flops, shapes, summed, training_flops
+from dist_train.model.shapes import flops, padding_of, shapes, summed, training_flops
 
 Shape = tuple[int, int, int]
 
@@ -49,7 +49,9 @@ def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
         inside, behind = channels * (block.norm == "branch"), channels * (block.norm == "post")
         for position, (conv, work) in enumerate(zip(block.convolutions, of_branches, strict=True), 1):
             count = channels * (before[0] // conv.groups * conv.kernel**2 + conv.bias)
-            name = ", ".join([f"a{position} * {conv.name} p{padding(conv)}{' bias' * conv.bias}", *branch_text(block)])
+            name = ", ".join(
+                [f"a{position} * {conv.name} p{padding_of(conv)}{' bias' * conv.bias}", *branch_text(block)]
+            )
             shape = summed(block, before)
             rows.append(Layer(part, name, shape, count + 2 * inside, count + (1 + scale) * inside, work))
         count = (before[0] + 1) * len(of_branches)
@@ -142,10 +144,6 @@ def _remarks(model: ModelConfig, image_shape: Shape, classes: int) -> list[str]:
 
 def shape_text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def padding(conv: Convolution) -> int:
-    return conv.dilation * (conv.kernel - 1) // 2 if conv.padding == "same" else conv.padding
 
 
 def _activation(name: str) -> list[str]:

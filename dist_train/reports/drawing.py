@@ -10,7 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.settings import Block, Convolution, ModelConfig
-from dist_train.model.shapes import shapes, summed
+from dist_train.model.shapes import padding_of, shapes, summed
 from dist_train.reports.architecture import (
     LETTERS,
     Shape,
@@ -18,7 +18,6 @@ from dist_train.reports.architecture import (
     layers,
     mixing_text,
     output_text,
-    padding,
     percent,
     shape_text,
     short,
@@ -202,7 +201,7 @@ class _Page:
         xs = [self.left + 6 + slot * (number + 0.5) for number in range(branches)]
         width = min(slot - 4, 90)
         lines = [
-            [*conv.name.split(), *([f"p{padding(conv)}"] if _shrinks(conv) else []), *branch_text(block)]
+            [*conv.name.split(), *([f"p{padding_of(conv)}"] if _shrinks(conv) else []), *branch_text(block)]
             for conv in block.convolutions
         ]
         if max(len(" ".join(words)) for words in lines) * 0.58 * SIZE < width - 4:
@@ -238,4 +237,4 @@ class _Page:
 
 def _shrinks(conv: Convolution) -> bool:
     """Whether its padding is another than the one that keeps the size."""
-    return 2 * padding(conv) != conv.dilation * (conv.kernel - 1)
+    return 2 * padding_of(conv) != conv.dilation * (conv.kernel - 1)
