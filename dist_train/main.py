@@ -30,7 +30,6 @@ from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError
 from dist_train.model.shapes import shapes
 
 _PATIENCE = 2.0  # seconds until waiting for the betons is worth a word
-
 _SPEAKING = 10.0  # seconds for the rank that speaks for the others to do so
 
 

@@ -36,7 +36,6 @@ from dist_train.errors import UserError, say
 from dist_train.inference.trained_network import TrainedNetwork, load, read_image
 
 _KINDS = (*SUFFIXES, ".gif")  # of a folder's files, by their names
-
 _BAR = 24  # characters of the longest
 
 
@@ -47,7 +46,6 @@ class _Piped(io.BytesIO):
 
 
 Source = str | _Piped | UserError
-
 Answer = list[tuple[str, float]]
 
 

@@ -33,7 +33,6 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent.parent / "presets"
-
 _WIDTH = 100  # columns of the reference
 
 

@@ -15,21 +15,13 @@ from pydantic.dataclasses import dataclass
 from dist_train.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
 Positive = Annotated[int, Field(gt=0)]
-
 NonNegative = Annotated[int, Field(ge=0)]
-
 PositiveFloat = Annotated[float, Field(gt=0)]
-
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
 Activation = Literal["relu", "gelu", "silu", "identity"]
-
 Where = Literal["branch", "post", "none"]
-
 Tta = Literal["none", "mirror", "shift"]
 
 
@@ -42,7 +34,6 @@ class Effect(NamedTuple):
 
 
 FREE = Effect("does not change the weights", in_digest=False)
-
 DRIFTING = Effect("may change bits", in_digest=True)
 
 # `auto` takes what the machine has, so runs on CPUs and GPUs have one digest

@@ -21,11 +21,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dist_train.errors import LostPeerError, say
 
 _BEAT = 1.0  # seconds between two signs of life
-
 _ANSWER = 5.0  # seconds until the store counts as gone
-
 _SILENT = 3  # of them missing in a row mean that a rank is gone
-
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 

@@ -26,11 +26,8 @@ from dist_train.inference.trained_network import TrainedNetwork, load, stamp
 from dist_train.model.network import BatchNorm
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
-
 _TOLERANCE = 1e-4  # of the largest logit
-
 _IMAGES = 256
-
 _PARTS = (1, 8)  # where these are cut into batches
 
 

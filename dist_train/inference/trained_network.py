@@ -35,11 +35,8 @@ from dist_train.runs.checkpoint import wrong
 from dist_train.runs.environment import Environment
 
 Pixels = npt.NDArray[Any] | Tensor
-
 Picture = str | os.PathLike[str] | Image.Image | Pixels
-
 _BATCH = 256  # images in one forward pass of predict
-
 _REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
 
 

@@ -35,13 +35,11 @@ _Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]
 # with AVX-512 it is 0.24 ns at 0.18 TFLOP/s a core in bf16; fp32 halves both. On GPUs, not measured: 1.3 ps at
 # 400 TFLOP/s, which leaves next to nothing to the form `kernels`.
 _PASS = {"cpu": 43.0}
-
 _PASS_ELSEWHERE = 500.0
 
 
 # Bytes of patches or kernels that the form `kernels` makes at a time: about the last cache; elsewhere a bound.
 _PART = {"cpu": 32 << 20}
-
 _PART_ELSEWHERE = 1 << 30
 
 

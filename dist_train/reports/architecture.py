@@ -12,9 +12,7 @@ from dist_train.errors import UserError
 from dist_train.model.shapes import flops, padding_of, shapes, summed, training_flops
 
 Shape = tuple[int, int, int]
-
 KNOWN = {"cifar10": ((32, 32), 10), "digits": ((32, 32), 10)}  # size and classes that a data set's name implies
-
 LETTERS = {"d": "dilation", "g": "groups", "s": "stride", "p": "padding"}
 
 

@@ -32,11 +32,8 @@ if TYPE_CHECKING:
 
 
 PICTURES = (".svg", ".png", ".pdf")
-
 SIZE, LEADING = 8.2, 9.8  # of the picture's letters and lines, in points
-
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-
 _INK = "#010203"  # found again in the SVG that matplotlib writes; where it writes black it may write nothing
 
 

@@ -20,19 +20,12 @@ from dist_train.reports.statistics import proportion
 from dist_train.runs.metrics import Row
 
 Values = npt.NDArray[np.float64]
-
 _POINTS = 6_000  # of one quantity in a figure, shared among the runs
-
 _FEW = 3  # runs whose single batches and bands can lie over each other and still be told apart
-
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-
 _DOWN = {"autorange": "reversed"}
-
 _HIGH, _LOW = 320, 240  # pixels
-
 _WRITTEN = 20  # classes up to which a heat map's numbers stand in it
-
 _ACCURACIES = (("test", "test", "--c1"), ("train", "train", "--c0"), ("val", "validation", "--c2"))
 
 

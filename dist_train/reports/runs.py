@@ -18,7 +18,6 @@ from dist_train.runs.metrics import Row, read_metrics
 from dist_train.runs.run import Member, member, members
 
 COLORS = 7  # --c0 to --c6 of report.css
-
 NAMED = 4  # runs that are named where there may be many
 
 

@@ -15,7 +15,6 @@ import torch
 from dist_train import __version__
 
 Environment = dict[str, str]
-
 _PACKAGE = Path(__file__).parent.parent
 _TRAINING = ("config", "data", "distributed", "model", "runs", "training")  # packages that a training runs
 

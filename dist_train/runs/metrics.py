@@ -41,7 +41,6 @@ from dist_train.files import write_atomic
 from dist_train.runs.layout import EVALUATION, METRICS
 
 Row = dict[str, Any]
-
 KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
 
 

@@ -14,11 +14,8 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "Block networks"
-
 BLOCKS = 6  # of the default preset
-
 _RUNS = 100  # drawn at most where runs are compared
-
 _GPUS = 8  # of rank 0's host that W&B's own samples are drawn for
 
 

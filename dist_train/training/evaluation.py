@@ -22,11 +22,8 @@ from dist_train.model.network import MixedBlock
 from dist_train.model.tta import views
 
 _UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
-
 _LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
-
 _BINS = 15  # of confidence, for the calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks")
-
 _WRONG = 40  # images shown of those that were classified wrong
 
 

@@ -15,7 +15,6 @@ import psutil
 import torch
 
 INTERVAL = 5.0  # seconds between two samples
-
 _GIB = 2.0**30
 
 
