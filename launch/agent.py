@@ -3,8 +3,9 @@
     python -m dist_train.launch.agent --nnodes=2 --node-rank=0 ... -m dist_train.main ...
 
 It passes stop signals on to the ranks and waits for them, however long they take to save: torchrun would kill them
-after 30 seconds, and SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. Where torchrun
-ends with tracebacks of its own, this says nothing: a rank that fails has said why, unless a signal ended it.
+after 30 seconds, and SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. torchrun has had
+options for both after 2.9 (--shutdown-timeout, --signals-to-handle); no option keeps the exit code of bad input, or
+its tracebacks out of the log: a rank that fails has printed why, unless a signal ended it.
 """
 
 from __future__ import annotations

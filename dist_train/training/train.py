@@ -17,7 +17,7 @@ from dist_train.config import digest as config_digest
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
-from dist_train.distributed.lazy_dynamo import leave_out_compiler
+from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
 from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, say
 from dist_train.files import write_atomic
@@ -75,7 +75,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
     config, run_dir = job.config, job.run_dir
     t = config.train
     if not t.compile:
-        leave_out_compiler()
+        skip_compiler_import()
     with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, _DATA if job.waited else 0) as ranks:
         # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
         stop = held.enter_context(StopRequest())
