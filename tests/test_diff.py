@@ -234,7 +234,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, wrong: str) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith(f"diff: {bad}")
+    assert sentence.startswith(f"dist_train: {bad}")
 
 
 def test_real_runs(train: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,7 +267,7 @@ def test_what_is_asked_for_must_be_there(shapes: Path, betons: Path, tmp_path: P
 
 def start(module: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, "-m", *module.split(), *map(str, arguments)],
         cwd=folder,
         env={**environment(), "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -319,7 +319,7 @@ def test_where_images_come_from_binds_no_run_but_their_size_does() -> None:
 def test_the_quick_start_trains_on_a_folder_of_images(tmp_path: Path) -> None:
     source = draw(tmp_path / "in", classes=4, count=40)
     example = ("--config", EXAMPLES / "image_folder.toml", f"data.source={source}", "epochs=2")
-    done = start("launch.quickstart", *example, *QUIET, folder=tmp_path)
+    done = start("dist_train quickstart", *example, *QUIET, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mine: 128 training and 32 test images" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()

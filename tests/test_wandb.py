@@ -27,7 +27,7 @@ from dist_train import errors
 from dist_train.config.settings import RecordConfig
 from dist_train.files import claimed
 from dist_train.runs.metrics import Row, read_metrics
-from dist_train.tracking import client
+from dist_train.tracking import client, messages
 from dist_train.training import system_metrics
 
 AUTO = RecordConfig(quiet=True, group="a group", tags=["first", "second"])
@@ -410,7 +410,7 @@ def test_sampling_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_unreachable_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
 ) -> None:
-    monkeypatch.setattr(client, "INIT_TIMEOUT", 1.0)
+    monkeypatch.setattr(messages, "INIT_TIMEOUT", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -430,7 +430,7 @@ def test_server_fails_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server, fault: str
 ) -> None:
     """It costs the training nothing, and `wandb sync` brings every row once the server is back."""
-    monkeypatch.setattr(client, "FINISH_TIMEOUT", 1.0)
+    monkeypatch.setattr(messages, "FINISH_TIMEOUT", 1.0)
     monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
     recorder = opened(tmp_path, AUTO)
     train(recorder, 1, 6)
