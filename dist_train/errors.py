@@ -12,12 +12,12 @@ DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
 
 @dataclass
 class Outcome:
-    """How a run ends, known before its record is closed. found_by: the ranks that come upon the same bad input: all of
-    this `node`, `all` there are, or possibly no more than this `one`."""
+    """How a run ends, known before its record is closed. detected_by: the ranks that detect the same bad input at this
+    point: all of this `node`, `all` of the run, or perhaps only `one`."""
 
     code: int = FAILED
     reason: str = ""
-    found_by: Literal["node", "one", "all"] = "node"
+    detected_by: Literal["node", "one", "all"] = "node"
 
 
 class UserError(ValueError):
@@ -37,14 +37,14 @@ class DivergedError(ArithmeticError):
 
 
 class LostPeerError(ConnectionError):
-    """Another rank died or hangs. The message names it and the step. speaks: whether this rank is the one to
-    say so."""
+    """Another rank died or hangs. The message names it and the step. reported_here: whether this rank is the one that
+    prints it."""
 
-    def __init__(self, message: str, speaks: bool = True) -> None:
+    def __init__(self, message: str, reported_here: bool = True) -> None:
         super().__init__(message)
-        self.speaks = speaks
+        self.reported_here = reported_here
 
 
 def say(message: str) -> None:
-    """Tell whoever started the run, in one sentence on stderr."""
+    """Print a sentence for the user to stderr."""
     print(f"dist_train: {message}", file=sys.stderr, flush=True)

@@ -29,8 +29,8 @@ from dist_train.distributed.launcher import check_world_size, first_of_node
 from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say
 from dist_train.model.shapes import shapes
 
-_PATIENCE = 2.0  # seconds until waiting for the betons is worth a word
-_SPEAKING = 10.0  # seconds for the rank that speaks for the others to do so
+_PATIENCE = 2.0  # seconds of waiting for the betons before it is reported
+_REPORTING = 10.0  # seconds for the rank that reports for the others to do so
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
             with StopNow():
                 waited, manifest = _prepared(settings)
-            outcome.found_by = "one"
+            outcome.detected_by = "one"
             from dist_train.training.train import Job, run  # imports torch, for seconds
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
         except UserError as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
-            _say_once(outcome)
+            _print_once(outcome)
         except Stopped as stopped:
             outcome.code = PREEMPTED
             if first_of_node():
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 say(outcome.reason)
         except LostPeerError as error:
             outcome.reason = str(error)
-            if error.speaks:
+            if error.reported_here:
                 say(outcome.reason)
         except BaseException as error:
             outcome.reason = f"{type(error).__name__}: {error}"
@@ -82,33 +82,33 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
 
 
 def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]:
-    """Have the first rank of each node see to the betons, while the node's others wait. It is done here, since waiting
-    in the process group has an end. Returns whether the betons had to be written, and on the first rank their manifest.
-    Raises UserError, data_prep.DataError and LostPeerError."""
+    """Have the first rank of each node check or write the betons, while the node's others wait: before the process
+    group is joined, since waiting there has a timeout. Returns whether the betons had to be written, and on the first
+    rank their manifest. Raises UserError and LostPeerError."""
     stop_with_launcher()
     data, waited = settings.data, not dataset.is_written(settings.data)
     if first_of_node():
-        found = dataset.prepare(data)
-        dataset.check_images(data, found, settings.train.batch_size)
-        height, width, channels = found.image_shape
+        manifest = dataset.prepare(data)
+        dataset.check_images(data, manifest, settings.train.batch_size)
+        height, width, channels = manifest.image_shape
         for size in ((height, width), *((smaller.size, smaller.size) for smaller in data.smaller)):
             shapes(settings.model, (channels, *size))
-        return waited, found
-    start, said = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
+        return waited, manifest
+    start, reported = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
     while not dataset.is_written(data):
-        if not said and time.monotonic() > start + _PATIENCE:
+        if not reported and time.monotonic() > start + _PATIENCE:
             say(f"{data.folder} is not there yet: the other ranks of this node wait for the first, which prepares it")
-            said = True
+            reported = True
         time.sleep(0.1)
     return waited, None
 
 
-def _say_once(outcome: Outcome) -> None:
-    """Say what was wrong, where another rank does not."""
-    speaks = first_of_node() if outcome.found_by == "node" else os.environ.get("RANK", "0") == "0"
-    # The one that speaks leaves at once, and the launcher then ends the others. One that left before it would have the
-    # launcher end that one.
-    if speaks or (not ended_within(_SPEAKING) and outcome.found_by == "one"):
+def _print_once(outcome: Outcome) -> None:
+    """Print what was wrong, unless another rank does."""
+    reports = first_of_node() if outcome.detected_by == "node" else os.environ.get("RANK", "0") == "0"
+    # The rank that reports exits at once, and the launcher then ends the others. If one of those exited first, the
+    # launcher would end the rank that reports.
+    if reports or (not ended_within(_REPORTING) and outcome.detected_by == "one"):
         say(outcome.reason)
 
 

@@ -1,7 +1,7 @@
-"""Each rank's watch over its peers: one that died or hangs is noticed, and named with its step.
+"""Heartbeats: a rank that died or hangs is noticed by its peers, and named with its step.
 
-Every rank tells the rendezvous store once a second that it lives, and how far it has come. Only a rank whose
-peers keep it waiting, or whose connection to them broke, reads what the others told.
+Every rank writes a heartbeat, with its progress, to the rendezvous store once a second. A rank reads those of the
+others only when it waits for them too long, or when its connection to them is lost.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from dist_train.errors import LostPeerError, say
 
-_BEAT = 1.0  # seconds between two signs of life
+_BEAT = 1.0  # seconds between two heartbeats
 _ANSWER = 5.0  # seconds until the store counts as gone
-_SILENT = 3  # of them missing in a row mean that a rank is gone
+_SILENT = 3  # missing heartbeats in a row mean that a rank is gone
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 
-class Watch:
-    """This rank's signs of life, and its look at those of others."""
+class Heartbeat:
+    """This rank's heartbeats, and its reading of the others'."""
 
     def __init__(self, rank: int, world_size: int, timeout: int) -> None:
-        """Begin, in a thread of its own. timeout: seconds that a rank may be waited for in one exchange."""
+        """Start, in a thread of its own. timeout: seconds to wait for a rank in one exchange."""
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.step = 0  # the step that is being computed, counted from 1; 0 before the first
         self.beats = self.exchanges = 0
@@ -46,9 +46,9 @@ class Watch:
         # store it is new with each round, and the launchers of several hosts do not agree on the number of restarts.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else ""
-        self.store = PrefixStore(f"watch/{attempt}", store)
+        self.store = PrefixStore(f"heartbeat/{attempt}", store)
         self._beat()
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Watch:
             self.waiting_since = None
 
     def close(self, failure: str = "") -> None:
-        """End, and tell the others so; failure: why this rank leaves before its time."""
+        """End, and let the others know. failure: why this rank ends early, "" where it does not."""
         self.failure = failure
         self.closed.set()
         self._beat()
@@ -76,40 +76,42 @@ class Watch:
             time.sleep(2 * _BEAT)  # the store may go with this process, and others are just asking it
 
     def lost(self, error: BaseException) -> LostPeerError | None:
-        """Who is to blame for an error of a collective operation; None when no peer is. Takes a few seconds."""
-        first = self._told()
-        for _ in range(_SILENT if first is not None else 0):  # in which this rank goes on to give its own signs
+        """The peer that caused an error of a collective operation; None where none did. Takes a few seconds."""
+        first = self._read()
+        for _ in range(_SILENT if first is not None else 0):  # this rank's own heartbeat must not stop
             time.sleep(_BEAT)
             self._beat()
-        second = self._told() if first is not None else None
+        second = self._read() if first is not None else None
         if first is None or second is None:
             return LostPeerError(
                 f"rank {self.rank} on {platform.node()} lost its peers in step {self.step}: the rendezvous store at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_line(error)})"
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_first_line(error)})"
             )
         waited = f" ({error})" if isinstance(error, TimeoutError) else ""
         here = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
-        ended = {rank: told for rank, told in second.items() if told["ended"]}
-        failed = {rank: told for rank, told in ended.items() if told["failure"]}  # the others of them have spoken
-        silent = {rank: told for rank, told in second.items() if told == first.get(rank) and rank not in ended}
-        for rank, told in {**failed, **silent, **ended}.items():
+        ended = {rank: beat for rank, beat in second.items() if beat["ended"]}
+        failed = {
+            rank: beat for rank, beat in ended.items() if beat["failure"]
+        }
+        silent = {rank: beat for rank, beat in second.items() if beat == first.get(rank) and rank not in ended}
+        for rank, beat in {**failed, **silent, **ended}.items():
             state = (
-                f"has failed ({told['failure']})" if told["failure"] else "has ended" if told["ended"] else "is gone"
+                f"has failed ({beat['failure']})" if beat["failure"] else "has ended" if beat["ended"] else "is gone"
             )
-            if rank in silent or told["failure"] or told["exchanges"] < self.exchanges:
-                return LostPeerError(f"{_place(rank, told)} {state}; {here}", self._speaks({*failed, *silent}))
-        behind = {rank: told for rank, told in second.items() if told["exchanges"] < self.exchanges}
-        for rank, told in behind.items():
-            hangs = f"{_place(rank, told)} hangs, although its process lives; {here}"
-            return LostPeerError(hangs, self._speaks(set(behind)))
+            if rank in silent or beat["failure"] or beat["exchanges"] < self.exchanges:
+                return LostPeerError(f"{_place(rank, beat)} {state}; {here}", self._is_reporter({*failed, *silent}))
+        behind = {rank: beat for rank, beat in second.items() if beat["exchanges"] < self.exchanges}
+        for rank, beat in behind.items():
+            hangs = f"{_place(rank, beat)} hangs, although its process lives; {here}"
+            return LostPeerError(hangs, self._is_reporter(set(behind)))
         return None
 
-    def _speaks(self, missing: set[int]) -> bool:
-        """Whether this is the rank that tells the user: the first of those that are left."""
+    def _is_reporter(self, missing: set[int]) -> bool:
+        """Whether this rank prints the message: the first of those that are left."""
         return self.rank == min(set(range(self.world_size)) - missing, default=self.rank)
 
-    def _told(self) -> dict[int, dict[str, Any]] | None:
-        """What each other rank told last; None without an answer of the store."""
+    def _read(self) -> dict[int, dict[str, Any]] | None:
+        """The last heartbeat of each other rank; None where the store does not answer."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         answers: list[dict[int, dict[str, Any]]] = []
 
@@ -126,8 +128,8 @@ class Watch:
 
     def _beat(self) -> None:
         self.beats += 1
-        told = {
-            "beat": self.beats,
+        beat = {
+            "number": self.beats,
             "step": self.step,
             "exchanges": self.exchanges,
             "host": platform.node(),
@@ -138,7 +140,7 @@ class Watch:
         if self.gone or not self.lock.acquire(timeout=_BEAT):  # the store does not answer
             return
         try:
-            self.store.set(str(self.rank), json.dumps(told))
+            self.store.set(str(self.rank), json.dumps(beat))
         except RuntimeError:  # the store went with its host; the exchanges will show it
             self.gone = True
         finally:
@@ -152,20 +154,20 @@ class Watch:
                 continue
             # The main thread is inside the exchange and cannot be reached: the message and the end come from here.
             hung = TimeoutError(f"waited {self.timeout} s, train.timeout")
-            found = self.lost(hung) or LostPeerError(
+            error = self.lost(hung) or LostPeerError(
                 f"the ranks lost contact in step {self.step}: each waits for the others, none is behind ({hung})"
             )
             if self.waiting_since != since:
                 continue  # it came after all
-            if found.speaks:
-                say(str(found))
+            if error.reported_here:
+                say(str(error))
             self.leave()
             os._exit(1)
 
 
-def _place(rank: int, told: dict[str, Any]) -> str:
-    return f"rank {rank} (process {told['pid']} on {told['host']}, last seen in step {told['step']})"
+def _place(rank: int, beat: dict[str, Any]) -> str:
+    return f"rank {rank} (process {beat['pid']} on {beat['host']}, last seen in step {beat['step']})"
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
-from dist_train.distributed.heartbeat import Watch
+from dist_train.distributed.heartbeat import Heartbeat
 from dist_train.distributed.launcher import launched_as
 from dist_train.errors import LostPeerError, UserError
 from dist_train.signals import stop_with_launcher
@@ -36,7 +36,7 @@ class Ranks:
     world_size: int
     device: torch.device
     wire: torch.device
-    watch: Watch | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -53,12 +53,12 @@ class Ranks:
 
     def exchange(self) -> AbstractContextManager[None]:
         """Around a collective operation, so that a peer that does not take part is noticed."""
-        return self.watch.exchange() if self.watch else nullcontext()
+        return self.heartbeat.exchange() if self.heartbeat else nullcontext()
 
     def begin(self, step: int) -> None:
         """Say which step, counted from 1, is computed from now on."""
-        if self.watch:
-            self.watch.step = step
+        if self.heartbeat:
+            self.heartbeat.step = step
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def join_ranks(
     stop_with_launcher()
     alone = "RANK" not in os.environ
     try:
-        # the watch comes first, and says who it was
+        # longer than the heartbeat's, which names the rank that is lost
         patience = timedelta(seconds=timeout + 30)
         coming = max(patience, timedelta(seconds=first_timeout))
         where = "tcp://127.0.0.1:0" if alone else "env://"
@@ -103,24 +103,24 @@ def join_ranks(
                 timeout=patience,
                 device_id=here if backend == "nccl" else None,
             )
-        watch = Watch(rank, world_size, timeout) if world_size > 1 else None
+        heartbeat = Heartbeat(rank, world_size, timeout) if world_size > 1 else None
     except RuntimeError as error:
         raise LostPeerError(
             f"rank {rank} did not find the other {world_size - 1} ranks at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
         ) from error
     try:
-        yield Ranks(rank, world_size, here, here if backend == "nccl" else torch.device("cpu"), watch)
+        yield Ranks(rank, world_size, here, here if backend == "nccl" else torch.device("cpu"), heartbeat)
     except BaseException as error:
-        found = watch.lost(error) if watch and isinstance(error, RuntimeError) else None
-        if watch and found:
-            watch.leave()
-            raise found from error
-        if watch:
-            watch.close(f"{type(error).__name__}: {error}".splitlines()[0])
+        lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) else None
+        if heartbeat and lost:
+            heartbeat.leave()
+            raise lost from error
+        if heartbeat:
+            heartbeat.close(f"{type(error).__name__}: {error}".splitlines()[0])
         raise
-    if watch:
-        watch.close()
+    if heartbeat:
+        heartbeat.close()
     dist.destroy_process_group()
 
 

@@ -79,7 +79,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
     with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, _DATA if job.waited else 0) as ranks:
         # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
         stop = held.enter_context(StopRequest())
-        outcome.found_by = "all"
+        outcome.detected_by = "all"
         manifest = on_main(ranks, lambda: job.manifest)
         assert manifest is not None
         data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
