@@ -70,7 +70,7 @@ def set_arithmetic(deterministic: bool) -> None:
     # torch.use_deterministic_algorithms does the same, and imports the compiler for two seconds.
     torch.set_deterministic_debug_mode("warn" if deterministic else "default")
     # The deterministic mode would also fill every new tensor with NaN, 3 % of a step on a CPU, so that reads of what
-    # nobody wrote repeat. There are none, and no result depends on it: tests/test_train.py trains with and without.
+    # nobody wrote repeat. There are none, and no result depends on it: tests/training/test_train.py tries both.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", "max_pool2d_with_indices_backward_cuda does not have a deterministic")
     torch.backends.cudnn.deterministic = deterministic

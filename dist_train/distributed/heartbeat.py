@@ -90,9 +90,7 @@ class Heartbeat:
         waited = f" ({error})" if isinstance(error, TimeoutError) else ""
         here = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
         ended = {rank: beat for rank, beat in second.items() if beat["ended"]}
-        failed = {
-            rank: beat for rank, beat in ended.items() if beat["failure"]
-        }
+        failed = {rank: beat for rank, beat in ended.items() if beat["failure"]}
         silent = {rank: beat for rank, beat in second.items() if beat == first.get(rank) and rank not in ended}
         for rank, beat in {**failed, **silent, **ended}.items():
             state = (

@@ -30,7 +30,7 @@ from dist_train import data_prep
 from dist_train.data_prep import DataError, beton_file, datasets, ffcv_library
 from dist_train.data_prep.__main__ import main
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 STEPS = ("data_prep: writing", "data_prep: downloading")
 FILES = ("manifest.json", "test.beton", "train.beton")
 
