@@ -142,7 +142,7 @@ def test_an_array_on_this_machine(tmp_path: Path, digits: Path) -> None:
     path = small(tmp_path, digits, **{"optim.default.lr": {"values": [0.01, 0.02]}})
     arguments = ["--local", "--at-most", "2", "--sweep", path, "record.wandb=disabled", "--run-dir", tmp_path / "group"]
     done = subprocess.run(
-        command(*arguments, module="launch.submit"),
+        command(*arguments, module="dist_train submit"),
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
