@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # One training on Slurm, over all that the job's nodes have. From the folder that has .venv and slurm/ in it:
 #
-#   sbatch [options of sbatch] slurm/train.sh [arguments of python -m dist_train.main]
+#   sbatch [options of sbatch] slurm/train.sh [arguments of dist-train train]
 #   sbatch --nodes=2 slurm/train.sh --preset block94          # two nodes, the same weights
 #   sbatch --array=0-4%2 slurm/train.sh                       # seeds 0 to 4, two at a time
 #
-# This is the one file to edit for a cluster: dist-train submit takes its options and its set-up from
-# here, too.
+# This is the one file to edit for a cluster: dist-train submit takes its options and its set-up from here, too.
 # A second # switches an option off; what is given to sbatch itself goes before all of them.
 
 #SBATCH --job-name=train
@@ -18,7 +17,7 @@
 # Whole nodes. To share them instead, say how much: --gpus-per-node=2 and --cpus-per-task=16.
 #SBATCH --exclusive
 
-# Saved, and back into the queue, 120 seconds before the time limit and when preempted; it then goes on.
+# Saved, and back into the queue, 120 seconds before the time limit and when preempted; it then resumes.
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -367,7 +367,7 @@ def _commands(runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
         code = f", with the code of commit {commits[0][:12]}" if len(commits) == 1 else ""
         words = f"Train again, on any number of ranks to the same weights{code}; then compare:"
         lines = [train(run, f"{run.folder}-again") for run in done]
-        compare = ["python", "-m", "dist_train.diff", str(done[0].folder), f"{done[0].folder}-again"]
+        compare = ["dist-train", "diff", str(done[0].folder), f"{done[0].folder}-again"]
         found.append({"for": words, "lines": [*lines, shlex.join(compare)]})
     if others:
         lines = [train(run, str(run.folder)) for run in others]

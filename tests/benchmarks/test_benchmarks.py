@@ -75,3 +75,11 @@ def test_startup_takes_the_time_to_the_first_step_apart(digits: Path, tmp_path: 
     for part in ("imports", "data", "first step"):
         assert seconds[part] > 0.01
     assert seconds["rest"] > -0.05
+
+
+def test_gpu_reports_what_it_has_no_time_for(tmp_path: Path) -> None:
+    command = ["benchmarks.gpu", "--out", str(tmp_path / "gpu"), "--limit", "1"]
+    subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, env=environment(), check=True, timeout=100)
+    *_, line = (tmp_path / "gpu" / "report.md").read_text().splitlines()
+    assert line.startswith("| block94 | out of time | ")
+    assert (tmp_path / "gpu" / "block94.txt").exists()
