@@ -233,7 +233,7 @@ class Shell:
             assert {*found.environments} <= versions.environments([(3, 10), (3, 11)]).keys()
         else:
             assert script == "tests/run.sh", f"{script}: a new script; add it to Shell"
-            sources = {path.stem: path.read_text() for path in REPOSITORY.glob("tests/test_*.py")}
+            sources = {path.stem: path.read_text() for path in REPOSITORY.glob("tests/**/test_*.py")}
             for word in rest[1::2]:
                 assert rest[0] == "-k"
                 tests = [*sources, *(name for text in sources.values() for name in re.findall(r"def (test_\w+)", text))]
@@ -406,7 +406,7 @@ def test_every_command_has_a_test() -> None:
     for names, by in table:
         if "test_" not in by or by.startswith("nobody"):
             continue
-        (file,) = re.findall(r"`(test_\w+\.py)`", by)
+        (file,) = re.findall(r"`((?:\w+/)?test_\w+\.py)`", by)
         text = (REPOSITORY / "tests" / file).read_text()
         for name in names:
             last = name.split()[-1]
