@@ -8,7 +8,7 @@
 is all there is to a trained network; training is `python -m dist_train.main`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 import os
 from typing import TYPE_CHECKING, Any

@@ -38,3 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = torchrun(given, local_ranks(settings.train, 1, here.cpus), here)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
     return os.execv(sys.executable, start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

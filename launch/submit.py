@@ -455,3 +455,7 @@ def _finish(jobs: Sequence[Job], is_array: bool) -> int:
     if is_array:
         print(table.write(jobs[0].run_dir.parent), end="", flush=True)
     return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
