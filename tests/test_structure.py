@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from dist_train.runs import layout
+
 # The floors of the house, from the ground up. A module may import modules of its own package and of lower floors: no
 # module of a higher floor, and none of another package on its own. CONTRIBUTING.md states the rule.
 FLOORS = (
@@ -27,7 +29,10 @@ FLOORS = (
 )
 # Packages that need no torch, and the modules of others that need none: importing all of them imports no torch.
 WITHOUT_TORCH = ("errors", "signals", "command_line", "data_prep", "files", "config", "tracking", "reports")
-WITHOUT_TORCH_TOO = ("runs.layout", "runs.metrics", "runs.history", "runs.run", "model.shapes", "data.dataset", "main")
+WITHOUT_TORCH_TOO = (
+    *("runs.layout", "runs.contents", "runs.metrics", "runs.history", "runs.run", "runs.trees"),
+    *("model.shapes", "data.dataset", "main"),
+)
 # The only modules that import others of ours inside a function: after the checks that need no torch, or for a command
 # of many. Each says why at the place.
 LATE = ("__init__", "__main__", "main", "reports.diff")
@@ -114,6 +119,22 @@ def test_there_is_no_circle() -> None:
 def test_imports_stand_at_the_top() -> None:
     late = {name for name, path in modules().items() for other, inside in imports(path) if inside and other}
     assert late <= {*LATE}
+
+
+def test_names_of_a_run_folder_stand_in_its_layout() -> None:
+    """But for modules that are below it, and those that are to follow."""
+    names = {value for key, value in vars(layout).items() if key.isupper() and isinstance(value, str) and "." in value}
+    names |= {layout.CHECKPOINTS, ".sha256", ".damaged"}
+    literal = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if package(module) != "data_prep"  # which has files of its own
+        and isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (node.value in names or node.value.startswith("step-"))
+    }
+    assert literal <= {"runs.layout", "config.loading", "training.train", "training.run_writer", "tracking.worker"}
 
 
 def test_configuration_reports_tracking_and_readers_need_no_torch() -> None:
