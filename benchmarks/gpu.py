@@ -9,13 +9,13 @@ to a file of its own in FOLDER and the exit codes and seconds to FOLDER/report.m
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from benchmarks.table import append, row
+from dist_train.runs.run import Run
 
 SEEDS = 3
 
@@ -70,17 +70,17 @@ def main() -> None:
                 code = str(subprocess.run(command, stdout=log, stderr=log, timeout=left, check=False).returncode)
             except subprocess.TimeoutExpired:
                 code = "out of time"
-        line = row([name, code, f"{time.monotonic() - begin:.1f}", *_result(args.out / "runs" / name / "summary.json")])
+        line = row([name, code, f"{time.monotonic() - begin:.1f}", *_result(Run(args.out / "runs" / name))])
         append(report, line)
         print(line, flush=True)
         if time.monotonic() > end:
             break
 
 
-def _result(summary: Path) -> list[str]:
-    if not summary.exists():
+def _result(run: Run) -> list[str]:
+    if not run.done:
         return [""] * 6
-    found = json.loads(summary.read_text())
+    found = run.summary
     accuracies = [f"{100 * found[key]:.2f} %" if key in found else "" for key in ("test_accuracy", "test_accuracy_tta")]
     speed = [f"{found['train_seconds']:.2f}", f"{found['images_per_second']:,.0f}", f"{found['mfu']:.2f}"]
     return [*accuracies, *speed, found["weights_sha256"][:12]]

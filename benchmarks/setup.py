@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from benchmarks.table import append, command, measured_on, spread, table
+from dist_train.runs.layout import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DONE = re.compile(r"setup: (.*?)(?: into .*)?: done in ([0-9.]+) s")
@@ -73,7 +74,7 @@ def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str
     )
     there = False
     while not there and process.poll() is None:
-        there = any('"step"' in path.read_text() for path in clone.glob("runs/*/metrics.jsonl"))
+        there = any('"step"' in path.read_text() for path in clone.glob(f"runs/*/{METRICS}"))
         time.sleep(0.05)
     row["data step and start of the training"] = time.monotonic() - begun
     row["clone to the end of the first step"] = time.monotonic() - start

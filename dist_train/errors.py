@@ -9,6 +9,18 @@ from typing import Any, ClassVar, Literal
 # Exit codes. The last is EX_TEMPFAIL of sysexits.h: the same command resumes.
 DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
 
+_OUTCOMES = {DONE: "done", PREEMPTED: "preempted"}
+
+
+def outcome_of(code: int) -> str:
+    """How a training ended, by its exit code, in the word of its history: `done`, `preempted` or `failed`."""
+    return _OUTCOMES.get(code, "failed")
+
+
+def code_of(outcome: str) -> int:
+    """A training's exit code by how it ended; FAILED for all but `done` and `preempted`."""
+    return next((code for code, word in _OUTCOMES.items() if word == outcome), FAILED)
+
 
 @dataclass
 class Outcome:

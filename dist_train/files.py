@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a folder that is one process's alone."""
+"""Files that appear whole or not at all, and a lock on a file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def remove_partial(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, wait: float) -> Iterator[None]:
-    """Hold a folder for this process alone; the kernel gives it back when the process ends, however it ends.
+def claimed(path: Path, wait: float) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is made if it is missing and then names this process; the kernel releases
+    the lock when the process ends, however it ends.
 
-    wait: seconds for another holder to leave. Raises BlockingIOError, with who holds it as its text, when it
-    stays, and OSError where the file system refuses.
+    wait: seconds to wait for another process that holds it. Raises BlockingIOError, whose text names that process, when
+    it still does, and OSError where the file system refuses.
     """
-    with (folder / ".lock").open("a+") as file:
+    with path.open("a+") as file:
         deadline = time.monotonic() + wait
         while True:
             try:

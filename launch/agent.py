@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from dist_train.errors import BAD_INPUT, FAILED, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, say
 from dist_train.signals import SIGNALS, ignore_at_exit
 
 
@@ -53,7 +53,7 @@ def main() -> int:
             ended = signal.Signals(-failure.exitcode).name
             say(f"rank {rank} (process {failure.pid}) was ended by {ended}")
         return BAD_INPUT if failure.exitcode == BAD_INPUT else FAILED
-    return 0
+    return DONE
 
 
 def _children() -> set[int]:

@@ -28,11 +28,12 @@ from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node
-from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
 from dist_train.files import write_atomic
 from dist_train.reports import table
-from dist_train.runs import checkpoint
+from dist_train.runs import layout
 from dist_train.runs.history import read_history
+from dist_train.runs.run import Run
 from dist_train.signals import SIGNALS, ignore_at_exit
 
 _MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
@@ -142,7 +143,7 @@ class Training:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
         arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # the last one counts
         known = len(read_history(self.run_dir))
-        outcome = ""
+        code = FAILED
         if not self.stopping:
             self.process = subprocess.Popen(torchrun(arguments, per_node, here, meeting))
             if self.stopping:  # meanwhile
@@ -152,13 +153,14 @@ class Training:
             code = self.process.wait()
             if code == BAD_INPUT:
                 return code
-            if code == 0:
-                outcome = "done"
-        # otherwise by its record: a late signal may end torchrun when its ranks have done all
-        outcome = outcome or _outcome(self.run_dir, known, self.stopping)
-        if outcome == "done" and here.main and self.group:
-            print(table.write(self.run_dir.parent), flush=True)
-        return {"done": DONE, "preempted": PREEMPTED}.get(outcome, FAILED)
+        if code != DONE:  # by its record: a late signal may end torchrun when its ranks have done all
+            code = code_of(_outcome(self.run_dir, known, self.stopping))
+        if code == DONE and here.main and self.group:
+            try:
+                print(table.write(self.run_dir.parent), flush=True)
+            except UserError as error:  # another member's folder is damaged; this training is done
+                say(f"no table: {error}")
+        return code
 
     def stop(self) -> None:
         """Have the ranks finish their step, save it and leave, and wait for it. Safe in a signal handler."""
@@ -186,7 +188,7 @@ class Training:
     def _meet(self, here: Place) -> str:
         """HOST:PORT where the ranks of all nodes meet: the first node chooses it and leaves it in the run folder.
         Raises UserError when this node does not see it there."""
-        folder = self.run_dir / "meetings"
+        folder = self.run_dir / layout.MEETINGS
         path = folder / here.start
         if here.main:
             with socket.socket() as free:
@@ -274,8 +276,7 @@ def _requeue(run_dir: Path, step: int, asked: Sequence[int]) -> bool:
 
 
 def _newest(run_dir: Path) -> int:
-    folder = run_dir / "checkpoints"
-    return max(checkpoint.steps(folder), default=0) if folder.is_dir() else 0
+    return max(Run(run_dir).checkpoints, default=0)
 
 
 @command

@@ -34,13 +34,13 @@ from dist_train.command_line import Parser, command
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
 from dist_train.distributed.launcher import gpus_here
-from dist_train.errors import UserError
+from dist_train.errors import DONE, FAILED, UserError
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
 from dist_train.reports import table
 from dist_train.runs import layout
-from dist_train.runs.layout import SUMMARY
+from dist_train.runs.run import Run
 
 _POLL = 2.0  # seconds between two looks at a job
 _FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
@@ -107,11 +107,14 @@ class Result:
 
     @classmethod
     def read(cls, run_dir: Path) -> Result:
-        """Raises OSError for a run that is not done."""
-        summary = json.loads((run_dir / SUMMARY).read_text())
+        """Raises UserError for a run that is not done."""
+        run = Run(run_dir)
+        run.need(layout.SUMMARY)
         keys = ("test_accuracy", "train_seconds", "weights_sha256")
-        tta = summary.get("test_accuracy_tta")
-        return cls(run_dir=run_dir, test_accuracy_tta=tta, summary=summary, **{key: summary[key] for key in keys})
+        found = {key: run.summary[key] for key in keys}
+        return cls(
+            run_dir=run_dir, test_accuracy_tta=run.summary.get("test_accuracy_tta"), summary=run.summary, **found
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Job:
             return cluster.state(self.id)
         if not self.handle.done():
             return "RUNNING"
-        return "COMPLETED" if (self.run_dir / SUMMARY).exists() else "FAILED"
+        return "COMPLETED" if Run(self.run_dir).done else "FAILED"
 
     def wait(self) -> str:
         """Wait until it has ended for good, through any number of requeues. Returns its last state."""
@@ -140,10 +143,10 @@ class Job:
         return state
 
     def result(self) -> Result:
-        """Wait for the end, and read what came out. Raises JobError."""
+        """Wait for the end, and read what came out. Raises JobError, and UserError for a damaged summary."""
         state = self.wait()
         # not submitit's own result: it takes the loss of a node for the end, although Slurm starts the job again
-        if state in ("COMPLETED", "") and (self.run_dir / SUMMARY).exists():
+        if state in ("COMPLETED", "") and Run(self.run_dir).done:
             return Result.read(self.run_dir)
         tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
         ended = f"ended as {state}" if state else "has ended, and Slurm no longer knows how"
@@ -407,10 +410,10 @@ def main(arguments: list[str] | None = None) -> int:
     plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
     if args.dry_run:
         print(_described(plan))
-        return 0
+        return DONE
     jobs = _start(plan)
     _follow(jobs, plan)
-    return _finish(jobs, plan.trainings[0].group) if args.wait or args.local else 0
+    return _finish(jobs, plan.trainings[0].group) if args.wait or args.local else DONE
 
 
 def _described(plan: _Plan) -> str:
@@ -442,19 +445,19 @@ def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
 
 def _finish(jobs: Sequence[Job], is_array: bool) -> int:
     """Wait for all, and print what came out. Returns the exit code."""
-    failed = 0
+    code = DONE
     for job in jobs:
         try:
             result = job.result()
         except JobError as error:
             print(error, file=sys.stderr, flush=True)
-            failed = 1
+            code = FAILED
             continue
         tta = f" ({100 * result.test_accuracy_tta:.2f} % with TTA)" if result.test_accuracy_tta is not None else ""
         print(f"{job.run_dir}: test accuracy {100 * result.test_accuracy:.2f} %{tta}", flush=True)
     if is_array:
         print(table.write(jobs[0].run_dir.parent), end="", flush=True)
-    return failed
+    return code
 
 
 if __name__ == "__main__":

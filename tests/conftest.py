@@ -17,6 +17,16 @@ REPOSITORY = Path(__file__).parent.parent
 # a network of all the parts, small enough to train in seconds on a fraction of a CPU; in the precision that is fast on
 # every CPU, where it is not what a test is about
 TINY = ["train.epochs=2", "batch_size=256", "precision=fp32", "record.wandb=disabled"]
+# the least that summary.json of a made-up run holds, for the commands that read it
+SUMMARY: dict[str, Any] = {
+    "test_accuracy": 0.9,
+    "train_seconds": 10.0,
+    "images_per_second": 100.0,
+    "weights_sha256": "0" * 64,
+    "world_size": 1,
+    "device": "CPU",
+    "git_commit": None,
+}
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the files that take longest, in the order in which tests/run.sh's workers take them: none is left alone at the end
 LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from dist_train.runs import layout
+
 # The floors of the house, from the ground up. A module may import modules of its own package and of lower floors: no
 # module of a higher floor, and none of another package on its own. CONTRIBUTING.md states the rule.
 FLOORS = (
@@ -32,15 +34,9 @@ WITHOUT_TORCH = (
     *("config", "tracking", "reports"),
 )
 WITHOUT_TORCH_TOO = (
-    "runs.layout",
-    "runs.metrics",
-    "runs.history",
-    "runs.run",
-    "training.recorder",
-    "training.progress",
-    "model.shapes",
-    "data.dataset",
-    "main",
+    *("main", "data.dataset", "model.shapes", "training.recorder", "training.progress"),
+    *("runs.layout", "runs.contents", "runs.metrics", "runs.history", "runs.run", "runs.trees"),
+    *("launch.node", "launch.cluster", "launch.submit", "launch.quickstart"),
 )
 # The only modules that import others of ours inside a function: after the checks that need no torch, or for a command
 # of many. Each says why at the place.
@@ -128,6 +124,22 @@ def test_there_is_no_circle() -> None:
 def test_imports_stand_at_the_top() -> None:
     late = {name for name, path in modules().items() for other, inside in imports(path) if inside and other}
     assert late <= {*LATE}
+
+
+def test_names_of_a_run_folder_stand_in_its_layout() -> None:
+    """But for modules that are below it, and those that are to follow."""
+    names = {value for key, value in vars(layout).items() if key.isupper() and isinstance(value, str) and "." in value}
+    names |= {layout.CHECKPOINTS, ".sha256", ".damaged"}
+    literal = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if package(module) != "data_prep"  # which has files of its own
+        and isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (node.value in names or node.value.startswith("step-"))
+    }
+    assert literal <= {"runs.layout", "config.loading", "training.train", "training.run_writer", "tracking.worker"}
 
 
 def test_configuration_reports_tracking_and_readers_need_no_torch() -> None:

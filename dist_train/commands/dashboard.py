@@ -14,6 +14,7 @@ import json
 
 from dist_train.command_line import Parser, command
 from dist_train.config.settings import RecordConfig
+from dist_train.errors import DONE
 from dist_train.tracking.dashboard import BLOCKS, NAME, save, workspace
 
 
@@ -37,4 +38,4 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))
     else:
         print(save(view))
-    return 0
+    return DONE

@@ -16,10 +16,11 @@ from pathlib import Path
 from dist_train import config
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Config
-from dist_train.errors import UserError
+from dist_train.errors import DONE, UserError
 from dist_train.files import write_atomic
 from dist_train.reports.architecture import images, layers, markdown, shape_text, text, totals
 from dist_train.reports.drawing import PICTURES, figure, image_bytes
+from dist_train.runs.layout import SETTINGS
 
 
 def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
@@ -29,12 +30,12 @@ def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
     if what in config.presets():
         return what, config.load(what, None, settings)
     if path.is_dir():
-        path /= "config.toml"
+        path /= SETTINGS
     if not path.exists():
         raise UserError(
             f"{what}: neither a preset ({', '.join(config.presets())}) nor a TOML file or run folder; name one"
         )
-    name = path.resolve().parent.name if path.name == "config.toml" else path.stem
+    name = path.resolve().parent.name if path.name == SETTINGS else path.stem
     return name, config.load(None, path, settings)
 
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: images of {shape_text(image_shape)}, {classes} classes\n\n{shown}", end="")
         if picture:
             print(f"picture: {picture}")
-    return 0
+    return DONE
 
 
 def _size(words: str) -> tuple[int, int]:

@@ -21,9 +21,10 @@ from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.device import autocast
 from dist_train.distributed.ranks import join_ranks
-from dist_train.errors import UserError
+from dist_train.errors import DONE, UserError
 from dist_train.inference.trained_network import load
 from dist_train.reports.statistics import often_taken_for, proportion
+from dist_train.runs.layout import is_run
 from dist_train.runs.metrics import write_evaluation
 from dist_train.training.evaluation import evaluate
 
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--write", action="store_true", help="write it to evaluation.json of the run folder, for its report")
     args = parser.parse_args(arguments)
 
-    if args.write and (not (args.checkpoint / "config.toml").exists() or args.split != "test"):
+    if args.write and (not is_run(args.checkpoint) or args.split != "test"):
         raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; leave --write out")
     trained = load(args.checkpoint, "cpu")
     t, config = trained.config.train, trained.config.data
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             if args.write:
                 write_evaluation(args.checkpoint, details)
             print(json.dumps(details) if args.json else described(details))
-    return 0
+    return DONE
 
 
 def described(details: dict[str, Any]) -> str:

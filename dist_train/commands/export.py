@@ -21,17 +21,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import UserError, say
+from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.inference.export import FILES, export
 from dist_train.inference.trained_network import load
-
-
-def _run_dir(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint is or lies in."""
-    if checkpoint.is_dir():
-        return checkpoint
-    above = checkpoint.resolve().parent.parent
-    return above if (above / "config.toml").exists() and (above / "checkpoints" / checkpoint.name).exists() else None
+from dist_train.runs.layout import EXPORT, run_of
 
 
 @command
@@ -44,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", metavar="DIR", type=Path, help="where to (default: export, in the run folder or beside the checkpoint)"
     )
     options = described.parse_args(arguments)
-    formats, code = [*dict.fromkeys(options.format or FILES)], 0
+    formats, code = [*dict.fromkeys(options.format or FILES)], DONE
 
     network = load(options.checkpoint, "cpu")
-    run_dir = _run_dir(options.checkpoint)
-    out = options.out or (run_dir or options.checkpoint.parent) / "export"
+    run_dir = options.checkpoint if options.checkpoint.is_dir() else run_of(options.checkpoint)
+    out = options.out or (run_dir or options.checkpoint.parent) / EXPORT
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,12 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
     if "onnx" in formats and missing:
         say(f"{FILES['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
         formats.remove("onnx")
-        code = 1 if options.format else 0
+        code = FAILED if options.format else DONE
     try:
         wrong = export(network, out, formats, run_dir) if formats else []
     except OSError as error:
         say(f"{out}: cannot be written ({error.strerror}); make room, or name another folder with --out")
-        return 1
+        return FAILED
     for sentence in wrong:
         say(sentence)
-    return 1 if wrong else code
+    return FAILED if wrong else code

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
+from dist_train.errors import DONE, UserError
 from dist_train.reports.plots import draw
 
 
@@ -18,8 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("plots", __doc__)
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run folder")
-    parser.add_argument("--dataset", default="", help="name for the titles (default: from summary.json)")
+    parser.add_argument("--dataset", default="", help="name for the titles (default: from config.toml)")
     options = parser.parse_args(arguments)
-    for path in draw(options.run_dir, dataset=options.dataset):
+    try:
+        paths = draw(options.run_dir, dataset=options.dataset)
+    except OSError as error:
+        raise UserError(f"{options.run_dir}: the plots cannot be written ({error.strerror}); make room") from None
+    for path in paths:
         print(path)
-    return 0
+    return DONE

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Tta
 from dist_train.data_prep.images import SUFFIXES
-from dist_train.errors import UserError, say
+from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.inference.trained_network import TrainedNetwork, load, read_image
 
 _KINDS = (*SUFFIXES, ".gif")  # of a folder's files, by their names
@@ -138,11 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # Pillow's, of pictures that it reads all the same
 
     network = load(options.checkpoint, options.device)
-    code, width = 0, max(map(len, network.classes))
+    code, width = DONE, max(map(len, network.classes))
     for found in results(network, sources(options.images), options.batch, options.top, options.tta):
         if isinstance(found, UserError):
             say(str(found))
-            code = 1
+            code = FAILED
         elif options.json:
             name, answer = found
             predictions = [{"class": cls, "probability": p} for cls, p in answer]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import UserError
+from dist_train.errors import DONE, UserError
 from dist_train.files import write_atomic
 from dist_train.reports.page import page
 
@@ -35,4 +35,4 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
     print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
-    return 0
+    return DONE

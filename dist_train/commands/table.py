@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
+from dist_train.errors import DONE
 from dist_train.reports.table import write
 
 
@@ -20,4 +21,4 @@ def main(arguments: list[str] | None = None) -> int:
     described = Parser("table", __doc__)
     described.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
     print(write(described.parse_args(arguments).group), end="")
-    return 0
+    return DONE

@@ -21,9 +21,11 @@ from torch.export import ExportedProgram
 from dist_train import config, data_prep
 from dist_train.config.settings import RecordConfig
 from dist_train.files import write_atomic
-from dist_train.inference.model_card import Check, Checked, card
+from dist_train.inference.model_card import Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
 from dist_train.model.network import BatchNorm
+from dist_train.runs.layout import SETTINGS
+from dist_train.runs.run import Run
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 _TOLERANCE = 1e-4  # of the largest logit
@@ -102,7 +104,7 @@ def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
     with contextlib.suppress(data_prep.DataError):
         folder = network.config.data.folder
         found = data_prep.check(folder)
-        if found.splits["test"].content_sha256 == network.content_sha256["test"]:
+        if found.splits["test"].content_sha256 == network.content_sha256.get("test"):
             pixels = torch.from_numpy(data_prep.read_split(folder, "test")[0][:_IMAGES])
             return pixels.permute(0, 3, 1, 2) / 255, f"{len(pixels)} test images of {network.dataset}"
     height, width, channels = network.image_shape
@@ -116,9 +118,12 @@ def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
-    """Write the files and the card into the folder `out`, and a line for each to stdout. Returns what is wrong with
-    those that failed the comparison; they are removed again. Raises OSError."""
+    """Write the files and the card into the folder `out`, and a line for each to stdout.
 
+    run_dir: of the run that trained the network, None where that is not known. Returns what is wrong with those that
+    failed the comparison; they are removed again. Raises OSError, and UserError before anything is written.
+    """
+    results = Results.of(network, Run(run_dir) if run_dir else None)
     images, which = images_to_compare(network)
     expected = _logits(network.logits, images)
     largest = expected.abs().max().item()
@@ -151,8 +156,8 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
                 f"{path}: its logits differ by {difference:.2g} where they are up to {largest:.2g}, more than one in "
                 f"{1 / _TOLERANCE:,.0f}; it is removed"
             )
-    write_atomic(out / "config.toml", config.to_toml(network.config).encode())
-    write_atomic(out / "README.md", card(network, run_dir, Checked(len(images), which, largest, checks)).encode())
+    write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
+    write_atomic(out / "README.md", card(network, results, Checked(len(images), which, largest, checks)).encode())
     print(f"compared on {which}, with logits of up to {largest:.3g}; described in {out / 'README.md'}", flush=True)
     return wrong
 

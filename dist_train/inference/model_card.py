@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from dist_train.inference.trained_network import TrainedNetwork, stamp
 from dist_train.reports.architecture import markdown, totals
 from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import often_taken_for, proportion
-from dist_train.runs.layout import EVALUATION, SUMMARY
+from dist_train.runs.run import Run
 
 _ENVIRONMENT = {"code": "digest of dist_train's code", "threads": "CPU threads", "instructions": "CPU instructions"}
 
@@ -73,11 +71,28 @@ class Checked:
     checks: Sequence[Check]
 
 
-def card(network: TrainedNetwork, run_dir: Path | None, checked: Checked) -> str:
-    """README.md of an export, Markdown with front matter. run_dir: where the network was trained, if known; figures are
-    taken from there when they are of these very weights. Only files that were checked are described."""
+@dataclass(frozen=True)
+class Results:
+    """What a run's folder tells of a network: its summary and its last evaluation, each empty where it is missing, or
+    is of other weights."""
+
+    summary: dict[str, Any]
+    evaluation: dict[str, Any]
+
+    @classmethod
+    def of(cls, network: TrainedNetwork, run: Run | None) -> Results:
+        """run: that trained the network, None where it is not known. Raises UserError."""
+        summary, evaluation = (run.summary, run.evaluation or {}) if run else ({}, {})
+        return cls(
+            summary if summary.get("weights_sha256") == stamp(network)["weights_sha256"] else {},
+            evaluation if evaluation.get("step") == network.step else {},
+        )
+
+
+def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
+    """README.md of an export, Markdown with front matter. Only files that were checked are described."""
     digest = stamp(network)["weights_sha256"]
-    summary, evaluation = _recorded(run_dir, network, digest)
+    summary, evaluation = results.summary, results.evaluation
     height, width, channels = network.image_shape
     name = DATASETS.get(network.dataset, network.dataset)
     about, biases, terms = _DATA.get(
@@ -118,19 +133,6 @@ def card(network: TrainedNetwork, run_dir: Path | None, checked: Checked) -> str
     front = yaml.safe_dump(_front(network, evaluation), sort_keys=False, allow_unicode=True)
     return (
         "\n\n".join([f"---\n{front}---", f"# {name}, classified by a block network", *map(str.strip, sections)]) + "\n"
-    )
-
-
-def _recorded(run_dir: Path | None, network: TrainedNetwork, digest: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The run's summary and its last evaluation, each empty where it is not there, or is of other weights."""
-    read = [
-        json.loads((run_dir / file).read_text()) if run_dir and (run_dir / file).exists() else {}
-        for file in (SUMMARY, EVALUATION)
-    ]
-    summary, evaluation = read
-    return (
-        summary if summary.get("weights_sha256") == digest else {},
-        evaluation if evaluation.get("step") == network.step else {},
     )
 
 
@@ -220,8 +222,8 @@ def _training(network: TrainedNetwork, summary: dict[str, Any]) -> str:
         facts["computed by"] = f"{summary['device']}, {summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
         facts["time"] = f"{summary['train_seconds']:,.1f} s, {summary['images_per_second']:,.0f} images/s"
         facts["commit"] = summary["git_commit"] or "none"
-    for found in network.environments:
-        facts |= {_ENVIRONMENT.get(key, key): value for key, value in found.items()}
+    for environment in network.environments:
+        facts |= {_ENVIRONMENT.get(key, key): value for key, value in environment.items()}
     several = len(network.environments) - 1
     moved = f"\nThe run went on in another environment {several} time{'s' * (several > 1)}; the last one is given.\n"
     text = _table(["", ""], [[name, str(value)] for name, value in facts.items()]) + moved * (several > 0)

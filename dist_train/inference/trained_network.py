@@ -30,8 +30,8 @@ from dist_train.data_prep.images import square, unreadable
 from dist_train.errors import UserError, say
 from dist_train.model.network import BlockNetwork, weights_digest
 from dist_train.model.tta import views
-from dist_train.runs import checkpoint
-from dist_train.runs.checkpoint import wrong
+from dist_train.runs import checkpoint, layout
+from dist_train.runs.checkpoint import Checkpoint, DataDescription, wrong
 from dist_train.runs.environment import Environment
 
 Pixels = npt.NDArray[Any] | Tensor
@@ -53,19 +53,14 @@ class TrainedNetwork(nn.Module):
     std: Tensor
 
     def __init__(
-        self, network: BlockNetwork, config: Config, data: dict[str, Any], step: int, environments: list[Environment]
+        self, network: BlockNetwork, config: Config, data: DataDescription, step: int, environments: list[Environment]
     ) -> None:
-        """data: as checkpoints have it: `dataset`, `classes`, `image_shape`, `mean` and `std` of each channel, and
-        `content_sha256`."""
         super().__init__()
         self.network, self.config, self.step, self.environments = network, config, step, environments
-        self.dataset: str = data["dataset"]
-        self.classes: tuple[str, ...] = tuple(data["classes"])
-        self.content_sha256: dict[str, str] = data["content_sha256"]
-        height, width, channels = data["image_shape"]
-        self.image_shape: tuple[int, int, int] = height, width, channels
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(data[name])[:, None, None], persistent=False)
+        self.dataset, self.classes, self.image_shape = data.dataset, data.classes, data.image_shape
+        self.content_sha256 = data.content_sha256
+        for name, values in (("mean", data.mean), ("std", data.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Floats from 0 to 1, (N, C, H, W), to logits (N, classes). Nothing is checked; gradients flow."""
@@ -165,9 +160,10 @@ def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "cuda"] = 
         found = _newest(found)
     elif not found.exists():
         raise UserError(f"{found}: there is no such file; {_REMEDY}")
-    elif found.with_name(found.name + ".sha256").exists() and (why := wrong(found)):
+    elif layout.checksum_path(found).exists() and (why := wrong(found)):
         raise UserError(f"{found} {why}: it is damaged; name another checkpoint of the run, or a copy of it")
-    return _built(_state(found), found).to(device)
+    read, weights_sha256 = _read(found)
+    return _built(read, weights_sha256, found).to(device)
 
 
 def predict(
@@ -238,60 +234,64 @@ def stamp(network: TrainedNetwork) -> dict[str, str]:
 
 def _newest(run_dir: Path) -> Path:
     """The newest whole checkpoint of a run, whose folder is left as it is."""
-    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
+    for path in reversed(layout.checkpoints(layout.checkpoint_folder(run_dir))):
         if not (why := wrong(path)):
             return path
         say(f"checkpoint {path} {why}; the one before it is used")
     raise UserError(f"{run_dir}: holds no whole checkpoint; {_REMEDY}")
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, or an exported file in the same form."""
-    state: Any = None
+def _read(path: Path) -> tuple[Checkpoint, str | None]:
+    """What a checkpoint holds, or an exported file as far as it holds the same, and the SHA-256 that the weights should
+    have, None where the file does not say."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                state = _unstamped(file.metadata() or {})
-                state["model"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found, weights_sha256 = _unstamped(file.metadata() or {}, model)
         else:
-            state = checkpoint.load(path)
+            found, weights_sha256 = checkpoint.read(path), None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
     except Exception:  # torch raises all sorts
-        state = None
-    if not isinstance(state, dict) or not state.keys() >= {"step", "model"}:
-        raise UserError(f"{path}: is damaged, or none of dist_train's files (code in a file is never run); {_REMEDY}")
-    if not state.keys() >= {"config", "data"}:
+        raise UserError(
+            f"{path}: is damaged, or none of dist_train's files (code in a file is never run); {_REMEDY}"
+        ) from None
+    if found.config is None or found.data is None:
         raise UserError(f"{path}: is of an earlier version, which left out the configuration; train the network again")
-    return state
+    return found, weights_sha256
 
 
-def _unstamped(found: dict[str, str]) -> dict[str, Any]:
-    """The entries of a checkpoint, without the weights, from a `stamp`."""
-    data = {key: json.loads(found[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
-    return {
-        "data": {"dataset": found["dataset"], **data},
-        "step": json.loads(found["step"]),
-        "environments": json.loads(found["environments"]),
-        "weights_sha256": found["weights_sha256"],
-        "config": found["config"],
-    }
+def _unstamped(stamped: dict[str, str], model: dict[str, Tensor]) -> tuple[Checkpoint, str]:
+    """A checkpoint without the optimizers' state from a `stamp` and the weights, and the SHA-256 that these should
+    have."""
+    data = {key: json.loads(stamped[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
+    found = Checkpoint(
+        step=json.loads(stamped["step"]),
+        model=model,
+        environments=json.loads(stamped["environments"]),
+        config=stamped["config"],
+        data=DataDescription.from_dict({"dataset": stamped["dataset"], **data}),
+    )
+    return found, stamped["weights_sha256"]
 
 
-def _built(state: dict[str, Any], path: Path) -> TrainedNetwork:
+def _built(read: Checkpoint, weights_sha256: str | None, path: Path) -> TrainedNetwork:
+    assert read.config is not None
+    assert read.data is not None
     try:
-        settings = parse(state["config"])
-        height, width, channels = state["data"]["image_shape"]
+        settings = parse(read.config)
+        height, width, channels = read.data.image_shape
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and at once replaced
             network = BlockNetwork(
-                settings.model, (channels, height, width), len(state["data"]["classes"]), settings.train.microbatches
+                settings.model, (channels, height, width), len(read.data.classes), settings.train.microbatches
             )
-        network.load_state_dict(state["model"])
-        trained = TrainedNetwork(network, settings, state["data"], state["step"], state["environments"])
-    except (KeyError, TypeError, ValueError, RuntimeError):
+        network.load_state_dict(read.model)
+        trained = TrainedNetwork(network, settings, read.data, read.step, read.environments)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         raise UserError(
             f"{path}: does not fit this version of dist_train; use the one that it was trained with"
         ) from None
-    if state.get("weights_sha256") not in (None, weights_digest(network)):
+    if weights_sha256 not in (None, weights_digest(network)):
         raise UserError(f"{path}: its weights do not match their SHA-256: it is damaged; export it again")
     return trained.eval()

@@ -2,95 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dist_train import config
-from dist_train.data_prep.files import sha256_of
-from dist_train.errors import UserError
-from dist_train.runs.history import read_history
-from dist_train.runs.layout import METRICS, SUMMARY
-from dist_train.runs.metrics import Row, read_digests, read_metrics
+from dist_train.errors import UserError, say
+from dist_train.runs.contents import read_checksum
+from dist_train.runs.layout import METRICS
+from dist_train.runs.metrics import Row
+from dist_train.runs.run import Run
+from dist_train.runs.trees import leaves
 
-OPTIMIZERS = "optimizers"  # where a checkpoint has their state, and how its tensors' names begin
 
-
-class Run:
-    """What a run folder holds that can be compared. Raises UserError where the folder is none of a run."""
+class Record:
+    """What of a run can be compared, by step. Raises UserError for a folder without a finished step."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / METRICS
-        try:
-            steps, evals = read_metrics(path)
-            self.digests = read_digests(path)
-            self.history = read_history(folder)
-            summary = folder / SUMMARY
-            self.summary: Row = json.loads(summary.read_text()) if summary.exists() else {}
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{folder} is not the folder of a run: it has no {METRICS}") from None
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{folder} holds a damaged file ({error})") from None
-        if not steps:
+        self.run, self.folder = Run(folder), folder
+        self.run.need(METRICS)
+        if not self.run.steps:
             raise UserError(f"{folder} has no finished step yet: there is nothing to compare")
-        self.steps = {row["step"]: row for row in steps}
-        self.evals = {row["step"]: row for row in evals}
-        self.last: int = steps[-1]["step"]
-        self.checkpoints = {int(path.stem.removeprefix("step-")): path for path in folder.glob("checkpoints/step-*.pt")}
-
-    @property
-    def final(self) -> str | None:
-        """SHA-256 of the final weights; None before the run's end."""
-        return self.summary.get("weights_sha256")
+        self.steps = {row["step"]: row for row in self.run.steps}
+        self.evals = {row["step"]: row for row in self.run.evals}
+        self.last: int = self.run.steps[-1]["step"]
+        self.digests, self.checkpoints = self.run.digests, self.run.checkpoints
+        # SHA-256 of the final weights; None before the run's end
+        self.final: str | None = self.run.summary.get("weights_sha256")
 
     def checksum(self, step: int) -> str | None:
         """SHA-256 of the checkpoint after `step`; None where there is none."""
-        if (path := self.checkpoints.get(step)) is None:
-            return None
-        try:
-            return path.with_name(path.name + ".sha256").read_text().split()[0]
-        except (OSError, IndexError):
-            return None
+        return read_checksum(self.checkpoints[step]) if step in self.checkpoints else None
 
-    def state(self, step: int) -> dict[str, str] | None:
-        """Digests of the tensors of the checkpoint after `step`, by name, the weights before the optimizers'.
-        None, and a line on stderr, where it cannot be read."""
-        import torch  # takes seconds, which two equal runs need not
-
-        from dist_train.runs import checkpoint
+    def tensor_digests(self, step: int) -> dict[str, str] | None:
+        """Of the checkpoint after `step`. None, and a line on stderr, where it cannot be read."""
+        from dist_train.runs import checkpoint  # imports torch, for seconds, which two equal runs need not
 
         path = self.checkpoints[step]
         try:
-            if sha256_of(path) != self.checksum(step):
-                raise ValueError("it does not match its checksum")
-            state = checkpoint.load(path)
-            named = [*leaves(state["model"]), *leaves(state["optimizers"], OPTIMIZERS)]
+            if why := checkpoint.wrong(path):
+                raise ValueError(f"it {why}")
+            return checkpoint.tensor_digests(checkpoint.read(path))
         except Exception as error:  # a running run has removed it, or another version wrote it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"diff: {path} is left out ({reason})", file=sys.stderr)
+            say(f"{path} is not compared ({reason})")
             return None
-        return {
-            name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, tensor in named
-            if isinstance(tensor, torch.Tensor)
-        }
-
-    def environment(self, before: int) -> dict[str, list[Any]]:
-        """What the steps up to `before` were computed with, by dotted name: every value there was, in order."""
-        starts = [row for row in self.history if row["event"] == "start" and row.get("step", 0) < before]
-        found: dict[str, list[Any]] = {}
-        for row in starts:
-            described = {**(row.get("environment") or {}), "world_size": row.get("world_size")}
-            for name, value in leaves(described):
-                if value not in found.setdefault(name, []):
-                    found[name].append(value)
-        return found
 
 
 class Parting(NamedTuple):
@@ -111,7 +67,7 @@ class Weights(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return "optimizer state" if self.names and self.names[0].startswith(OPTIMIZERS) else "weights"
+        return "optimizer state" if self.names and self.names[0].startswith("optimizers.") else "weights"
 
     def __str__(self) -> str:
         if self.different:
@@ -125,10 +81,10 @@ class Weights(NamedTuple):
         return "weights: not compared, no step has digests or a checkpoint in both runs"
 
 
-def compare(a: Run, b: Run) -> tuple[bool, list[str]]:
+def compare(a: Record, b: Record) -> tuple[bool, list[str]]:
     """Whether all that both runs have is equal, and the lines to say so: the verdict first."""
     common = min(a.last, b.last)
-    shorter, longer = sorted((a, b), key=lambda run: run.last)
+    shorter, longer = sorted((a, b), key=lambda record: record.last)
     weights = _weights(a, b)
     found = [*_rows(a.steps, b.steps, 0, "at"), *_rows(a.evals, b.evals, 3, "at the evaluation after")]
     if weights.names:
@@ -136,7 +92,7 @@ def compare(a: Run, b: Run) -> tuple[bool, list[str]]:
     elif weights.different:
         words = f"in the final weights, after step {weights.different}: {a.final} and {b.final}"
         found.append(Parting(weights.different, 2, words))
-    if shorter.last < longer.last and shorter.summary:
+    if shorter.last < longer.last and shorter.run.done:
         words = f"at step {common + 1}: {longer.folder} has it, {shorter.folder} is finished before it"
         found.append(Parting(common + 1, 0, words))
     if found:
@@ -147,7 +103,7 @@ def compare(a: Run, b: Run) -> tuple[bool, list[str]]:
                 f"to see more: they part between step {weights.equal} and step {first.step}; train both again, in new "
                 f"run folders, with record.digest_every=1"
             )
-        return False, [*lines, *_settings(a, b), *_environment(a, b, first.step)]
+        return False, [*lines, *_settings(a.run, b.run), *_environment(a.run, b.run, first.step)]
     evals = len(a.evals.keys() & b.evals.keys())
     counted = f"{evals} evaluation{'s' * (evals != 1)}"
     if a.final and b.final:
@@ -166,7 +122,7 @@ def _rows(a: dict[int, Row], b: dict[int, Row], phase: int, where: str) -> Itera
             return
 
 
-def _weights(a: Run, b: Run) -> Weights:
+def _weights(a: Record, b: Record) -> Weights:
     """Compare the weights after every step that tells of them in both runs, up to the first that differ."""
     equal = 0
     for step in sorted(a.steps.keys() & b.steps.keys()):
@@ -176,9 +132,9 @@ def _weights(a: Run, b: Run) -> Weights:
         if not names and None not in sums:
             # Equal files need no reading; others may still hold equal tensors. Digests of the weights do not tell
             # of the optimizers.
-            states = (a.state(step), b.state(step)) if sums[0] != sums[1] else ({}, {})
-            if states[0] is not None and states[1] is not None:
-                told, names = True, _differing(states[0], states[1])
+            mine, other = (a.tensor_digests(step), b.tensor_digests(step)) if sums[0] != sums[1] else ({}, {})
+            if mine is not None and other is not None:
+                told, names = True, _differing(mine, other)
         if names:
             return Weights(equal, step, names)
         if told:
@@ -195,9 +151,8 @@ def _differing(a: Row, b: Row) -> list[str]:
 
 def _settings(a: Run, b: Run) -> Iterator[str]:
     """A line for each setting that differs and that the weights depend on."""
-
     try:
-        mine, other = (config.load(None, run.folder / "config.toml", []) for run in (a, b))
+        mine, other = a.settings, b.settings
     except UserError as error:
         yield f"settings: not compared; {error}"
         return
@@ -213,12 +168,3 @@ def _environment(a: Run, b: Run, before: int) -> Iterator[str]:
         values = [", then ".join(map(str, found.get(name, ["not recorded"]))) for found in (one, other)]
         if values[0] != values[1]:
             yield f"environment: {name} is {values[0]} and {values[1]}"
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in nested dicts and lists, each with its dotted name."""
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value

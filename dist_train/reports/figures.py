@@ -14,8 +14,8 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.reports.groups import Shown
 from dist_train.reports.plots import smooth
-from dist_train.reports.runs import Run
 from dist_train.reports.statistics import proportion
 from dist_train.runs.metrics import Row
 
@@ -53,7 +53,7 @@ class Figure:
     height: int = _HIGH
 
 
-def curves(runs: Sequence[Run]) -> list[Figure]:
+def curves(runs: Sequence[Shown]) -> list[Figure]:
     """What the runs recorded while training: loss, accuracies, and below them rate, speed and gradient. A quantity
     that none of them has is left out."""
     found = [
@@ -67,7 +67,7 @@ def curves(runs: Sequence[Run]) -> list[Figure]:
 
 
 def _by_batch(
-    runs: Sequence[Run], key: str, title: str, unit: str, *, smoothed: bool = True, from_zero: bool = False
+    runs: Sequence[Shown], key: str, title: str, unit: str, *, smoothed: bool = True, from_zero: bool = False
 ) -> Figure | None:
     """A quantity that every step has. The axis is logarithmic where the line falls below a tenth of its highest value,
     as in the plots of a run folder."""
@@ -75,11 +75,11 @@ def _by_batch(
     batches: list[Row] = []  # behind all lines
     alts, widths, thinned, gaps, without, spans = [], set(), set(), [], [], []
     most = min(1000, max(200, _POINTS // len(runs)))
-    for number, run in enumerate(runs):
+    for number, (run, name, run_color) in enumerate(runs):
         values = _floats([row.get(key) for row in run.steps])
         good = np.isfinite(values)
         if not good.any():
-            without += [run.name] if run.steps else []
+            without += [name] if run.steps else []
             continue
         width = max(5, len(values) // 60) if smoothed and len(values) >= 20 else 1
         mean = smooth(values, width)
@@ -88,7 +88,7 @@ def _by_batch(
         steps = [run.steps[index]["step"] for index in kept]
         line: Row = {"type": "scatter", "mode": "lines" if len(kept) > 30 else "lines+markers", "x": steps}
         if width > 1:
-            color = f"{run.color} {0.35 if len(runs) <= _FEW else 0.12}"
+            color = f"{run_color} {0.35 if len(runs) <= _FEW else 0.12}"
             faint = {"y": _numbers(values[kept]), "line": {"color": color, "width": 1}, "hoverinfo": "skip"}
             batches.append({**line, **faint, "mode": "lines", "meta": {"run": number, "part": "each"}})
             widths.add(width)
@@ -98,8 +98,8 @@ def _by_batch(
                 **line,
                 "y": _numbers(mean[kept]),
                 "customdata": [list(pair) for pair in zip(_numbers(values[kept]), _numbers(epochs), strict=True)],
-                "name": _plain(run.name) if len(runs) > 1 else "",
-                "line": {"color": run.color, "width": 2},
+                "name": _plain(name) if len(runs) > 1 else "",
+                "line": {"color": run_color, "width": 2},
                 "marker": {"size": 5},
                 "hovertemplate": "%{customdata[0]:.4~g}"
                 + (", smoothed %{y:.4~g}" if width > 1 else "")
@@ -107,11 +107,11 @@ def _by_batch(
                 "meta": {"run": number, "part": "mean"},
             }
         )
-        alts.append(f"{run.name} from {values[good][0]:.3g} to {mean[good][-1]:.3g}")
+        alts.append(f"{name} from {values[good][0]:.3g} to {mean[good][-1]:.3g}")
         thinned |= {every} if every > 1 else set()
         if not good.all():
             first = run.steps[int(np.argmin(good))]["step"]
-            gaps.append(f"{run.name} {int((~good).sum()):,} times, first in batch {first:,}")
+            gaps.append(f"{name} {int((~good).sum()):,} times, first in batch {first:,}")
     if not lines:
         return None
     parts, said = [], []
@@ -133,10 +133,10 @@ def _by_batch(
     return Figure(key, title, alt, batches + lines, layout, " ".join(said), parts, height)
 
 
-def _accuracy(runs: Sequence[Run]) -> Figure | None:
+def _accuracy(runs: Sequence[Shown]) -> Figure | None:
     several = len(runs) > 1
     traces, alts, present = [], [], set()
-    for number, run in enumerate(runs):
+    for number, (run, name, run_color) in enumerate(runs):
         epochs = [row["epoch"] for row in run.evals]
         for position, (key, label, color) in enumerate(_ACCURACIES):
             values = 100 * _floats([row.get(f"{key}_accuracy") for row in run.evals])
@@ -148,8 +148,8 @@ def _accuracy(runs: Sequence[Run]) -> Figure | None:
                     "mode": "lines+markers" if len(values) < 50 else "lines",
                     "x": epochs,
                     "y": _numbers(values),
-                    "name": _plain(f"{run.name}, {label}" if several else label),
-                    "line": {"color": run.color if several else color, "dash": _DASHES[position], "width": 2},
+                    "name": _plain(f"{name}, {label}" if several else label),
+                    "line": {"color": run_color if several else color, "dash": _DASHES[position], "width": 2},
                     "marker": {"size": 5},
                     "hovertemplate": "%{y:.2f} %",
                     "meta": {"run": number, "part": key},
@@ -157,7 +157,7 @@ def _accuracy(runs: Sequence[Run]) -> Figure | None:
             )
             present.add(key)
             if key == "test" and np.isfinite(values[-1]):
-                alts.append(f"{run.name} at {values[-1]:.2f} % after epoch {epochs[-1]:g}")
+                alts.append(f"{name} at {values[-1]:.2f} % after epoch {epochs[-1]:g}")
         last = run.evals[-1] if run.evals else {}
         if last.get("test_accuracy_tta") is not None:
             traces.append(
@@ -166,8 +166,8 @@ def _accuracy(runs: Sequence[Run]) -> Figure | None:
                     "mode": "markers",
                     "x": [last["epoch"]],
                     "y": [100 * last["test_accuracy_tta"]],
-                    "name": _plain(f"{run.name}, with TTA" if several else "test with TTA"),
-                    "marker": {"color": run.color if several else "--c1", "size": 10, "symbol": "diamond-open"},
+                    "name": _plain(f"{name}, with TTA" if several else "test with TTA"),
+                    "marker": {"color": run_color if several else "--c1", "size": 10, "symbol": "diamond-open"},
                     "hovertemplate": "%{y:.2f} %",
                     "meta": {"run": number, "part": "tta"},
                 }
@@ -189,24 +189,24 @@ def _accuracy(runs: Sequence[Run]) -> Figure | None:
     return Figure("accuracy", "Accuracy", alt, traces, layout, caption if "train" in present else "", parts)
 
 
-def coefficients(runs: Sequence[Run]) -> list[Figure]:
+def coefficients(runs: Sequence[Shown]) -> list[Figure]:
     """The mixing coefficients of each block over the epochs, a line for each of its convolutions."""
     several = len(runs) > 1
     found = []
-    for block in range(max(len(run.settings.model.blocks) for run in runs)):
+    for block in range(max(len(shown.run.settings.model.blocks) for shown in runs)):
         bands: list[Row] = []  # behind all lines
         lines: list[Row] = []
         labels: dict[int, dict[str, None]] = {}
         alts = []
-        for number, run in enumerate(runs):
+        for number, (run, run_name, run_color) in enumerate(runs):
             if block >= len(run.settings.model.blocks):
                 continue
             names = [each.name for each in run.settings.model.blocks[block].convolutions]
             rows = [row for row in run.evals if len(row.get("coefficients") or ()) > block]
             for branch, name in enumerate(names if rows else ()):
                 pairs = _floats([row["coefficients"][block][branch] for row in rows])
-                color = run.color if several else f"--c{branch % 7}"
-                shown = f"{run.name}, {name}" if several else name
+                color = run_color if several else f"--c{branch % 7}"
+                shown = f"{run_name}, {name}" if several else name
                 band, line = _band([row["epoch"] for row in rows], pairs, shown, color, _DASHES[branch % 6])
                 band["fillcolor"] = f"{color} {0.15 if len(runs) <= _FEW else 0.05}"
                 band["meta"] = line["meta"] = {"run": number, "part": str(branch)}

@@ -11,17 +11,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from dist_train import config
 from dist_train.errors import UserError
 from dist_train.reports import architecture, drawing, figures
+from dist_train.reports.groups import NAMED, Group, Shown, names, read
 from dist_train.reports.plots import DATASETS
-from dist_train.reports.runs import NAMED, Group, Run, counted, duration, names, read
 from dist_train.reports.statistics import interval, proportion
 from dist_train.runs.layout import EVALUATION, SETTINGS
 from dist_train.runs.metrics import Row
+from dist_train.runs.run import Run
 
-_WORDS = {"code": "digest of the code", "instructions": "CPU instructions", "git_commit": "commit", "host": "hosts"}
+_WORDS = {
+    "code": "digest of the code",
+    "instructions": "CPU instructions",
+    "git_commit": "commit",
+    "host": "hosts",
+    "world_size": "ranks",
+}
 
 
 def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
@@ -31,11 +39,11 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
     from plotly.offline import get_plotlyjs
 
     groups, keys, unfinished = read(paths)
-    runs = [run for group in groups for run in group.runs]
+    runs = [shown for group in groups for shown in group.runs]
     curves, coefficients = figures.curves(runs), figures.coefficients(runs)
     panels = [
-        {"run": number, "name": run.name, **figures.predictions(run.evaluation, f"run{number}")}
-        for number, run in enumerate(runs)
+        {"run": number, "name": name, **figures.predictions(run.evaluation, f"run{number}")}
+        for number, (run, name, _) in enumerate(runs)
         if run.evaluation is not None
     ]
     table = [_row(group, keys) for group in groups]
@@ -62,7 +70,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         table=table,
         tta=any(row["accuracies"][1] for row in table),
         intervals={cell["kind"] for row in table for cell in row["accuracies"] if cell},
-        each=[_each(run) for run in runs],
+        each=[_each(shown) for shown in runs],
         notes=_notes(groups, unfinished),
         curves=curves,
         coefficients=coefficients,
@@ -71,7 +79,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         keys=keys,
         settings=[_settings(group) for group in groups],
         environment=_environment(runs),
-        history=[_event(run, row) for run in runs for row in run.history],
+        history=[_event(name, row) for run, name, _ in runs for row in run.history],
         commands=_commands(runs, command),
         figures={each.id: {"data": each.traces, "layout": each.layout} for each in drawn},
         style=Markup((here / "report.css").read_text()),
@@ -91,25 +99,24 @@ def _lead(groups: Sequence[Group]) -> str:
             return "Finished without a test accuracy."
         with_tta = f" ({tta['mean']} % with test-time augmentation)" if tta else ""
         if group.done == 1:
-            epochs = group.runs[0].settings.train.epochs
-            return (
-                f"Test accuracy {cell['mean']} %{with_tta} after {epochs:g} epochs, in {duration(seconds)} of training."
-            )
+            epochs = group.runs[0].run.settings.train.epochs
+            after = f"after {epochs:g} epochs, in {_duration(seconds)} of training"
+            return f"Test accuracy {cell['mean']} %{with_tta} {after}."
         return (
             f"Test accuracy {cell['mean']} %{with_tta} as the mean of {group.done} runs, "
-            f"95 % interval {cell['interval']} %; {duration(seconds)} of training each."
+            f"95 % interval {cell['interval']} %; {_duration(seconds)} of training each."
         )
     if finished:
         means = sorted(statistics.mean(group.row.results("test_accuracy")) for group in finished)
         low, high = (f"{100 * mean:.2f} %" for mean in (means[0], means[-1]))
         spans = f"mean test accuracy from {low} to {high}" if len(means) > 1 else f"test accuracy {high}, one finished"
         return f"{len(groups)} configurations in {sum(len(group.runs) for group in groups)} runs: {spans}."
-    runs = [run for group in groups for run in group.runs]
-    so_far = [f"{run.name} is {_state(run)}" for run in runs]
+    runs = [shown for group in groups for shown in group.runs]
+    so_far = [f"{shown.name} is {_progress(shown.run)}" for shown in runs]
     return f"Not finished: {'; '.join(so_far[:NAMED])}{f'; and {len(runs) - NAMED} more' * (len(runs) > NAMED)}."
 
 
-def _state(run: Run) -> str:
+def _progress(run: Run) -> str:
     """How far a run has come that is not finished."""
     if not run.steps:
         return "at its start"
@@ -121,7 +128,7 @@ def _state(run: Run) -> str:
 
 def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """What was run, in pairs of a heading and lines."""
-    runs = [run for group in groups for run in group.runs]
+    runs = [shown.run for group in groups for shown in group.runs]
 
     def all_of(words: Callable[[Run], str]) -> list[str]:
         different = list(dict.fromkeys(map(words, runs)))
@@ -129,12 +136,11 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
     def network(run: Run) -> str:
         blocks = run.settings.model.blocks
-        same = next(group.runs for group in groups if run in group.runs)
-        summary = next((other.summary for other in same if other.summary), {})
-        sizes = [f"{summary['parameters']:,} parameters"] if "parameters" in summary else []
-        sizes += [f"{summary['flops_per_image'] / 1e6:,.4g} M FLOPs per image"] if "flops_per_image" in summary else []
-        branches = counted(sum(len(block.convolutions) for block in blocks), "convolution")
-        return ", ".join([counted(len(blocks), "block"), branches, *sizes])
+        same = next(group.row for group in groups if run in group.row.runs)
+        sizes = [f"{number:,} parameters" for number in same.results("parameters")[:1]]
+        sizes += [f"{number / 1e6:,.4g} M FLOPs per image" for number in same.results("flops_per_image")[:1]]
+        branches = _counted(sum(len(block.convolutions) for block in blocks), "convolution")
+        return ", ".join([_counted(len(blocks), "block"), branches, *sizes])
 
     def training(run: Run) -> str:
         t = run.settings.train
@@ -142,7 +148,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
     def machine(run: Run) -> str:
         on = f" on {run.device}" if run.device else ""
-        return f"{counted(run.ranks, 'rank')}{on}" if run.ranks else "not recorded"
+        return f"{_counted(run.ranks, 'rank')}{on}" if run.ranks else "not recorded"
 
     seeds = [str(run.settings.train.seed) for run in runs]
     return [
@@ -187,7 +193,7 @@ def _accuracy(group: Group, key: str) -> dict[str, str] | None:
         ends, of, kind = (mean - half, mean + half), f"over {len(values)} runs", "t"
         cell["deviation"] = f"{100 * statistics.stdev(values):.2f}"
     else:
-        run = next(run for run in group.runs if run.summary.get(key) is not None)
+        run = next(run for run in group.row.runs if run.summary.get(key) is not None)
         images = _tested(run)
         if images is None:
             return cell
@@ -202,44 +208,46 @@ def _tested(run: Run) -> int | None:
     return int(run.evaluation["images"])
 
 
-def _each(run: Run) -> Row:
+def _each(shown: Shown) -> Row:
     """A run's row of the table of all runs."""
-    summary, accuracies = run.summary, ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_accuracy")
+    run, accuracies = shown.run, ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_accuracy")
 
-    def percent(key: str) -> str:
-        return f"{100 * summary[key]:.2f}" if summary.get(key) is not None else ""
+    def number(key: str, form: Callable[[float], str]) -> str:
+        value = run.summary.get(key)
+        return "" if value is None else form(value)
 
     return {
-        "color": run.color,
-        "name": run.name,
+        "color": shown.color,
+        "name": shown.name,
         "seed": str(run.settings.train.seed),
-        "state": f"{run.member.missing}, {_state(run)}" if run.member.missing else "done",
-        "accuracies": [percent(key) for key in accuracies],
-        "seconds": f"{summary['train_seconds']:,.1f}" if "train_seconds" in summary else "",
-        "rate": f"{summary['images_per_second']:,.0f}" if "images_per_second" in summary else "",
-        "mfu": f"{100 * summary['mfu']:.1f} %" if "mfu" in summary else "",
+        "state": "done" if run.done else f"{run.state}, {_progress(run)}",
+        "accuracies": [number(key, lambda value: f"{100 * value:.2f}") for key in accuracies],
+        "seconds": number("train_seconds", lambda value: f"{value:,.1f}"),
+        "rate": number("images_per_second", lambda value: f"{value:,.0f}"),
+        "mfu": number("mfu", lambda value: f"{100 * value:.1f} %"),
         "ranks": str(run.ranks or ""),
-        "weights": str(summary.get("weights_sha256", ""))[:12],
+        "weights": run.summary.get("weights_sha256", "")[:12],
     }
 
 
 def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
     """What is missing, and what to keep in mind, in sentences."""
-    runs = [run for group in groups for run in group.runs]
+    runs = [shown for group in groups for shown in group.runs]
     notes = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    if without := [run for run in runs if run.summary and run.evaluation is None]:
-        folder = shlex.quote(str(without[0].folder)) if len(without) == 1 else "RUN"
+    if without := [shown for shown in runs if shown.run.done and shown.run.evaluation is None]:
+        folder = shlex.quote(str(without[0].run.folder)) if len(without) == 1 else "RUN"
         notes.append(
             f"Without {EVALUATION}, and so without confusion matrix, calibration and pictures: {names(without)}; "
             f"dist-train evaluate {folder} --write makes it."
         )
-    if without := [run for run in runs if run.evals and not any("coefficients" in row for row in run.evals)]:
+    evaluated = [shown for shown in runs if shown.run.evals]
+    if without := [shown for shown in evaluated if not any("coefficients" in row for row in shown.run.evals)]:
         notes.append(f"No mixing coefficients were recorded by {names(without)}.")
     for group in groups:
-        done = [run for run in group.runs if run.summary]
-        seeds = Counter(run.settings.train.seed for run in done)
+        done = [shown for shown in group.runs if shown.run.done]
+        seeds = Counter(shown.run.settings.train.seed for shown in done)
         for seed in (seed for seed, count in seeds.items() if count > 1):
-            twice = [run for run in done if run.settings.train.seed == seed]
+            twice = [shown for shown in done if shown.run.settings.train.seed == seed]
             notes.append(
                 f"{names(twice)} have the same configuration and the same seed {seed}, and are counted as "
                 f"{len(twice)} runs all the same: the interval over seeds comes out too narrow."
@@ -247,18 +255,19 @@ def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
     return notes
 
 
-def _architectures(runs: Sequence[Run]) -> list[Row]:
+def _architectures(runs: Sequence[Shown]) -> list[Row]:
     """Each distinct architecture as a drawing and as a table, with the runs that have it; why not, where the shape of
     its images is not known."""
     from markupsafe import Markup
 
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        key = json.dumps([config.to_dict(run.settings)["model"], run.settings.data.dataset, str(run.settings.data.dir)])
-        found.setdefault(key, []).append(run)
-    drawn: dict[tuple[str, str], tuple[list[Run], list[architecture.Layer]]] = {}
-    for same in found.values():
-        settings = same[0].settings
+    alike: dict[str, list[Shown]] = {}
+    for shown in runs:
+        settings = shown.run.settings
+        key = json.dumps([config.to_dict(settings)["model"], settings.data.dataset, str(settings.data.dir)])
+        alike.setdefault(key, []).append(shown)
+    drawn: dict[tuple[str, str], tuple[list[Shown], list[architecture.Layer]]] = {}
+    for same in alike.values():
+        settings = same[0].run.settings
         try:
             image_shape, classes = architecture.images(settings.data, None, None)
             svg = drawing.svg(settings.model, image_shape, classes)
@@ -290,52 +299,51 @@ def _architectures(runs: Sequence[Run]) -> list[Row]:
 def _settings(group: Group) -> Row:
     """A configuration as it stands in the first run's folder."""
     first, *others = group.runs
-    seeds = ", ".join(f"{run.settings.train.seed} ({run.name})" for run in others)
+    seeds = ", ".join(f"{shown.run.settings.train.seed} ({shown.name})" for shown in others)
     return {
         "color": first.color,
         "name": group.name,
         "values": [value or "none" for value in group.row.values],
-        "path": str(first.folder / SETTINGS),
+        "path": str(first.run.folder / SETTINGS),
         "others": f"Of {first.name}. The others differ in nothing but train.seed: {seeds}." if others else "",
-        "toml": (first.folder / SETTINGS).read_text(),
+        "toml": (first.run.folder / SETTINGS).read_text(),
     }
 
 
-def _environment(runs: Sequence[Run]) -> list[Row]:
+def _environment(runs: Sequence[Shown]) -> list[Row]:
     """What the runs were computed with: under each name its values, each with its runs where not all have it."""
-    found: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
-        described = [row.get("environment") or {} for row in run.starts] or run.summary.get("environments") or [{}]
-        values_of = {
+    table: dict[str, dict[str, list[Shown]]] = {}
+    for shown in runs:
+        summary = shown.run.summary
+        values_of: dict[str, list[Any]] = {
             "device": [],
-            **{name: [value] for name, value in (run.summary.get("versions") or {}).items()},
-            "git_commit": [(run.summary.get("git_commit") or "")[:12] or None],
-            "ranks": [row.get("world_size") for row in run.starts],
-            "host": [row.get("host") for row in run.starts],
+            **{name: [value] for name, value in summary.get("versions", {}).items()},
+            "git_commit": [(summary.get("git_commit") or "")[:12] or None],
+            "world_size": [],
+            "host": [row.get("host") for row in shown.run.starts],
+            **shown.run.environment(),
         }
-        for name in dict.fromkeys(name for each in described for name in each):
-            values_of[name] = [each.get(name) for each in described]
         for name, values in values_of.items():
-            shown = ", then ".join(dict.fromkeys(str(value) for value in values if value is not None))
-            if shown:
-                found.setdefault(name, {}).setdefault(shown, []).append(run)
+            text = ", then ".join(dict.fromkeys(str(value) for value in values if value is not None))
+            if text:
+                table.setdefault(name, {}).setdefault(text, []).append(shown)
 
-    def with_runs(value: str, same: list[Run]) -> Row:
+    def with_runs(value: str, same: list[Shown]) -> Row:
         return {"value": value, "runs": names(same) if len(same) < len(runs) else ""}
 
     return [
         {"name": _WORDS.get(name, name), "values": [with_runs(*each) for each in values.items()]}
-        for name, values in found.items()
+        for name, values in table.items()
     ]
 
 
-def _event(run: Run, row: Row) -> Row:
-    """A line of a run's history in words."""
+def _event(name: str, row: Row) -> Row:
+    """A line in words of the history of the run that is shown as `name`."""
     others = {key: value for key, value in row.items() if key not in ("event", "time", "environment")}
     step = others.pop("step", None)
     if row["event"] == "start":
         ranks, host = others.pop("world_size", None), others.pop("host", "")
-        words = f"started on {counted(ranks, 'rank')}{f' of {host}' if host else ''}" if ranks else "started"
+        words = f"started on {_counted(ranks, 'rank')}{f' of {host}' if host else ''}" if ranks else "started"
         changed = others.pop("changed", {})
         words += "".join(f"; {name} was {before}, is {now}" for name, (before, now) in changed.items())
     elif row["event"] == "end":
@@ -345,14 +353,14 @@ def _event(run: Run, row: Row) -> Row:
         words = str(row["event"]).replace("_", " ")
     more = ", ".join(f"{key} {value}" for key, value in others.items())
     return {
-        "run": run.name,
+        "run": name,
         "time": str(row.get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
         "step": "" if step is None else f"{step:,}",
         "words": f"{words} ({more})" if more else words,
     }
 
 
-def _commands(runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
+def _commands(runs: Sequence[Shown], command: Sequence[str]) -> list[Row]:
     """Commands, with what they are for."""
 
     def train(run: Run, into: str) -> str:
@@ -360,8 +368,8 @@ def _commands(runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
         paths = shlex.join(["--config", str(run.folder / SETTINGS), "--run-dir", into])
         return f"{start} -m dist_train.main {paths}"
 
-    commits = [*{commit: None for run in runs if (commit := str(run.summary.get("git_commit") or ""))}]
-    done, others = ([run for run in runs if bool(run.summary) is wanted] for wanted in (True, False))
+    commits = [*{commit: None for shown in runs if (commit := shown.run.summary.get("git_commit"))}]
+    done, others = ([shown.run for shown in runs if shown.run.done is wanted] for wanted in (True, False))
     found = []
     if done:
         code = f", with the code of commit {commits[0][:12]}" if len(commits) == 1 else ""
@@ -373,3 +381,14 @@ def _commands(runs: Sequence[Run], command: Sequence[str]) -> list[Row]:
         lines = [train(run, str(run.folder)) for run in others]
         found.append({"for": "Go on with what is not finished:", "lines": lines})
     return [*found, {"for": "Make this page again:", "lines": [shlex.join(command)]}]
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_train.files import write_atomic
-from dist_train.reports.statistics import best_eval
-from dist_train.runs.layout import METRICS, SUMMARY
-from dist_train.runs.metrics import Row, read_metrics
+from dist_train.runs import layout
+from dist_train.runs.metrics import Row, best_eval
+from dist_train.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,27 +34,27 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
 
     Args:
         run_dir: a run folder with a `metrics.jsonl`; any number of lines, none included, will do.
-        dataset: the data set's name, for the titles; empty: the one in `summary.json`, if there.
+        dataset: the data set's name, for the titles; empty: the one in its configuration, if there.
         name: the run's name, for the titles; empty: the run folder's.
 
     Raises:
-        OSError: `metrics.jsonl` cannot be read or the plots cannot be written.
-        ValueError: `metrics.jsonl` is damaged before its last line.
+        UserError: `metrics.jsonl` is missing, cannot be read, or is damaged before its last line.
+        OSError: the plots cannot be written.
     """
-    steps, evals = read_metrics(run_dir / METRICS)
-    dataset = dataset or _recorded_dataset(run_dir)
+    run = Run(run_dir)
+    run.need(layout.METRICS)
+    dataset = dataset or (run.settings.data.dataset if run.begun else "")
     name = name or run_dir.resolve().name
     figures = {
-        "loss.png": loss_figure(steps, dataset=dataset, name=name),
-        "accuracy.png": accuracy_figure(evals, dataset=dataset, name=name),
+        run_dir / layout.LOSS_PLOT: loss_figure(run.steps, dataset=dataset, name=name),
+        run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name),
     }
-    folder = run_dir / "plots"
-    folder.mkdir(exist_ok=True)
-    for file, figure in figures.items():
+    for path, figure in figures.items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
-        write_atomic(folder / file, png.getvalue())
-    return [folder / file for file in figures]
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, png.getvalue())
+    return [*figures]
 
 
 def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
@@ -189,10 +188,3 @@ def smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float6
 def _dots(values: npt.NDArray[np.float64]) -> dict[str, Any]:
     """Line options that keep a short series visible: one point alone has no line."""
     return {"marker": "."} if len(values) < 50 else {}
-
-
-def _recorded_dataset(run_dir: Path) -> str:
-    try:
-        return str(json.loads((run_dir / SUMMARY).read_text()).get("dataset", ""))
-    except FileNotFoundError:  # a run that has not come to its end
-        return ""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from dist_train.runs.metrics import Row
+from dist_train.runs.metrics import best_eval as best_eval
 
 
 def often_taken_for(details: Row) -> list[str]:
@@ -16,15 +17,6 @@ def often_taken_for(details: Row) -> list[str]:
         wrong = [*row[:number], 0, *row[number + 1 :]]
         found.append(f"{details['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
     return found
-
-
-def best_eval(evals: list[Row]) -> Row | None:
-    """The eval line of the highest test accuracy, the earliest of several; None without any.
-
-    For looking only: it is chosen on the test set. The result of a run is its last line.
-    """
-    scored = [row for row in evals if row["test_accuracy"] is not None]
-    return max(scored, key=lambda row: row["test_accuracy"], default=None)
 
 
 def interval(values: Sequence[float]) -> float:

@@ -10,9 +10,11 @@ from typing import Any
 
 from dist_train import config
 from dist_train.data_prep.files import locked
+from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.reports.statistics import interval
-from dist_train.runs.run import Member, members
+from dist_train.runs import layout
+from dist_train.runs.run import Run, members
 
 _METRICS = {
     "val_accuracy": "held out, %",
@@ -26,44 +28,47 @@ class Configuration:
     """Runs that differ in nothing but the seed. values: of the settings in which the group's configurations differ."""
 
     values: tuple[str, ...]
-    members: list[Member]
+    runs: list[Run]
+
+    @property
+    def done(self) -> int:
+        """How many of the runs are done."""
+        return sum(run.done for run in self.runs)
 
     def results(self, key: str) -> list[float]:
-        """What the finished runs' summaries have under `key`."""
-        found = [member.summary.get(key) for member in self.members if member.summary is not None]
-        return [value for value in found if value is not None]
+        """What the summaries of the runs that are done have under `key`."""
+        values = [run.summary.get(key) for run in self.runs]
+        return [value for value in values if value is not None]
 
 
-def configurations(found: Sequence[Member]) -> tuple[list[str], list[Configuration]]:
+def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """The settings in which runs that have begun differ, by dotted key and without the seed, and the runs by their
-    values."""
-
-    known = [(member, member.settings) for member in found if member.settings is not None]
+    values. Raises UserError."""
+    begun = [run for run in runs if run.begun]
     varied: set[str] = set()
-    for _, settings in known:
-        varied |= {*config.difference(known[0][1], settings)} - {"train.seed"}
+    for run in begun:
+        varied |= {*config.difference(begun[0].settings, run.settings)} - {"train.seed"}
     keys = sorted(varied)
-    rows: dict[tuple[str, ...], list[Member]] = {}
-    for member, settings in known:
-        tree = config.to_dict(settings)
-        rows.setdefault(tuple(_value(tree, key) for key in keys), []).append(member)
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    for run in begun:
+        tree = config.to_dict(run.settings)
+        rows.setdefault(tuple(_value(tree, key) for key in keys), []).append(run)
     return keys, [Configuration(values, same) for values, same in rows.items()]
 
 
-def table(found: Sequence[Member]) -> str:
-    """The group as a Markdown table, and a line for each member that is missing."""
-    keys, rows = configurations(found)
+def table(runs: Sequence[Run]) -> str:
+    """The group as a Markdown table, and a line that names the runs which are not done. Raises UserError."""
+    keys, rows = configurations(runs)
     metrics = [key for key in _METRICS if any(row.results(key) for row in rows)]
     header = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        done = sum(member.summary is not None for member in row.members)
-        of = f" of {len(row.members)}" if done < len(row.members) else ""
+        of = f" of {len(row.runs)}" if row.done < len(row.runs) else ""
         cells = [_spread([100 * value for value in row.results(key)]) for key in metrics]
-        seconds = f"{statistics.mean(row.results('train_seconds')):,.1f}" if done else ""
-        lines.append([*row.values, f"{done}{of}", *cells, seconds])
+        seconds = f"{statistics.mean(row.results('train_seconds')):,.1f}" if row.done else ""
+        lines.append([*row.values, f"{row.done}{of}", *cells, seconds])
     text = [f"| {' | '.join(line)} |" for line in lines]
-    missing = [f"{member.name}: {member.missing}" for member in found if member.missing]
+    missing = [f"{run.folder.name}: {run.state}" for run in runs if run.state != "done"]
     return "\n".join(text + ([f"\nmissing: {', '.join(missing)}"] if missing else [])) + "\n"
 
 
@@ -88,8 +93,14 @@ def _value(tree: Any, key: str) -> str:
 
 
 def write(group: Path) -> str:
-    """Write the group's table to its table.md, and return it. Safe from several members at once."""
-    with locked(group / ".table.lock"):
-        text = table(members(group))
-        write_atomic(group / "table.md", text.encode())
+    """Write the group's table to its table.md, and return it. Safe from several members at once. Raises UserError."""
+    if not group.is_dir():
+        raise UserError(f"{group}: there is no such folder; name the folder above the run folders")
+    path = group / layout.TABLE
+    try:
+        with locked(layout.table_lock_path(group)):
+            text = table(members(group))
+            write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or change its permissions") from None
     return text

@@ -1,4 +1,4 @@
-"""Checkpoints: each one file that appears whole or not at all, with its SHA-256 beside it, written in a thread."""
+"""Checkpoints: what one holds; each one file that appears whole or not at all, with its SHA-256 beside it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,101 @@ import io
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
 from dist_train.files import remove_partial, write_atomic
+from dist_train.runs import layout
+from dist_train.runs.contents import read_checksum
+from dist_train.runs.environment import Environment
+from dist_train.runs.layout import step_of as step_of
+from dist_train.runs.trees import leaves
+
+_OPTIMIZERS = "optimizers"  # how the names of their tensors begin in `tensor_digests`
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """The data set that a network was trained on, as far as it takes to use the network.
+
+    classes: their names, in the order of the logits. image_shape: (H, W, C). mean, std: of each channel of the training
+    images, whose values go from 0 to 1. content_sha256: of the pixels and labels of each split, by the split's name;
+    empty in checkpoints of an earlier version.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    content_sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> DataDescription:
+        """That of a data set's betons."""
+        digests = {name: split.content_sha256 for name, split in manifest.splits.items()}
+        return cls(
+            manifest.dataset,
+            manifest.classes,
+            manifest.image_shape,
+            manifest.mean,
+            manifest.std,
+            content_sha256=digests,
+        )
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DataDescription:
+        """From `to_dict`. Raises AttributeError, LookupError, TypeError and ValueError for anything else."""
+        height, width, channels = data["image_shape"]
+        classes, mean, std = (tuple(data[key]) for key in ("classes", "mean", "std"))
+        return cls(data["dataset"], classes, (height, width, channels), mean, std, dict(data.get("content_sha256", {})))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As checkpoints hold it, in values that JSON has, too."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: all that a run needs to be resumed, and all that it takes to use the network.
+
+    step: the number of finished steps. model: weights and BatchNorm statistics by name, in the network's order.
+    optimizers, scaler: their state; that of a file without them is empty. environments: those that the run has had, in
+    order. config: the configuration as TOML. data: the data set. The last three are missing in checkpoints of earlier
+    versions.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizers: Any = field(default_factory=list)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    environments: list[Environment] = field(default_factory=list)
+    config: str | None = None
+    data: DataDescription | None = None
+
+    @classmethod
+    def from_dict(cls, state: Any) -> Checkpoint:
+        """From the dict in a file, whose other entries are dropped. Raises ValueError for what is none of ours."""
+        if not isinstance(state, dict) or not state.keys() >= {"step", "model"}:
+            raise ValueError("it is no checkpoint of dist_train")
+        known = {key: state[key] for key in cls.__dataclass_fields__ if key in state}
+        try:
+            data = DataDescription.from_dict(known["data"]) if known.get("data") else None
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"its data set is described in another way ({error!r})") from None
+        return cls(**{**known, "data": data})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that is written to the file."""
+        fields = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        fields["data"] = self.data.to_dict() if self.data else None
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 class Writer:
@@ -70,63 +158,70 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
-    path = folder / f"step-{step:08d}.pt"
+    path = layout.checkpoint_path(folder, step)
     # the checksum comes first, so that a checkpoint which is there has one, whenever the process dies
-    write_atomic(_checksum(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
+    write_atomic(layout.checksum_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
     write_atomic(path, content)
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in layout.checkpoints(folder)[:-keep]:
         old.unlink()
-        _checksum(old).unlink(missing_ok=True)
+        layout.checksum_path(old).unlink(missing_ok=True)
     return path
 
 
 def clean(folder: Path) -> None:
     """Remove what a killed process left of files that never became whole. No other may be writing here."""
     remove_partial(folder)
-    for checksum in folder.glob("step-*.pt.sha256"):
-        if not checksum.with_suffix("").exists():
+    checksums = {layout.checksum_path(path) for path in layout.checkpoints(folder)}
+    for checksum in layout.checksums(folder):
+        if checksum not in checksums:
             checksum.unlink()
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole. One that is torn or altered is set aside as `*.damaged`, and named
     on stderr."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+    for path in reversed(layout.checkpoints(folder)):
         if (why := wrong(path)) is None:
             return path
         print(f"checkpoint {path} {why}; it is set aside and the one before it is used", file=sys.stderr)
-        path.replace(path.with_name(path.name + ".damaged"))
-        _checksum(path).unlink(missing_ok=True)
+        path.replace(layout.damaged_path(path))
+        layout.checksum_path(path).unlink(missing_ok=True)
     return None
 
 
 def steps(folder: Path) -> list[int]:
     """The numbers of finished steps that there are checkpoints of, in order."""
-    return sorted(step_of(path) for path in folder.glob("step-*.pt"))
-
-
-def step_of(path: Path) -> int:
-    """The number of finished steps that a checkpoint's name says."""
-    return int(path.stem.removeprefix("step-"))
+    return [layout.step_of(path) for path in layout.checkpoints(folder)]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU. No code in the file is run."""
+    """The dict in a checkpoint's file, with its tensors on the CPU: see `Checkpoint`. No code in the file is run."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def _checksum(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
+def read(path: Path) -> Checkpoint:
+    """A checkpoint, with its tensors on the CPU. No code in the file is run. Raises OSError for a file that cannot be
+    read, ValueError for one of another kind, and what torch raises for a damaged one."""
+    return Checkpoint.from_dict(load(path))
 
 
 def wrong(path: Path) -> str | None:
     """What is wrong with a checkpoint by its checksum, None when it is whole."""
-    try:
-        expected = _checksum(path).read_text().split()[0]
-    except (OSError, IndexError):
+    if (expected := read_checksum(path)) is None:
         return "has no checksum"
     return None if sha256_of(path) == expected else "does not match its checksum"
+
+
+def tensor_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, by name: first the weights and BatchNorm statistics in the network's order, then
+    the optimizers' state, under names that begin with `optimizers.`."""
+    named = [*leaves(checkpoint.model), *leaves(checkpoint.optimizers, _OPTIMIZERS)]
+    return {
+        name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in named
+        if isinstance(tensor, Tensor)
+    }
 
 
 def _copied(state: Any) -> Any:

@@ -10,7 +10,8 @@ from dist_train import config
 from dist_train.data_prep import Manifest
 from dist_train.errors import UserError
 from dist_train.files import claimed, remove_partial, write_atomic
-from dist_train.runs import checkpoint
+from dist_train.runs import checkpoint, layout
+from dist_train.runs.checkpoint import Checkpoint, DataDescription
 
 _CLAIM = 5.0  # seconds to wait for the ranks of a run that was just stopped to leave its folder
 
@@ -18,27 +19,29 @@ _CLAIM = 5.0  # seconds to wait for the ranks of a run that was just stopped to 
 def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
     """Make or check a run folder, and claim it until `held` is closed. Returns its newest whole checkpoint, None
     without one. Raises UserError when it is in use, another run's, or cannot be written."""
-    path = run_dir / "config.toml"
+    checkpoints = layout.checkpoint_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(claimed(run_dir, _CLAIM))
+        held.enter_context(claimed(layout.lock_path(run_dir), _CLAIM))
         config.check_folder(run_dir, settings)
         remove_partial(run_dir)
-        write_atomic(path, config.to_toml(settings).encode())
-        checkpoint.clean(run_dir / "checkpoints")
+        write_atomic(run_dir / layout.SETTINGS, config.to_toml(settings).encode())
+        checkpoint.clean(checkpoints)
     except BlockingIOError as error:
         raise UserError(
             f"--run-dir {run_dir} is in use by {error}; wait for it, stop it, or name another folder"
         ) from None
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
-    return checkpoint.newest(run_dir / "checkpoints")
+    return checkpoint.newest(checkpoints)
 
 
 def check_data(state: dict[str, Any], data: Manifest, run_dir: Path) -> None:
-    """Raises UserError when a checkpoint's run was trained on other pixels or labels."""
-    known = state.get("data")  # checkpoints of earlier versions have none
-    if known and known["content_sha256"] != content_sha256(data):
+    """Raises UserError when the run of a checkpoint, as `checkpoint.load` gives it, was trained on other pixels or
+    labels."""
+    known = Checkpoint.from_dict(state).data
+    # checkpoints of earlier versions do not tell
+    if known and known.content_sha256 and known.content_sha256 != content_sha256(data):
         raise UserError(
             f"--run-dir {run_dir} belongs to a run on other images of {data.dataset}, whose betons were written anew "
             f"since; start in another folder, or put the old ones back"
@@ -46,4 +49,5 @@ def check_data(state: dict[str, Any], data: Manifest, run_dir: Path) -> None:
 
 
 def content_sha256(data: Manifest) -> dict[str, str]:
-    return {name: split.content_sha256 for name, split in data.splits.items()}
+    """Of the pixels and labels of each split, by the split's name."""
+    return DataDescription.of(data).content_sha256

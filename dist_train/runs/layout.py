@@ -1,12 +1,107 @@
-"""Names of the files in a run folder."""
+"""Names of the files in a run folder, and in a group: the folder above the run folders of one array. Without torch."""
 
 from __future__ import annotations
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-HISTORY = "history.jsonl"
-EVALUATION = "evaluation.json"
-MEMBERS = "members.json"  # {name of the run folder: its settings}, as submitted
-SETTINGS = "config.toml"
-SAMPLES = "system/rank-*.jsonl"  # by system.py, likewise
-DIVERGED = "diverged.json"
+import re
+from pathlib import Path
+
+SETTINGS = "config.toml"  # the configuration as TOML; a folder that has it is a run folder
+
+METRICS = "metrics.jsonl"  # every step, evaluation and digest: see metrics.py
+
+SUMMARY = "summary.json"  # the results, once the run is done
+
+EVALUATION = "evaluation.json"  # the last evaluation in full
+
+HISTORY = "history.jsonl"  # every start and every end
+
+DIVERGED = "diverged.json"  # what was not finite
+
+CHECKPOINTS = "checkpoints"  # a folder
+
+LOSS_PLOT, ACCURACY_PLOT = PLOTS = ("plots/loss.png", "plots/accuracy.png")
+
+SAMPLES = "system/rank-*.jsonl"  # one file of each rank's own: see system_metrics.py
+
+WANDB = "wandb"  # the folder of W&B's files
+
+EXPORT = "export"  # the folder of exported networks
+
+MEETINGS = "meetings"  # a folder with a file for each start of a job, in which its nodes find each other
+
+# in a group
+
+MEMBERS = "members.json"  # {name of the run folder: the trainer's arguments}, as submitted
+
+TABLE = "table.md"
+
+_TABLE_LOCK = ".table.lock"
+
+_LOCK = ".lock"  # names the process that trains in the folder
+
+_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+
+_CHECKSUM, _DAMAGED = ".sha256", ".damaged"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run that has begun."""
+    return (folder / SETTINGS).exists()
+
+
+def lock_path(run_dir: Path) -> Path:
+    """The file that a run's process holds a lock on."""
+    return run_dir / _LOCK
+
+
+def table_lock_path(group: Path) -> Path:
+    """The file that a process holds a lock on while it writes a group's table."""
+    return group / _TABLE_LOCK
+
+
+def samples_path(run_dir: Path, rank: int) -> Path:
+    """The file of a rank's own samples."""
+    return run_dir / SAMPLES.replace("*", str(rank))
+
+
+def checkpoint_folder(run_dir: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return run_dir / CHECKPOINTS
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The checkpoint after `step` finished steps, in a folder of checkpoints."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The number of finished steps in a checkpoint's name. Raises ValueError for other names."""
+    if (match := _CHECKPOINT.fullmatch(path.name)) is None:
+        raise ValueError(f"{path}: not the name of a checkpoint, such as step-00000250.pt")
+    return int(match[1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder of checkpoints, in order of their steps; none where there is no such folder."""
+    return sorted((path for path in folder.glob("step-*.pt") if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+
+def checksum_path(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that has its SHA-256, as `sha256sum --check` takes it."""
+    return checkpoint.with_name(checkpoint.name + _CHECKSUM)
+
+
+def checksums(folder: Path) -> list[Path]:
+    """The files with checksums in a folder of checkpoints, those without a checkpoint included."""
+    return [path for path in folder.glob(f"step-*.pt{_CHECKSUM}") if _CHECKPOINT.fullmatch(path.stem)]
+
+
+def damaged_path(checkpoint: Path) -> Path:
+    """The name that a checkpoint which does not match its checksum is given."""
+    return checkpoint.with_name(checkpoint.name + _DAMAGED)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, None for one that lies elsewhere."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == CHECKPOINTS and is_run(folder.parent) else None

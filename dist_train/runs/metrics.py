@@ -262,13 +262,22 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
         good = end
     if b"\n" in data[good:-1]:
         line = data.count(b"\n", 0, good) + 1
-        raise ValueError(f"line {line} of {path} is not a line of a training record")
+        raise ValueError(f"line {line} of {path.name} is not a line of a training record")
     return rows["step"], rows["eval"]
 
 
 def read_digests(path: Path) -> dict[int, dict[str, str]]:
     """The digests of a `metrics.jsonl`: by step, by tensor in the network's order. Raises OSError."""
     return {row["step"]: row["digests"] for row, _ in _rows(path.read_bytes()) if row["kind"] == "weights"}
+
+
+def best_eval(evals: list[Row]) -> Row | None:
+    """The eval line of the highest test accuracy, the earliest of several; None without any.
+
+    For looking only: it is chosen on the test set. The result of a run is its last line.
+    """
+    scored = [row for row in evals if row["test_accuracy"] is not None]
+    return max(scored, key=lambda row: row["test_accuracy"], default=None)
 
 
 def write_evaluation(run_dir: Path, details: Row) -> None:

@@ -1,51 +1,167 @@
-"""The runs of a group: settings, summary, and what is missing."""
+"""A run as its folder tells of it, and the runs of a group."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dist_train import config
 from dist_train.config.settings import Config
 from dist_train.errors import UserError
+from dist_train.runs import layout
+from dist_train.runs.contents import damaged, exists, read_evaluation, read_members, read_summary, unreadable
 from dist_train.runs.history import read_history
-from dist_train.runs.layout import MEMBERS, SETTINGS, SUMMARY
+from dist_train.runs.metrics import Row, read_digests, read_metrics
+from dist_train.runs.trees import leaves
 
 
-@dataclass(frozen=True)
-class Member:
-    """A run of the group: its settings if it has begun, its summary if it is done, and otherwise why not."""
+class Run:
+    """A run folder, whose files are read once, when they are asked for. The run need not be done, nor have begun.
 
-    folder: Path
-    settings: Config | None
-    summary: dict[str, Any] | None
-    missing: str = ""
+    Everything that reads a file raises UserError, with the file, what is wrong with it and the remedy, for one that is
+    damaged or cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def need(self, *names: str) -> None:
+        """Raises UserError where the folder lacks one of these files."""
+        for name in names:
+            if not exists(self.folder / name):
+                raise UserError(f"{self.folder}: there is no {name} in it; name the folder of a run")
+
+    def check(self) -> None:
+        """Read all files. Raises UserError for one that is damaged or cannot be read."""
+        _ = self.settings, self.summary, self.evaluation, self.steps, self.digests, self.history
+
+    @cached_property
+    def begun(self) -> bool:
+        return exists(self.folder / layout.SETTINGS)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.summary)
+
+    @cached_property
+    def settings(self) -> Config:
+        """The configuration. The run must have begun."""
+        path = self.folder / layout.SETTINGS
+        try:
+            return config.parse(path.read_text())
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except ValueError as error:  # UserError included, whose remedy is for those who write a configuration
+            raise damaged(path, str(error).partition(";")[0]) from None
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        """The one it was given, else that of the folder."""
+        return (self.settings.record.name if self.begun else "") or self.folder.resolve().name
+
+    @cached_property
+    def summary(self) -> Row:
+        """`summary.json`; empty before the run's end."""
+        return read_summary(self.folder) or {}
+
+    @cached_property
+    def evaluation(self) -> Row | None:
+        """`evaluation.json`; None where there is none."""
+        return read_evaluation(self.folder)
+
+    @property
+    def steps(self) -> list[Row]:
+        """The lines of `metrics.jsonl` on steps, in order."""
+        return self._metrics[0]
+
+    @property
+    def evals(self) -> list[Row]:
+        """The lines of `metrics.jsonl` on evaluations, in order."""
+        return self._metrics[1]
+
+    @cached_property
+    def digests(self) -> dict[int, dict[str, str]]:
+        """By step the digests of the weights, by tensor in the network's order."""
+        path = self.folder / layout.METRICS
+        try:
+            return read_digests(path) if exists(path) else {}
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+    @cached_property
+    def _metrics(self) -> tuple[list[Row], list[Row]]:
+        path = self.folder / layout.METRICS
+        try:
+            return read_metrics(path) if exists(path) else ([], [])
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except ValueError as error:
+            raise damaged(path, str(error)) from None
+
+    @cached_property
+    def history(self) -> list[Row]:
+        """The lines of `history.jsonl`, in order."""
+        try:
+            return read_history(self.folder)
+        except OSError as error:
+            raise unreadable(self.folder / layout.HISTORY, error) from None
+
+    @property
+    def starts(self) -> list[Row]:
+        return [row for row in self.history if row["event"] == "start"]
+
+    @property
+    def outcome(self) -> str:
+        """How the last start ended: `done`, `preempted` or `failed`; "" for one that has not, or was killed."""
+        last = self.history[-1] if self.history else {}
+        return str(last.get("outcome", "failed")) if last.get("event") == "end" else ""
+
+    @property
+    def state(self) -> str:
+        """`done`, `not begun`, `not ended`, or how it ended and where: `preempted at step 12`."""
+        if not self.begun:
+            return "not begun"
+        if self.done:
+            return "done"
+        return f"{self.outcome} at step {self.history[-1].get('step', 0)}" if self.outcome else "not ended"
+
+    @property
+    def ranks(self) -> int | None:
+        """How many the last start had; None where that is not recorded."""
+        known = (row.get("world_size") for row in reversed(self.starts))
+        return self.summary.get("world_size") or next(known, None)
+
+    @property
+    def device(self) -> str:
+        """The name of the GPU or the processor of the last start; "" where that is not recorded."""
+        known = ((row.get("environment") or {}).get("device") for row in reversed(self.starts))
+        return str(self.summary.get("device") or next(known, None) or "")
+
+    def environment(self, before: int | None = None) -> dict[str, list[Any]]:
+        """What the steps up to `before`, or all, were computed with: by dotted name each value, in order."""
+        starts = [row for row in self.starts if before is None or row.get("step", 0) < before]
+        described = [{**(row.get("environment") or {}), "world_size": row.get("world_size")} for row in starts]
+        if not self.starts:  # of an earlier version
+            described = self.summary.get("environments", [])
+        values: dict[str, list[Any]] = {}
+        for name, value in leaves(described):
+            _, _, name = name.partition(".")
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+        return values
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """By step, in order."""
+        return {layout.step_of(path): path for path in layout.checkpoints(layout.checkpoint_folder(self.folder))}
 
 
-def members(group: Path) -> list[Member]:
-    """The runs of a group by name, those that are expected but not there included. Raises UserError."""
-    expected = json.loads((group / MEMBERS).read_text()) if (group / MEMBERS).exists() else {}
-    begun = {path.parent.name for path in group.glob(f"*/{SETTINGS}")} if group.is_dir() else set()
+def members(group: Path) -> list[Run]:
+    """The runs of a group by name, those that were submitted and have not begun included. Raises UserError."""
+    expected = read_members(group) or {}
+    begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}")}
     if not begun | expected.keys():
         raise UserError(f"{group}: holds no runs; name the folder above the run folders")
     # seed10 after seed9
-    return [member(group / name) for name in sorted(begun | expected.keys(), key=lambda name: (len(name), name))]
-
-
-def member(folder: Path) -> Member:
-    """The run in a folder. Raises UserError where its settings cannot be read."""
-
-    if not (folder / SETTINGS).exists():
-        return Member(folder, None, None, "not begun")
-    settings = config.load(None, folder / SETTINGS, [])
-    if (folder / SUMMARY).exists():
-        return Member(folder, settings, json.loads((folder / SUMMARY).read_text()))
-    last = read_history(folder)[-1:]
-    ended = bool(last) and last[0]["event"] == "end"
-    return Member(folder, settings, None, f"{last[0]['outcome']} at step {last[0]['step']}" if ended else "not ended")
+    return [Run(group / name) for name in sorted(begun | expected.keys(), key=lambda name: (len(name), name))]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import uuid
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dist_train import config
-from dist_train.errors import PREEMPTED, UserError
+from dist_train.errors import UserError, code_of
 from dist_train.files import claimed
-from dist_train.runs.history import read_history
-from dist_train.runs.layout import EVALUATION, METRICS, SUMMARY
-from dist_train.runs.metrics import read_metrics
+from dist_train.runs import layout
+from dist_train.runs.run import Run
 from dist_train.tracking.client import process
 from dist_train.tracking.messages import Artifact, Begin, End, Message, begin, encode
 from dist_train.tracking.messages import summary as summary_message
@@ -28,22 +25,17 @@ FINISH_TIMEOUT = 3600.0  # seconds for all to be uploaded
 def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[Message]:
     """What a training says to its W&B run, from its folder, which is claimed until `held` is closed. Raises
     UserError."""
-    for name in ("config.toml", METRICS):
-        if not (run_dir / name).exists():
-            raise UserError(f"{run_dir}: there is no {name} in it; name the folder of a run")
+    run = Run(run_dir)
+    run.need(layout.SETTINGS, layout.METRICS)
     try:
-        held.enter_context(claimed(run_dir, 0.0))
-        read_metrics(run_dir / METRICS)
+        held.enter_context(claimed(layout.lock_path(run_dir), 0.0))
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by {error}; wait for it, or stop it") from None
     except OSError as error:
-        raise UserError(f"{run_dir}: cannot be read and written ({error.strerror}); mend that") from None
-    except ValueError as error:
-        raise UserError(f"{run_dir}: {error}; put back the file that was written") from None
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror}); change its permissions") from None
 
-    settings = config.load(None, run_dir / "config.toml", [])
-    done = (run_dir / SUMMARY).exists()
-    summary: dict[str, Any] = json.loads((run_dir / SUMMARY).read_text()) if done else {}
+    run.check()  # W&B's process reads some of the files itself, and could only give up
+    settings, summary = run.settings, run.summary
     record = replace(
         settings.record,
         wandb="offline" if args.offline else "online",
@@ -70,15 +62,14 @@ def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[M
             **({"entity": args.entity} if args.entity else {}),
         }
     )
-    last = read_history(run_dir)[-1:]
-    exit_code = {"done": 0, "preempted": PREEMPTED}.get(last[0].get("outcome", ""), 1) if last else 1
-    kept = sorted((run_dir / "checkpoints").glob("step-*.pt"))
-    chosen = {"none": [], "last": kept[-1:] if done else [], "all": kept}[record.artifacts]
+    kept = [*run.checkpoints.values()]
+    chosen = {"none": [], "last": kept[-1:] if run.done else [], "all": kept}[record.artifacts]
+    pictures = [path for name in sorted(layout.PLOTS) if (path := run_dir / name).exists()]
     return [
         first,
         *(Artifact(str(path.absolute())) for path in chosen),
-        *([summary_message(summary, sorted((run_dir / "plots").glob("*.png")), run_dir / EVALUATION)] if done else []),
-        End(exit_code),
+        *([summary_message(summary, pictures, run_dir / layout.EVALUATION)] if run.done else []),
+        End(code_of(run.outcome)),
     ]
 
 

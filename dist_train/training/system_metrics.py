@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from dist_train.runs.layout import samples_path
+
 INTERVAL = 5.0  # seconds between two samples
 _GIB = 2.0**30
 
@@ -38,7 +40,7 @@ def sampled(run_dir: Path, rank: int, device: torch.device) -> Iterator[None]:
 
 def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -> None:
     process = psutil.Process()
-    path = run_dir / "system" / f"rank-{rank}.jsonl"
+    path = samples_path(run_dir, rank)
     with suppress(psutil.Error, OSError):
         path.parent.mkdir(exist_ok=True)
         process.cpu_percent()  # it counts from one call to the next

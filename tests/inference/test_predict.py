@@ -24,6 +24,9 @@ from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
 from dist_train.errors import UserError
 from dist_train.inference.trained_network import Picture
+from dist_train.runs import checkpoint
+from dist_train.runs.checkpoint import DataDescription
+from dist_train.runs.trees import leaves
 
 Answer = list[tuple[str, float]]
 
@@ -270,6 +273,16 @@ def test_the_package_stays_free_of_torch() -> None:
         "import dist_train, sys; assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys(); from dist_train import load"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=REPOSITORY)
+
+
+def test_the_trainer_writes_what_a_checkpoint_holds(run: Path, digits: Path) -> None:
+    state = torch.load(last(run), weights_only=True)
+    found = checkpoint.read(last(run))
+    assert found.data == DataDescription.of(data_prep.check(digits))
+    written, again = (dict(leaves(each)) for each in (state, found.to_dict()))
+    assert [*written] == [*again]
+    for name, value in written.items():
+        assert torch.equal(value, again[name]) if isinstance(value, Tensor) else value == again[name]
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SUMMARY
 
 from dist_train import config
 from dist_train.errors import UserError
@@ -99,7 +99,7 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
                 append_history(folder, "start", step=0)
                 append_history(folder, "end", outcome="preempted", step=7, reason="")
             else:
-                summary = {"test_accuracy": 0.9 + seed / 1000, "train_seconds": 10.0}
+                summary = {**SUMMARY, "test_accuracy": 0.9 + seed / 1000, "train_seconds": 10.0}
                 (folder / "summary.json").write_text(json.dumps(summary))
     expected: dict[str, list[str]] = {path.name: [] for path in group.iterdir()}
     expected["lr0.002-seed11"] = []
@@ -123,3 +123,5 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
 def test_table_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no runs"):
         table.write(tmp_path)
+    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+        table.write(tmp_path / "nowhere")

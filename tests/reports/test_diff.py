@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SUMMARY
 
 from dist_train import config
 from dist_train.commands import diff
 from dist_train.config.settings import RecordConfig
-from dist_train.runs import checkpoint
+from dist_train.runs import checkpoint, layout
 from dist_train.runs.history import append_history
 from dist_train.runs.metrics import Row
 from dist_train.training.recorder import Recorder
@@ -50,7 +50,7 @@ def run(
         total_steps=steps,
         resume_step=0,
     )
-    (folder / "config.toml").write_text(config.to_toml(config.load("digits", None, list(settings))))
+    (folder / layout.SETTINGS).write_text(config.to_toml(config.load("digits", None, list(settings))))
     for step, environment in environments:
         append_history(folder, "start", step=step, world_size=1, environment=environment)
     sha256 = ""
@@ -73,10 +73,10 @@ def run(
         if step in save:
             optimizers = [{"state": {0: {"momentum": momentum}}, "param_groups": [{"lr": 0.1}]}]
             state = {"step": step, "model": model, "optimizers": optimizers, "written_by": folder.name}
-            checkpoint.save(folder / "checkpoints", step, state, keep=9)
+            checkpoint.save(layout.checkpoint_folder(folder), step, state, keep=9)
         sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     if finish:
-        recorder.finish({"weights_sha256": sha256})
+        recorder.finish({**SUMMARY, "weights_sha256": sha256})
     recorder.close(0)
     return folder
 
@@ -176,9 +176,9 @@ def test_the_state_of_the_optimizers_counts(verdict: Verdict) -> None:
 
 
 @pytest.mark.parametrize("reason", ["it does not match its checksum", "Weights only load failed"])
-def test_unreadable_checkpoint_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str) -> None:
+def test_unreadable_checkpoint_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], reason: str) -> None:
     a, b = (run(tmp_path / name, digest_every=0, save=(5, 7), finish=False) for name in "ab")
-    path = b / "checkpoints/step-00000007.pt"
+    path = layout.checkpoint_path(layout.checkpoint_folder(b), 7)
     if reason.startswith("Weights"):
         checkpoint.save(path.parent, 7, {"step": 7, "model": path}, keep=9)  # of a type that is not taken
     else:
@@ -187,7 +187,7 @@ def test_unreadable_checkpoint_is_left_out(tmp_path: Path, capsys: pytest.Captur
     out, err = capsys.readouterr()
     assert "weights: equal at step 5, the last" in out
     (sentence,) = err.splitlines()
-    assert sentence.startswith(f"diff: {path} is left out ({reason}")
+    assert sentence.startswith(f"dist_train: {path} is not compared ({reason}")
 
 
 def test_unfinished_run_is_the_same_as_far_as_it_goes(verdict: Verdict) -> None:

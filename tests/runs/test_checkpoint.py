@@ -1,17 +1,73 @@
-"""Checkpoints appear whole or not at all, and damaged ones are set aside."""
+"""What a checkpoint holds; checkpoints appear whole or not at all, and damaged ones are set aside."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dist_train.runs import checkpoint
-from dist_train.runs.checkpoint import Writer
+from dist_train.runs.checkpoint import Checkpoint, DataDescription, Writer
+
+DATA = DataDescription(
+    "letters", ("a", "b"), (32, 32, 3), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), {"train": "1", "test": "2"}
+)
+STATE: dict[str, Any] = {
+    "step": 7,
+    "model": {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(3, dtype=torch.int64)},
+    "optimizers": [{"state": {0: {"momentum": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}],
+    "scaler": {"scale": 1.0},
+    "environments": [{"torch": "2.15.0"}],
+}
+
+
+def test_what_a_checkpoint_holds_to_the_file_and_back(tmp_path: Path) -> None:
+    holds = Checkpoint(**STATE, config="seed = 1", data=DATA)
+    path = checkpoint.save(tmp_path, 7, holds.to_dict(), 1)
+    state = checkpoint.load(path)
+    assert [*state] == [*STATE, "config", "data"]
+    assert state["data"] == {
+        "dataset": "letters",
+        "classes": ["a", "b"],
+        "image_shape": [32, 32, 3],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "content_sha256": {"test": "1"},
+    }
+    again = checkpoint.read(path)
+    assert (again.step, again.scaler, again.environments) == (7, STATE["scaler"], STATE["environments"])
+    assert (again.config, again.data) == ("seed = 1", DATA)
+    assert [*again.model] == ["b", "a"]
+    assert all(torch.equal(tensor, again.model[name]) for name, tensor in STATE["model"].items())
+
+
+def test_checkpoints_of_earlier_versions() -> None:
+    """Without configuration and data set, and without the digests of that."""
+    found = Checkpoint.from_dict(STATE)
+    assert (found.config, found.data) == (None, None)
+    assert found.to_dict() == STATE
+    described = {key: value for key, value in DATA.to_dict().items() if key != "content_sha256"}
+    data = Checkpoint.from_dict({**STATE, "config": "", "data": described}).data
+    assert data is not None
+    assert (data.classes, data.content_sha256) == (("a", "b"), {})
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"step": 1}, {"step": 1, "model": {}, "data": {"dataset": "x"}}])
+def test_what_is_no_checkpoint(state: Any) -> None:
+    with pytest.raises(ValueError, match=r"it is no checkpoint|its data set is described in another way"):
+        Checkpoint.from_dict(state)
+
+
+def test_digests_of_tensors() -> None:
+    digests = checkpoint.tensor_digests(Checkpoint(**STATE))
+    assert [*digests] == ["b", "a", "optimizers.0.state.0.momentum"]
+    assert digests["b"] == hashlib.sha256(STATE["model"]["b"].numpy().tobytes()).hexdigest()
 
 
 def saved(folder: Path, *steps: int, keep: int = 2) -> None:

@@ -26,6 +26,7 @@ from wandb_server import DIGITS, Run, Server, distinct, expected_rows, offline_r
 from dist_train import errors
 from dist_train.config.settings import RecordConfig
 from dist_train.files import claimed
+from dist_train.runs.layout import lock_path
 from dist_train.runs.metrics import Row, read_metrics
 from dist_train.tracking import client, messages
 from dist_train.training import system_metrics
@@ -244,7 +245,7 @@ def test_upload_to_a_file_and_refusals(trained: Trained, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     (made,) = {*(trained.run_dir / "wandb").glob("offline-run-*")} - before
     assert done.stdout == f"{trained.run_dir}: {made}\n"
-    with claimed(trained.run_dir, 0):
+    with claimed(lock_path(trained.run_dir), 0):
         held = trained.command(trained.run_dir, module="dist_train upload")
     here = f"process {os.getpid()} on {os.uname().nodename}"
     told = f"dist_train: {trained.run_dir} is in use by {here}; wait for it, or stop it\n"
