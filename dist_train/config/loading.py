@@ -32,6 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
 
@@ -169,7 +170,7 @@ def difference(mine: Config, other: Config) -> list[str]:
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
     OSError when it cannot be read, or cannot be made."""
-    path = run_dir / "config.toml"
+    path = run_dir / FILE
     if path.exists():
         if differing := [key for key in difference(settings, load(None, path, [])) if key not in _EFFECTS]:
             raise UserError(

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 
 from dist_train.runs.metrics import Row
-from dist_train.runs.metrics import best_eval as best_eval
 
 
 def often_taken_for(details: Row) -> list[str]:

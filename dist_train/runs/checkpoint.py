@@ -20,7 +20,6 @@ from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
 from dist_train.runs.contents import read_checksum
 from dist_train.runs.environment import Environment
-from dist_train.runs.layout import step_of as step_of
 from dist_train.runs.trees import leaves
 
 _OPTIMIZERS = "optimizers"  # how the names of their tensors begin in `tensor_digests`

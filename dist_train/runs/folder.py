@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from dist_train import config
 from dist_train.data_prep import Manifest
@@ -36,18 +35,12 @@ def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path
     return checkpoint.newest(checkpoints)
 
 
-def check_data(state: dict[str, Any], data: Manifest, run_dir: Path) -> None:
-    """Raises UserError when the run of a checkpoint, as `checkpoint.load` gives it, was trained on other pixels or
-    labels."""
-    known = Checkpoint.from_dict(state).data
-    # checkpoints of earlier versions do not tell
-    if known and known.content_sha256 and known.content_sha256 != content_sha256(data):
+def check_data(resumed: Checkpoint, data: Manifest, run_dir: Path) -> None:
+    """Raises UserError when the run of a checkpoint was trained on other pixels or labels."""
+    known = resumed.data
+    # checkpoints of earlier versions have no digests
+    if known and known.content_sha256 and known.content_sha256 != DataDescription.of(data).content_sha256:
         raise UserError(
             f"--run-dir {run_dir} belongs to a run on other images of {data.dataset}, whose betons were written anew "
             f"since; start in another folder, or put the old ones back"
         )
-
-
-def content_sha256(data: Manifest) -> dict[str, str]:
-    """Of the pixels and labels of each split, by the split's name."""
-    return DataDescription.of(data).content_sha256

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-SETTINGS = "config.toml"  # the configuration as TOML; a folder that has it is a run folder
+from dist_train.config.loading import FILE
+
+SETTINGS = FILE  # the configuration as TOML; a folder that has it is a run folder
 
 METRICS = "metrics.jsonl"  # every step, evaluation and digest: see metrics.py
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_train.runs.layout import WANDB
 from dist_train.tracking import messages
 from dist_train.tracking.messages import Artifact, Begin, End, Message, encode
 
@@ -24,7 +25,7 @@ def process(first: Begin) -> dict[str, Any]:
         "env": {
             "WANDB_ERROR_REPORTING": "false",  # else even an offline run calls home, and waits for it
             "WANDB_SILENT": "true",
-            "WANDB_DATA_DIR": str(Path(first.run_dir, "wandb")),  # where what is to be uploaded waits
+            "WANDB_DATA_DIR": str(Path(first.run_dir, WANDB)),  # where what is to be uploaded waits
             **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a sweep agent's helper
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process can import
         },
@@ -50,7 +51,7 @@ class WandbRun:
     def __init__(self, started: subprocess.Popen[bytes], first: Begin) -> None:
         assert started.stdin is not None
         self._process, self._pipe, self._torn = started, started.stdin, False
-        self._where = Path(first.run_dir, "wandb")
+        self._where = Path(first.run_dir, WANDB)
         self._send(first)
         os.set_blocking(self._pipe.fileno(), False)
 

@@ -33,7 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.errors import PREEMPTED
-from dist_train.runs.layout import METRICS, SAMPLES
+from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import first_line, tell
 from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
@@ -53,7 +53,7 @@ def main() -> int:
     first = next(message for message in messages if message is not None)
     assert isinstance(first, Begin)
     received: list[Message] = []
-    where = Path(first.run_dir, "wandb")
+    where = Path(first.run_dir, WANDB)
     for attempt in (1, 2):
         try:
             run, place = _follow(first, received, messages)
@@ -123,7 +123,7 @@ def _begin(first: Begin) -> tuple[Any, str, bool]:
     import wandb
     from wandb.sdk import wandb_setup  # wandb.setup would start the helper, and wait for good if that dies
 
-    where = Path(first.run_dir, "wandb")
+    where = Path(first.run_dir, WANDB)
     known = {key: value for key, value in first.settings.items() if key in wandb.Settings.model_fields}
     new = "run_id" in known
     if not new:
@@ -218,7 +218,7 @@ class _Record:
                     run.log(_sample_row(json.loads(line), path.stem.replace("-", ""), self._began))
 
     def _first_sample(self) -> float | None:
-        with contextlib.suppress(FileNotFoundError), (self._dir / "system/rank-0.jsonl").open() as file:
+        with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open() as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     return float(json.loads(line)["time"])
@@ -268,7 +268,7 @@ def _keep(run: Any, checkpoint: Path) -> None:
     """Make a checkpoint a version of the run's artifact; its file may change or go from then on."""
     import wandb
 
-    step = int(checkpoint.stem.removeprefix("step-"))
+    step = step_of(checkpoint)
     artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata={"step": step})
     try:
         artifact.add_file(str(checkpoint), skip_cache=True)

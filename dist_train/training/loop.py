@@ -19,6 +19,7 @@ from dist_train.distributed.gradient_sum import FixedOrderSum
 from dist_train.distributed.ranks import Ranks, gather_shares
 from dist_train.model.network import BatchNorm, BlockNetwork
 from dist_train.randomness import derive
+from dist_train.runs.checkpoint import Checkpoint
 from dist_train.signals import StopRequest
 from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
@@ -45,12 +46,12 @@ class State:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load(self, checkpoint: dict[str, Any]) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Take the state of a checkpoint."""
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizers.load(checkpoint["optimizers"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step = int(checkpoint["step"])
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizers.load(checkpoint.optimizers)
+        self.scaler.load_state_dict(checkpoint.scaler)
+        self.step = checkpoint.step
 
 
 def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer, stop: StopRequest) -> str:

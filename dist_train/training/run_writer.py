@@ -11,12 +11,13 @@ from dist_train import config
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.ranks import Ranks
-from dist_train.errors import DONE, PREEMPTED, say
+from dist_train.errors import outcome_of, say
 from dist_train.model.network import BlockNetwork, tensor_digests
 from dist_train.runs import checkpoint
+from dist_train.runs.checkpoint import Checkpoint, DataDescription
 from dist_train.runs.environment import Environment, changes, environment, git_commit, versions
-from dist_train.runs.folder import content_sha256
 from dist_train.runs.history import append_history
+from dist_train.runs.layout import checkpoint_folder
 from dist_train.training.evaluation import Evaluation
 from dist_train.training.recorder import Recorder
 
@@ -53,14 +54,14 @@ class RunWriter(Writer):
         data: Manifest,
         total_steps: int,
         matrix_rate: float,
-        resumed: dict[str, Any] | None,
+        resumed: Checkpoint | None,
     ) -> None:
         """matrix_rate: floating-point operations a second of matrix products on all ranks. resumed: the checkpoint
         that the run resumes from, None for a new run. Prints a sentence where the environment has changed since it.
         Raises UserError and OSError as Recorder does."""
         self.run_dir, self._artifacts = run_dir, settings.record.artifacts
-        step = resumed["step"] if resumed else 0
-        self.environments = self._environments(ranks, step, resumed["environments"] if resumed else [])
+        step = resumed.step if resumed else 0
+        self.environments = self._environments(ranks, step, resumed.environments if resumed else [])
         self._recorder = Recorder(
             run_dir,
             settings.record,
@@ -76,20 +77,13 @@ class RunWriter(Writer):
             branches=[[conv.name for conv in block.convolutions] for block in settings.model.blocks],
         )
         self._checkpoints = checkpoint.Writer(
-            run_dir / "checkpoints",
+            checkpoint_folder(run_dir),
             settings.checkpoint.keep,
             {
                 "environments": self.environments,
                 # with these a checkpoint is enough to use the network
                 "config": config.to_toml(settings),
-                "data": {
-                    "dataset": data.dataset,
-                    "classes": list(data.classes),
-                    "image_shape": list(data.image_shape),
-                    "mean": list(data.mean),
-                    "std": list(data.std),
-                    "content_sha256": content_sha256(data),
-                },
+                "data": DataDescription.of(data).to_dict(),
             },
             before=self._recorder.flush,  # a checkpoint without the lines before it could not be resumed
             written=self._recorder.checkpoint,
@@ -129,14 +123,13 @@ class RunWriter(Writer):
             self._recorder.finish({**summary, "environments": self.environments})
         except OSError as error:
             return f"summary.json ({error.strerror})"
-        if self._artifacts == "last" and (last := checkpoint.newest(self.run_dir / "checkpoints")):
+        if self._artifacts == "last" and (last := checkpoint.newest(checkpoint_folder(self.run_dir))):
             self._recorder.checkpoint(last, last=True)
         return ""
 
     def close(self, code: int, reason: str) -> None:
         """Write to the history how the run ended, and end its record. code: the exit code."""
-        outcome = {DONE: "done", PREEMPTED: "preempted"}.get(code, "failed")
-        append_history(self.run_dir, "end", outcome=outcome, step=self._recorder.last_step, reason=reason)
+        append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=reason)
         self._recorder.close(code)
 
     def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
@@ -158,7 +151,7 @@ class RunWriter(Writer):
         return [*known, now] if changed or not known else known
 
     def _not_written(self, step: int, error: OSError) -> None:
-        kept = checkpoint.steps(self.run_dir / "checkpoints")
+        kept = checkpoint.steps(checkpoint_folder(self.run_dir))
         last = f"the one of step {kept[-1]} stays" if kept else "there is none yet"
         say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training goes on")
         append_history(self.run_dir, "checkpoint_failed", step=step, reason=error.strerror)

@@ -24,12 +24,11 @@ from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
 from dist_train.randomness import derive
-from dist_train.reports.statistics import best_eval
 from dist_train.runs import checkpoint
 from dist_train.runs.environment import device_name, git_commit, versions
 from dist_train.runs.folder import check_data, open_folder
-from dist_train.runs.layout import DIVERGED, METRICS, SUMMARY
-from dist_train.runs.metrics import read_metrics
+from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
+from dist_train.runs.metrics import best_eval, read_metrics
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
 from dist_train.training.optimizers import Optimizers
@@ -85,10 +84,10 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
         last_step = total_steps(config, data.steps_per_epoch)
         newest = on_main(ranks, lambda: open_folder(run_dir, config, held))
-        resumed = checkpoint.load(newest) if newest else None
+        resumed = checkpoint.read(newest) if newest else None
         if resumed:
             check_data(resumed, manifest, run_dir)
-        if newest and checkpoint.step_of(newest) == last_step and (run_dir / SUMMARY).exists():
+        if newest and step_of(newest) == last_step and (run_dir / SUMMARY).exists():
             outcome.code = DONE
             if ranks.main:
                 print(f"{run_dir} is finished already")
@@ -213,7 +212,6 @@ def _print_result(run_dir: Path) -> None:
         f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
         f"{summary['seconds']:.1f} s in all\n"
-        f"curves: {run_dir / 'plots' / 'loss.png'}, {run_dir / 'plots' / 'accuracy.png'}; "
-        f"record: {run_dir / 'metrics.jsonl'}, {run_dir / 'summary.json'}",
+        f"curves: {run_dir / LOSS_PLOT}, {run_dir / ACCURACY_PLOT}; metrics: {run_dir / METRICS}, {run_dir / SUMMARY}",
         flush=True,
     )

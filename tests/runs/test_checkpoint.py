@@ -38,7 +38,7 @@ def test_what_a_checkpoint_holds_to_the_file_and_back(tmp_path: Path) -> None:
         "image_shape": [32, 32, 3],
         "mean": [0.1, 0.2, 0.3],
         "std": [0.4, 0.5, 0.6],
-        "content_sha256": {"test": "1"},
+        "content_sha256": {"train": "1", "test": "2"},
     }
     again = checkpoint.read(path)
     assert (again.step, again.scaler, again.environments) == (7, STATE["scaler"], STATE["environments"])

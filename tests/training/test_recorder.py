@@ -26,9 +26,8 @@ from dist_train.commands import plots as plots_command
 from dist_train.config.settings import RecordConfig
 from dist_train.errors import UserError
 from dist_train.reports import plots
-from dist_train.reports.statistics import best_eval
 from dist_train.runs.history import append_history, read_history
-from dist_train.runs.metrics import Row, read_digests, read_metrics
+from dist_train.runs.metrics import Row, best_eval, read_digests, read_metrics
 
 
 def test_lines(tmp_path: Path) -> None:
