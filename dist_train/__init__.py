@@ -5,15 +5,14 @@
     network = load("runs/block94-seed0-1a2b3c4d")
     network.predict("cat.png")  # [[("cat", 0.98), ("dog", 0.01), ...]]
 
-is all there is to a trained network; training is `python -m dist_train.main`.
+is all there is to a trained network; training is `dist-train train`.
 """
 
 __version__ = "0.2.0.dev0"
 
-import os
 from typing import TYPE_CHECKING, Any
 
-launcher = os.getppid()  # noted before the imports take their time, in which it may die
+from dist_train import signals as signals  # notes the launcher before the imports that take seconds
 
 if TYPE_CHECKING:
     from dist_train.inference.trained_network import TrainedNetwork as TrainedNetwork
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """What takes torch to import, once it is asked for. `predict` is the function; to import the command of that name
-    would hide it."""
+    """The names that need torch, imported when they are first used."""
     if name in ("TrainedNetwork", "load", "predict"):
         from dist_train.inference import trained_network
 

@@ -10,9 +10,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-from dist_train import launcher
 from dist_train.errors import LostPeerError
 
+_LAUNCHER = os.getppid()  # at the first import of the package: it may die during those that take seconds
 # Slurm's and submitit's at the end of the allocation, the launcher's, the keyboard's
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -98,7 +98,7 @@ def stop_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     libc("prctl", 1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:
+    if os.getppid() != _LAUNCHER:
         raise LostPeerError("the launcher has ended while this rank was starting")
 
 
