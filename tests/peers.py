@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["dist_train.reduction"])
+_SERVER.set_forkserver_preload(["dist_train.distributed.gradient_sum"])
 
 
 @dataclass

@@ -71,7 +71,7 @@ def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     folder = tmp_path_factory.mktemp("slurm")
     (folder / ".venv").symlink_to(Path(sys.prefix))
     common = ["--preset", "digits", f"data.dir={digits}", "record.wandb=disabled", "record.quiet=true"]
-    common += ["train.device=cpu", "batch_size=128"]
+    common += ["train.device=cpu", "batch_size=128", "precision=fp32"]
     long = [*common, "train.epochs=15", "every_steps=20"]
     undisturbed = folder / "undisturbed"
     assert trainer(*long, "--run-dir", undisturbed).returncode == 0
@@ -104,7 +104,7 @@ SLOW = """
 import os
 if "RANK" in os.environ:
     import time
-    from dist_train.optim import Optimizers
+    from dist_train.training.optimizers import Optimizers
     step = Optimizers.step
     def slow(self, scaler):
         time.sleep(0.3)
@@ -114,7 +114,7 @@ if "RANK" in os.environ:
 FAILING = """
 import os
 if os.environ.get("RANK") == "1":
-    from dist_train.optim import Optimizers
+    from dist_train.training.optimizers import Optimizers
     step, steps = Optimizers.step, []
     def fail(self, scaler):
         steps.append(0)
