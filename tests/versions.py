@@ -3,6 +3,7 @@
     bash tests/versions.sh                        # every environment: the table for benchmarks/RESULTS.md
     bash tests/versions.sh lowest newest          # some of them
     bash tests/versions.sh lowest -- -k config    # part of the tests
+    bash tests/versions.sh --airbench DIR         # with the time of block94 beside a clone of cifar10-airbench
     bash tests/versions.sh --renew                # a new launch/lock.txt, if the tests pass on it
 
 Environments, made anew under build/versions/: `lowest` has the lowest versions that pyproject.toml allows, on the
@@ -185,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("environments", nargs="*", metavar="ENVIRONMENT", help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--renew", action="store_true", help="write launch/lock.txt anew if the tests pass on it")
     parser.add_argument("--no-speed", action="store_true", help="do not run the benchmark on the two ends")
+    parser.add_argument("--airbench", metavar="DIR", help="a clone of cifar10-airbench to run the benchmark beside")
     args = parser.parse_args(mine)
     if unknown := [name for name in args.environments if name not in known]:
         parser.error(f"{unknown[0]}: there is no such environment; choose of {', '.join(known)}")
@@ -194,10 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
         new.parent.mkdir(parents=True, exist_ok=True)
         new.write_text(renewed())
         chosen = [Environment("renewed", known["without-ffcv"].python, new)]
+    peer = ["--airbench", str(Path(args.airbench).resolve())] if args.airbench else []
     results = []
     for environment in chosen:
         ends = environment.name in ("lowest", "newest") and not args.no_speed
-        speed = ["-m", "benchmarks.speed", "--short"] if ends else []
+        speed = ["-m", "benchmarks.speed", "--short", *peer] if ends else []
         results.append(check(environment, there[environment.python], for_pytest, speed))
     print(table(results))
     if any(result.failed or not result.passed for result in results):
