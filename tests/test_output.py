@@ -35,7 +35,7 @@ TRAINING = (
 RESULT = (
     rf"digits: test accuracy {SHARE}(?: \({SHARE} with TTA\))? at the last epoch; {NUMBER} s of training "
     rf"\({NUMBER} images/s\), {NUMBER} s in all",
-    r"curves: \S+loss\.png, \S+accuracy\.png; record: \S+metrics\.jsonl, \S+summary\.json",
+    r"curves: \S+loss\.png, \S+accuracy\.png; metrics: \S+metrics\.jsonl, \S+summary\.json",
 )
 OFFLINE = (r"W&B: offline run in \S+; upload it with: wandb sync \S+",)
 # torchrun's own, from before any line of ours is run, where OMP_NUM_THREADS is unset
