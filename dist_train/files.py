@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a folder that is one process's alone."""
+"""Atomic writes of files, and a lock on a folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dist_train.data_prep.files import sync
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Replace the file `path` by `data`, so that even a power cut leaves the old one or the new one whole.
+    """Replace the content of `path` by `data` atomically: even a power cut leaves the old file or the new one complete.
 
-    Raises OSError, and leaves nothing behind."""
+    Raises OSError, and then leaves no partial file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)
@@ -28,7 +28,8 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the files in a folder that `write_atomic` of a killed process began. No other may be writing here."""
+    """Remove partial files that `write_atomic` of a killed process left. No other process may be writing in the
+    folder."""
     for partial in folder.glob(".*.*"):
         if partial.suffix[1:].isdigit():
             partial.unlink()
@@ -36,10 +37,10 @@ def remove_partial(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path, wait: float) -> Iterator[None]:
-    """Hold a folder for this process alone; the kernel gives it back when the process ends, however it ends.
+    """A context that holds an exclusive lock on a folder; the kernel releases it when the process ends, in any way.
 
-    wait: seconds for another holder to leave. Raises BlockingIOError, with who holds it as its text, when it
-    stays, and OSError where the file system refuses.
+    wait: seconds to wait for another process to release it. Raises BlockingIOError, with that process as its message,
+    when it does not, and OSError where the file system has no locks.
     """
     with (folder / ".lock").open("a+") as file:
         deadline = time.monotonic() + wait
