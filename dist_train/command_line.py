@@ -1,4 +1,4 @@
-"""The style of every command line: its parser, and bad input as one sentence with its exit code."""
+"""What all commands share: the argument parser, and the handling of bad input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ P = ParamSpec("P")
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of `dist-train NAME`. description: the module's docstring, shown as it stands."""
+    """The parser of `dist-train NAME`. description: the module's docstring, shown unchanged."""
 
     def __init__(self, name: str, description: str | None, **options: Any) -> None:
         super().__init__(
@@ -31,8 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """A command's `main`, which returns its exit code. On a UserError the first rank prints its sentence to stderr, and
-    every rank returns its exit code."""
+    """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr, and
+    every rank returns the error's exit code."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -47,7 +47,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def positive(text: str) -> int:
-    """An argument's type: a whole number above 0."""
+    """The type of an argument that is a whole number above 0. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)

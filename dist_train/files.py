@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and a lock on a file."""
+"""Atomic writes of files, and a lock on a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dist_train.data_prep.files import sync
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Replace the file `path` by `data`, so that even a power cut leaves the old one or the new one whole.
+    """Replace the content of `path` by `data` atomically: even a power cut leaves the old file or the new one complete.
 
-    Raises OSError, and leaves nothing behind."""
+    Raises OSError, and then leaves no partial file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)
@@ -28,7 +28,8 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the files in a folder that `write_atomic` of a killed process began. No other may be writing here."""
+    """Remove partial files that `write_atomic` of a killed process left. No other process may be writing in the
+    folder."""
     for partial in folder.glob(".*.*"):
         if partial.suffix[1:].isdigit():
             partial.unlink()
@@ -36,11 +37,11 @@ def remove_partial(folder: Path) -> None:
 
 @contextmanager
 def claimed(path: Path, wait: float) -> Iterator[None]:
-    """Hold a lock on the file `path`, which is made if it is missing and then names this process; the kernel releases
-    the lock when the process ends, however it ends.
+    """A context that holds an exclusive lock on the file `path`, which is created if it is missing and then names this
+    process; the kernel releases the lock when the process ends, in any way.
 
-    wait: seconds to wait for another process that holds it. Raises BlockingIOError, whose text names that process, when
-    it still does, and OSError where the file system refuses.
+    wait: seconds to wait for another process to release it. Raises BlockingIOError, with that process as its message,
+    when it does not, and OSError where the file system has no locks.
     """
     with path.open("a+") as file:
         deadline = time.monotonic() + wait

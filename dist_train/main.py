@@ -1,6 +1,6 @@
 """The trainer's entry on every rank: torchrun ... -m dist_train.main, dist-train train.
 
-It checks all that needs no torch, has the betons prepared, and only then imports torch, which takes seconds.
+It checks all that needs no torch and prepares the betons before it imports torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dist_train.signals import StopNow, Stopped, ended_within, hold_back, stop_with_launcher
 
 if __name__ == "__main__":
-    # The launcher stops all ranks as soon as one fails. With bad input all of them fail, and this one may have to
-    # print the sentence first.
+    # The launcher stops all ranks as soon as one fails. With bad input every rank fails, and the launcher's signal must
+    # not end the rank that prints the message before it has done so.
     hold_back()
 
 import argparse
@@ -29,12 +29,12 @@ from dist_train.distributed.launcher import check_world_size, first_of_node
 from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say
 from dist_train.model.shapes import shapes
 
-_PATIENCE = 2.0  # seconds of waiting for the betons before it is reported
-_REPORTING = 10.0  # seconds for the rank that reports for the others to do so
+_SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
+_REPORTING = 10.0  # seconds that a rank waits for the rank that prints an error of all ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 asked to stop, with all saved."""
+    """Run the command. Returns the exit code: 0 done, 1 failed, 2 bad input, 75 stopped by a signal after saving."""
     outcome = Outcome()
     with ExitStack() as held:
         try:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             with StopNow():
                 waited, manifest = _prepared(settings)
             outcome.detected_by = "one"
-            from dist_train.training.train import Job, run  # imports torch, for seconds
+            from dist_train.training.train import Job, run  # not at the top: it imports torch
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
         except UserError as error:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.code = PREEMPTED
             if first_of_node():
                 say(f"stopped by {stopped.name} before the training began; the same command starts it")
-        except DivergedError as error:  # all ranks have it
+        except DivergedError as error:  # raised on every rank
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
                 say(outcome.reason)
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
-    """The configuration and the run folder, after every check that takes no more than these. Raises UserError."""
+    """The configuration and the run folder, after every check that needs only these. Raises UserError."""
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
     check_batch(settings.train.batch_size, settings.train.microbatches)
@@ -82,9 +82,9 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
 
 
 def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]:
-    """Have the first rank of each node check or write the betons, while the node's others wait: before the process
-    group is joined, since waiting there has a timeout. Returns whether the betons had to be written, and on the first
-    rank their manifest. Raises UserError and LostPeerError."""
+    """Check or write the betons on the first rank of each node, while the node's other ranks wait. This is done before
+    the ranks join the process group, since waiting there has a timeout. Returns whether the betons had to be written,
+    and their manifest, None on the ranks that waited. Raises UserError and LostPeerError."""
     stop_with_launcher()
     data, waited = settings.data, not dataset.is_written(settings.data)
     if first_of_node():
@@ -96,7 +96,7 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
         return waited, manifest
     start, reported = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
     while not dataset.is_written(data):
-        if not reported and time.monotonic() > start + _PATIENCE:
+        if not reported and time.monotonic() > start + _SILENT_WAIT:
             say(f"{data.folder} is not there yet: the other ranks of this node wait for the first, which prepares it")
             reported = True
         time.sleep(0.1)
@@ -104,29 +104,29 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
 
 
 def _print_once(outcome: Outcome) -> None:
-    """Print what was wrong, unless another rank does."""
+    """Print the reason of a failure that several ranks detect, on one of them."""
     reports = first_of_node() if outcome.detected_by == "node" else os.environ.get("RANK", "0") == "0"
-    # The rank that reports exits at once, and the launcher then ends the others. If one of those exited first, the
-    # launcher would end the rank that reports.
+    # The rank that reports exits at once, and the launcher then ends the other ranks; they wait for that, because the
+    # launcher would end the rank that reports if another exited first.
     if reports or (not ended_within(_REPORTING) and outcome.detected_by == "one"):
         say(outcome.reason)
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
-    # Ctrl-C ends the process without a traceback, until the training is there to be saved.
+    # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         code = main(arguments)
     except Exception as error:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)  # torchrun shows it
+        get_error_handler().record_exception(error)  # for torchrun's error report
         raise
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is on the disk, and the process group is left. The interpreter's own end would race with native threads
-    # of gloo and ffcv, which now and then aborts a rank that has finished ("terminate called").
+    # All files are written, and the process group is destroyed. The interpreter's shutdown would race with native
+    # threads of gloo and ffcv, and sometimes abort a finished rank ("terminate called").
     os._exit(code)
 
 

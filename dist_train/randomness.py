@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of 63 bits for one purpose of a run. The same on every machine and rank."""
+    """A seed of 63 bits for one purpose of a run, the same on every machine and rank. numbers: such as the epoch."""
     digest = hashlib.sha256(repr((seed, purpose, *numbers)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -32,9 +32,10 @@ def sample_bits(indices: Tensor, seed: int) -> Tensor:
 
 
 def uniform_integers(bits: Tensor, count: int) -> Tensor:
-    """Integers in 0..count-1 from the low 32 of random bits."""
+    """Integers in 0..count-1, of the shape of `bits`, int64, from the low 32 of these random bits."""
     return ((bits & 0xFFFFFFFF) * count) >> 32
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
+    """Logical right shift; torch's own on int64 is arithmetic."""
     return (x >> places) & ((1 << (64 - places)) - 1)

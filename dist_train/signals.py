@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the bond between a rank and its launcher."""
+"""Signals that ask a run to stop, and the death of a rank's launcher."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 from dist_train.errors import LostPeerError
 
-_LAUNCHER = os.getppid()  # at the first import of the package: it may die during those that take seconds
-# Slurm's and submitit's at the end of the allocation, the launcher's, the keyboard's
+_LAUNCHER = os.getppid()  # at the first import of the package: it may end during the imports that take seconds
+# sent by Slurm and submitit before a job's time limit or a preemption, by the launcher, and by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """While it is entered, `received` is the number of the stop signal that came, 0 before.
+    """A context that handles stop signals. received: the number of the last one, 0 for none.
 
-    A second Ctrl-C ends the process at once; what was saved stays.
+    A second Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
 
 
 class Stopped(BaseException):
-    """A stop signal came before there was anything to be saved."""
+    """A stop signal was received before there was anything to save. name: of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -51,8 +51,8 @@ class Stopped(BaseException):
 
 
 class StopNow:
-    """While it is entered, the first stop signal, also one that was held back, raises Stopped from whatever is being
-    done; later ones are ignored."""
+    """A context in which the first stop signal, also one that was held back before it, raises Stopped from the running
+    code; later ones are ignored."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -66,7 +66,7 @@ class StopNow:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._received:  # whatever became of the exception, for example in an import
+        if self._received:  # again, in case the code inside has caught the exception
             raise Stopped(self._received) from None
 
     def _stop(self, number: int, _: FrameType | None) -> None:
@@ -76,25 +76,25 @@ class StopNow:
 
 
 def hold_back() -> None:
-    """Have stop signals wait until StopNow is entered, or for `ended_within`."""
+    """Block stop signals until StopNow is entered or `ended_within` is called."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def ended_within(seconds: float) -> bool:
-    """Wait for a stop signal, and take it. Returns whether one came."""
+    """Wait for a stop signal, and consume it. seconds: to wait at most. Returns whether one was received."""
     hold_back()
     return signal.sigtimedwait(SIGNALS, seconds) is not None
 
 
 def ignore_at_exit() -> None:
-    """From the interpreter's end on, stop signals are too late: they are ignored. Python itself would set them back to
-    what they do of old, which is to end the process as failed."""
+    """Ignore stop signals once the interpreter shuts down. Python would restore their default action, with which a late
+    signal ends a finished process as failed."""
     atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in SIGNALS])
 
 
 def stop_with_launcher() -> None:
-    """Ask the kernel for the stop signal when torchrun dies: it could no longer stop this rank itself. Raises
-    LostPeerError when it is dead already."""
+    """Have the kernel send SIGTERM to this rank when torchrun dies, which then cannot stop the rank itself. Without
+    torchrun it does nothing. Raises LostPeerError when torchrun is dead already."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     libc("prctl", 1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
@@ -103,7 +103,7 @@ def stop_with_launcher() -> None:
 
 
 def libc(function: str, *arguments: int) -> None:
-    """Call a function of glibc; with another C library do without."""
+    """Call a function of glibc; with another C library do nothing."""
     try:
         getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
     except (OSError, AttributeError):

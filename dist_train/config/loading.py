@@ -1,4 +1,4 @@
-"""A configuration from a preset, a TOML file and key=value settings, and back to TOML.
+"""Loads a configuration from a preset, a TOML file and key=value settings, and writes it as TOML.
 
 Later sources override earlier ones: defaults, preset, file, command line. The resolved configuration of a run is
 written to its run folder as `config.toml` and is enough to repeat the run.
@@ -43,8 +43,8 @@ def presets() -> list[str]:
 
 
 def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
-    """Resolve a configuration. settings: `key=value` with dotted keys; a key's last part alone will do where
-    it is unambiguous. Raises UserError for anything unknown, ill-typed or out of range."""
+    """Resolve a configuration. settings: `key=value` with dotted keys; a key's last part alone is enough where it is
+    unambiguous. Raises UserError for anything unknown, ill-typed or out of range."""
     tree: dict[str, Any] = {}
     if preset is not None:
         if preset not in presets():
@@ -53,21 +53,21 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
     if file is not None:
         tree = _merge(tree, _read(file))
     for setting in settings:
-        key, found, text = setting.partition("=")
-        if not found:
+        key, separator, text = setting.partition("=")
+        if not separator:
             raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
         _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
     return _checked(tree)
 
 
 def parse(text: str) -> Config:
-    """What `to_toml` wrote. Raises UserError, or tomllib.TOMLDecodeError."""
+    """The configuration of a text that `to_toml` wrote. Raises UserError and tomllib.TOMLDecodeError."""
     return _checked(tomllib.loads(text))
 
 
 def _checked(tree: dict[str, Any]) -> Config:
     try:
-        # as JSON: only there does strict validation take tables for dataclasses
+        # as JSON: for Python objects, pydantic's strict validation does not accept a dict for a dataclass
         return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
@@ -84,25 +84,25 @@ def to_toml(config: Config) -> str:
 
 
 def reference() -> str:
-    """All settings by section: what each does, its unit and its default, as text of 100 columns."""
+    """The help text of all settings by section: what each does, its unit and its default, 100 columns wide."""
     about = (
         "Settings that do not change the weights and those that may change bits are marked; a resumed run may change "
-        "them, and no others. The names of a list's items have numbers, here 0 for the first."
+        "them, and no others. The items of a list are numbered; 0 stands for the first."
     )
     text, shown = [*textwrap.wrap(about, _WIDTH), ""], dict[Any, str]()
     for key, table, words in _sections(Config):
         title = re.sub(r"\.0\b", "", key)
         title = f"[[{title}]]" if key.endswith(".0") else f"[{title}]"
-        like = f"Settings as in {shown[table]}." if table in shown else ""
-        text += [title, *textwrap.wrap(f"{words} {like}" if like else f"{table.__doc__} {words}", _WIDTH), ""]
-        if not like:
+        same = f"Settings as in {shown[table]}." if table in shown else ""
+        text += [title, *textwrap.wrap(f"{words} {same}" if same else f"{table.__doc__} {words}", _WIDTH), ""]
+        if not same:
             shown[table] = title
             text += [*_settings(table, key), ""]
     return "\n".join(text)
 
 
 def _sections(table: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
-    """The sections that a dataclass holds: their keys, their dataclasses and what their fields say of them."""
+    """The sections of a dataclass, also nested ones: (key, dataclass, description of the field) of each."""
     for name, info in table.__pydantic_fields__.items():
         single = dataclasses.is_dataclass(info.annotation)
         for inner in _tables(info.annotation):
@@ -112,7 +112,7 @@ def _sections(table: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
 
 
 def _settings(table: Any, key: str) -> list[str]:
-    """Lines that describe the settings of a section."""
+    """Lines of the help text that describe the settings of a section."""
     defaults = OptimConfig().group("default") if key == "optim.default" else {}
     indent = " " * 6
     lines = []
@@ -132,7 +132,7 @@ def _settings(table: Any, key: str) -> list[str]:
 
 
 def _words(info: FieldInfo) -> str:
-    """What is said of a field: the text below it, and its mark."""
+    """The description of a field: the docstring below it, and the words of its mark."""
     marks = [f"{mark.words[0].upper()}{mark.words[1:]}." for mark in info.metadata if isinstance(mark, Effect)]
     return " ".join([*(info.description or "").split(), *marks])
 
@@ -143,33 +143,33 @@ def _joined(key: str, name: str) -> str:
 
 def _effects(table: Any = Config, key: str = "") -> dict[str, Effect]:
     """The marked settings and sections by their dotted names."""
-    found: dict[str, Effect] = {}
+    effects: dict[str, Effect] = {}
     for name, info in table.__pydantic_fields__.items():
         place = _joined(key, name)
-        found.update((place, mark) for mark in info.metadata if isinstance(mark, Effect))
+        effects.update((place, mark) for mark in info.metadata if isinstance(mark, Effect))
         if dataclasses.is_dataclass(info.annotation):
-            found.update(_effects(info.annotation, place))
-    return found
+            effects.update(_effects(info.annotation, place))
+    return effects
 
 
 _EFFECTS = _effects()
 
 
 def digest(config: Config) -> str:
-    """Eight hexadecimal digits that name what the final weights depend on."""
+    """Eight hexadecimal digits, a SHA-256 of the settings that the final weights depend on."""
     text = json.dumps(_binding(to_dict(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def difference(mine: Config, other: Config) -> list[str]:
-    """Dotted keys, among those the final weights depend on, in which two configurations differ."""
-    a, b = (_flat(_binding(to_dict(config))) for config in (mine, other))
+def difference(first: Config, second: Config) -> list[str]:
+    """Dotted keys, among those that the final weights depend on, in which two configurations differ."""
+    a, b = (_flat(_binding(to_dict(config))) for config in (first, second))
     return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
 
 
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
-    OSError when it cannot be read, or cannot be made."""
+    OSError when the folder cannot be read or created."""
     path = run_dir / FILE
     if path.exists():
         if differing := [key for key in difference(settings, load(None, path, [])) if key not in _EFFECTS]:
@@ -178,22 +178,23 @@ def check_folder(run_dir: Path, settings: Config) -> None:
                 f"give the settings it was started with, or another folder"
             )
         return
-    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
 
 
 def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
     """The settings that are part of the digest."""
-    kept = {}
+    bound = {}
     for name, value in tree.items():
         place = _joined(key, name)
         if place not in _EFFECTS or _EFFECTS[place].in_digest:
-            kept[name] = _binding(value, place) if isinstance(value, dict) else value
-    return kept
+            bound[name] = _binding(value, place) if isinstance(value, dict) else value
+    return bound
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts and lists by their dotted keys."""
     if isinstance(value, dict):
         pairs = [(_joined(prefix, key), item) for key, item in value.items()]
     elif isinstance(value, list):
@@ -215,11 +216,11 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error}); mend that line") from None
+        raise UserError(f"{path}: not valid TOML ({error}); fix that line") from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Tables are merged key by key, everything else is replaced."""
+    """`base` overridden by `over`: tables are merged key by key, everything else is replaced."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -229,6 +230,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    """The value of a setting on the command line: as in TOML, or the text itself, which needs no quotes."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
@@ -236,6 +238,7 @@ def _value(text: str) -> Any:
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any, setting: str) -> None:
+    """Set a dotted key in a tree. Raises UserError, which quotes `setting`."""
     *path, last = key.split(".")
     node: Any = tree
     for part in path:
@@ -252,10 +255,10 @@ def _assign(tree: dict[str, Any], key: str, value: Any, setting: str) -> None:
 
 
 def _tables(kind: Any) -> list[Any]:
-    """The dataclasses that a value of this type may hold: its own, its items' or its alternatives'."""
+    """The dataclasses in a type: itself, or those of a list's items or of a union's alternatives."""
     if dataclasses.is_dataclass(kind):
         return [kind]
-    return [found for argument in typing.get_args(kind) for found in _tables(argument)]
+    return [table for argument in typing.get_args(kind) for table in _tables(argument)]
 
 
 def _fields(cls: Any) -> dict[str, Any]:
@@ -263,22 +266,23 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 def _leaves(cls: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings that lie under no list."""
-    found = []
+    """Dotted names of all settings that are not in a list."""
+    names = []
     for name, kind in _fields(cls).items():
         table = kind if dataclasses.is_dataclass(kind) else None
-        found += _leaves(table, f"{prefix}{name}.") if table else [prefix + name]
-    return found
+        names += _leaves(table, f"{prefix}{name}.") if table else [prefix + name]
+    return names
 
 
 def _full_key(key: str) -> str:
+    """The dotted key of a setting that may be given by its last part alone. Raises UserError."""
     if "." in key or key in _fields(Config):
         return key
-    found = [name for name in _leaves(Config) if name.rpartition(".")[2] == key]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{key}: this could be {' or '.join(found)}; write out which")
+    matches = [name for name in _leaves(Config) if name.rpartition(".")[2] == key]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(f"{key}: this could be {' or '.join(matches)}; write out which")
     leaves = _leaves(Config)
     close = difflib.get_close_matches(key, {name.rpartition(".")[2] for name in leaves}, 1, 0.5)
     near = [name for name in leaves if close and name.rpartition(".")[2] == close[0]]
@@ -286,14 +290,15 @@ def _full_key(key: str) -> str:
 
 
 def _nearest(name: str, valid: list[str], near: list[str] | None = None) -> str:
+    """The end of a message about an unknown name: a similar valid one, or all valid ones."""
     near = near or difflib.get_close_matches(name, valid, 1, 0.4)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(valid)}"
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first complaint of pydantic as one sentence."""
+    """The first error of pydantic as one sentence."""
     first = error.errors()[0]
-    # pydantic's own tags for the alternatives of a union are no part of the key
+    # find the dotted key: `loc` also holds pydantic's tags for the alternatives of a union
     kind: Any = Config
     path: list[str] = []
     for part in first["loc"]:

@@ -1,6 +1,6 @@
-"""All settings: the typed sections of a configuration, as data. `dist-train train --help` prints the text below each.
+"""All settings: the typed sections of a configuration. `dist-train train --help` prints the docstring of each setting.
 
-Checks that need more than the configuration are made by the modules that use a section."""
+Checks that need more than the configuration are in the modules that use a section."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Tta = Literal["none", "mirror", "shift"]
 
 
 class Effect(NamedTuple):
-    """Marks, in its annotation, a setting or a section that a resumed run may change. The other settings determine
-    what a run computes. in_digest: whether it is part of the digest that names run folders."""
+    """Marks, in its annotation, a setting or a section that a resumed run may change; others must stay the same.
+    words: shown in the help. in_digest: whether the setting is part of the digest that names run folders."""
 
     words: str
     in_digest: bool
@@ -36,7 +36,7 @@ class Effect(NamedTuple):
 FREE = Effect("does not change the weights", in_digest=False)
 DRIFTING = Effect("may change bits", in_digest=True)
 
-# `auto` takes what the machine has, so runs on CPUs and GPUs have one digest
+# not in the digest: with `auto` runs on CPUs and GPUs have the same configuration
 DEVICE = Effect("may change bits", in_digest=False)
 
 
@@ -83,10 +83,12 @@ class DataConfig:
 
     @property
     def folder(self) -> Path:
+        """The folder of the betons."""
         return Path(self.dir or f"data/{self.dataset}")
 
     @property
     def source_folder(self) -> Path | None:
+        """The folder that the betons are written from, None for none."""
         return Path(self.source) if self.source else None
 
 
@@ -109,9 +111,9 @@ class Convolution:
 
     @property
     def name(self) -> str:
-        """For people, such as `3x3`, or `5x5 d2 g8 s2` with another dilation, groups or stride than 1."""
-        others = ((self.dilation, "d"), (self.groups, "g"), (self.stride, "s"))
-        return " ".join([f"{self.kernel}x{self.kernel}", *(f"{letter}{n}" for n, letter in others if n > 1)])
+        """A readable name: `3x3`, or `5x5 d2 g8 s2` with dilation 2, groups 8 and stride 2."""
+        more = ((self.dilation, "d"), (self.groups, "g"), (self.stride, "s"))
+        return " ".join([f"{self.kernel}x{self.kernel}", *(f"{letter}{n}" for n, letter in more if n > 1)])
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -144,7 +146,7 @@ class Block:
 
 @dataclass(frozen=True, config=_STRICT)
 class Stem:
-    """What precedes the first block."""
+    """The layer before the first block."""
 
     kind: Literal["none", "conv", "whiten"] = "none"
     """`none`; `conv`, a learned convolution; or `whiten`, fixed kernels that decorrelate the training set's patches,
@@ -204,7 +206,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class Group:
-    """How the optimizer updates one group of parameters."""
+    """The optimizer of one group of parameters."""
 
     algorithm: Literal["sgd", "adamw", "muon"] | None = None
     """`sgd`, with Nesterov momentum; `adamw`; or `muon`, for kernels (Jordan et al. 2024, "Muon: an optimizer for
@@ -225,7 +227,7 @@ class OptimConfig:
     """A group for each kind of parameters, and the schedule that scales every learning rate over the run."""
 
     default: Group = field(default_factory=Group)
-    """What a group below does not set is taken from here."""
+    """Defaults of the other groups."""
     kernels: Group = field(default_factory=Group)
     """Kernels of the blocks' convolutions."""
     norms: Group = field(default_factory=Group)
@@ -242,7 +244,7 @@ class OptimConfig:
     """Fraction of the run in which the rates rise linearly from 0; below 1."""
 
     def group(self, kind: str) -> dict[str, Any]:
-        """The settings of one kind of parameters, resolved."""
+        """The settings of the group `kind`, with those of the default group where it sets none."""
         settings: dict[str, Any] = {
             "algorithm": "adamw",
             "lr": 1e-3,
@@ -263,7 +265,7 @@ class TrainConfig:
     epochs: PositiveFloat = 10
     """Length of the run in epochs; may be a fraction."""
     batch_size: Positive = 2000
-    """Images in a global batch, that is a step of all ranks together; a multiple of the microbatches."""
+    """Images in a global batch, that is in a step of all ranks together; a multiple of the microbatches."""
     microbatches: Positive = 8
     """Fixed parts of a global batch, spread over the ranks. Any number of ranks up to it gives the same weights."""
     seed: int = 0
@@ -275,8 +277,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the network with torch.compile."""
     deterministic: bool = True
-    """What bit-identity needs of the device: deterministic kernels and fixed choices of cuDNN and cuBLAS. TF32 is off
-    in any case."""
+    """Deterministic kernels, and fixed choices of cuDNN and cuBLAS, as bit-identity requires. TF32 is always off."""
     threads: Annotated[Positive, DRIFTING] = 1
     """CPU threads of a rank."""
     device: Annotated[Literal["auto", "cpu", "cuda"], DEVICE] = "auto"
@@ -285,14 +286,13 @@ class TrainConfig:
     """Communication between ranks. `auto`: `nccl` between GPUs, `gloo` between CPUs. With `gloo` ranks can
     share a GPU."""
     timeout: Annotated[Positive, FREE] = 600
-    """Seconds after which a rank that is waited for counts as lost."""
+    """Seconds to wait for a rank in an exchange before it counts as lost."""
     log_every: Annotated[NonNegative, FREE] = 0
-    """Steps between two fetches of losses from the device; stop signals are obeyed then, too. 0: 1 on a CPU, 20 on a
-    GPU."""
+    """Steps between two exchanges of losses and stop signals between the ranks. 0: 1 on a CPU, 20 on a GPU."""
 
 
 def check_batch(batch_size: int, microbatches: int) -> None:
-    """Raises UserError when a batch does not split into equal parts."""
+    """Raises UserError when a global batch does not split into equal microbatches."""
     if batch_size % microbatches:
         raise UserError(
             f"train.batch_size = {batch_size} does not split into train.microbatches = {microbatches} "
@@ -315,19 +315,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointConfig:
-    """When checkpoints are written, besides the one at the end, and how many stay."""
+    """When checkpoints are written, besides the one at the end, and how many are kept."""
 
     every_epochs: Positive = 1
     """Epochs between two checkpoints."""
     every_steps: NonNegative = 0
     """Steps between two further checkpoints. 0: none."""
     keep: Positive = 2
-    """Number of checkpoints that are kept, the newest."""
-
-    def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether one is due after `step` steps."""
-        by_steps = self.every_steps > 0 and step % self.every_steps == 0
-        return by_steps or step % (self.every_epochs * steps_per_epoch) == 0
+    """Number of the newest checkpoints that are kept."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -350,8 +345,8 @@ class RecordConfig:
     artifacts: Literal["none", "last", "all"] = "none"
     """Checkpoints that W&B keeps as artifacts: `none`, the `last` or `all`."""
     system: Literal["first", "all"] = "first"
-    """Processors, memory and GPUs that W&B shows: those of the `first` rank's host, measured by W&B, or of `all` ranks,
-    each measured by itself."""
+    """System metrics that W&B shows: those of the `first` rank's host, sampled by W&B, or of `all` ranks, each
+    sampled by itself."""
     digest_every: NonNegative = 0
     """Steps between two digests of the weights in metrics.jsonl, besides those at the end of each epoch. 0: none."""
 

@@ -1,1 +1,1 @@
-"""From betons to augmented microbatches on the device."""
+"""Data loading and augmentation: from betons to microbatches on the device."""

@@ -1,8 +1,8 @@
-"""From betons to microbatches on the device: which samples, in which order, with which augmentation.
+"""The microbatches of a rank: which samples, in which order, with which augmentation.
 
-`resident` reads a whole set once onto the device; `stream` leaves it in its file, for sets that do not fit, and reads
-it through ffcv's Loader, or without ffcv from a memory map. All give the same indices and the same augmented pixels,
-because they only read: order and augmentation are computed here, from the seed, the epoch and the sample's index alone.
+The loader `resident` reads a data set once into the device's memory; `stream` leaves it in its file, for sets that do
+not fit, and reads it through ffcv's Loader, or without ffcv from a memory map. Order and augmentation are computed in
+this module, from the seed, the epoch and the sample's index alone, so both give the same indices and augmented pixels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dist_train.randomness import derive, permutation, sample_bits
 
 @dataclass(frozen=True)
 class Microbatch:
-    """images: (n, C, H, W) float32, normalised, channels_last; labels and indices: (n,) int64; all on the
-    device. slot: its place in the global batch."""
+    """One microbatch, on the device. images: (n, C, H, W) float32, normalised, channels_last. labels, indices: (n,)
+    int64. slot: its number in the global batch, counted from 0."""
 
     slot: int
     images: Tensor
@@ -45,15 +45,15 @@ class Data:
         microbatches: int,
         seed: int,
     ) -> None:
-        """batch_size: images in a global batch of `microbatches` parts. Raises UserError when the batch does
-        not split or the training set is too small for it."""
+        """batch_size: images in a global batch of `microbatches` equal parts. Raises UserError when the batch does not
+        split equally, or the training set or its images are too small for the settings."""
         check_batch(batch_size, microbatches)
         check_images(config, manifest, batch_size)
         count = manifest.splits["train"].count
         self.config, self.manifest, self.ranks, self.seed = config, manifest, ranks, seed
         self.batch_size, self.size = batch_size, batch_size // microbatches
         self.slots = ranks.share(microbatches)
-        # the same held-out images for every seed, so that runs can be compared
+        # the seed 0 for every run: runs of all seeds hold out the same images, and can be compared
         shuffled = permutation(count, derive(0, "holdout")) if config.holdout else torch.arange(count)
         self.indices = {
             "train": shuffled[config.holdout :].sort().values,
@@ -67,11 +67,11 @@ class Data:
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def steps(self, first: int) -> Iterator[list[Microbatch]]:
-        """This rank's microbatches of step `first` (counted from 0) and of all that follow, without end."""
+        """This rank's microbatches of step `first` (counted from 0) and of every later step, without end."""
         while True:
             epoch, skipped = divmod(first, self.steps_per_epoch)
             order = self._order(epoch)[skipped:, self.slots.start : self.slots.stop]
-            # a whole step at once: few kernels, and a GPU's queue stays full
+            # augment all microbatches of a step at once: fewer kernel launches on a GPU
             for batch in self.sources["train"].batches(order.flatten(), self.size * len(self.slots)):
                 yield self._microbatches(epoch, self._smaller(first), *batch)
                 first += 1
@@ -83,46 +83,46 @@ class Data:
         return (smaller.size, smaller.size) if smaller else (height, width)
 
     def _smaller(self, step: int) -> Smaller | None:
-        there = (s for s in self.config.smaller if step < s.until_epoch * self.steps_per_epoch)
-        return next(there, None)
+        active = (s for s in self.config.smaller if step < s.until_epoch * self.steps_per_epoch)
+        return next(active, None)
 
     def evaluated(self) -> list[tuple[str, str]]:
-        """What there is to evaluate on: the name of its figures and the split."""
+        """The splits to evaluate on: (prefix of the metrics, split) of each."""
         return [("test", "test"), *([("val", "holdout")] if self.config.holdout else [])]
 
     def evaluation(self, split: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """This rank's share of `test`, `holdout` or `train`: each batch's place in the split, and (images, labels)
-        like a Microbatch's, not augmented. The split is cut into the same batches on any number of ranks, and each
-        is on exactly one of them."""
+        """This rank's batches of the split `test`, `holdout` or `train`: (positions in the split, images, labels), the
+        latter two as in Microbatch, not augmented. The split is divided into the same batches for any number of ranks,
+        and each batch is on exactly one rank."""
         source = self.sources["test" if split == "test" else "train"]
         size = self.config.eval_batch
         chunks = self.indices[split].split(size)
-        mine = chunks[self.ranks.rank :: self.ranks.world_size]
-        if mine:
+        own = chunks[self.ranks.rank :: self.ranks.world_size]
+        if own:
             first = self.ranks.rank * size
-            for images, labels, _ in source.batches(torch.cat(mine), size):
+            for images, labels, _ in source.batches(torch.cat(own), size):
                 yield slice(first, first + len(labels)), self._normalised(images), labels
                 first += self.ranks.world_size * size
 
     def pixels(self, split: str, positions: Tensor) -> Tensor:
-        """The images at some places of a split as they are: (n, H, W, C) uint8, on the CPU."""
+        """The unprocessed images at `positions`, (n,) int64, of a split: (n, H, W, C) uint8, on the CPU."""
         source = self.sources["test" if split == "test" else "train"]
-        wanted = self.indices[split][positions]
-        return next(source.batches(wanted, len(wanted)))[0].to("cpu", copy=True)
+        indices = self.indices[split][positions]
+        return next(source.batches(indices, len(indices)))[0].to("cpu", copy=True)
 
     def sample_indices(self, step: int, slot: int) -> list[int]:
         """Indices in the training set of the images in one microbatch of a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        found: list[int] = self._order(epoch)[within, slot].tolist()
-        return found
+        indices: list[int] = self._order(epoch)[within, slot].tolist()
+        return indices
 
     def sample(self, count: int) -> Tensor:
-        """The first `count` training images, normalised, on the CPU: the same on every rank."""
+        """The first `count` training images, (count, C, H, W) float32, normalised, on the CPU."""
         images, _, _ = next(self.sources["train"].batches(self.indices["train"][:count], count))
         return self._normalised(images).cpu()
 
     def _order(self, epoch: int) -> Tensor:
-        """Indices of an epoch: (steps, microbatches, size)."""
+        """The training images of an epoch in order: their indices, (steps, microbatches, size) int64."""
         train = self.indices["train"]
         order = train[permutation(len(train), derive(self.seed, "order", epoch))]
         return order[: self.steps_per_epoch * self.batch_size].view(self.steps_per_epoch, -1, self.size)
@@ -139,7 +139,7 @@ class Data:
         return [Microbatch(slot, *part) for slot, part in zip(self.slots, parts, strict=True)]
 
     def _normalised(self, images: Tensor) -> Tensor:
-        # whole rows at a time: broadcasting over three channels would be 40 times as slow on a CPU
+        # scale and shift repeated to whole rows: broadcasting over three channels would take 40 times as long on a CPU
         width = images.shape[2]
         rows = images.flatten(2).to(torch.float32, copy=True)
         rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))

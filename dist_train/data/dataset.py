@@ -1,4 +1,4 @@
-"""The data set of a run: whether it is there or can be written, and whether it fits the configuration."""
+"""The data set of a run: checks that it exists or can be written, and that it fits the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dist_train import data_prep
 from dist_train.config.settings import DataConfig
 from dist_train.errors import UserError
 
-# data_prep's messages name its own options; the trainer has settings in their place
+# data_prep's messages name its own options; the trainer's messages name these settings instead
 _SETTING_OF_OPTION = {
     "--dataset digits": "--preset digits",
     "--dataset": "data.dataset",
@@ -19,15 +19,15 @@ _SETTING_OF_OPTION = {
 
 
 def is_written(config: DataConfig) -> bool:
-    """Whether the betons are there, in whatever state: their folder appears whole."""
+    """Whether the betons exist; they may be damaged, but not partial, since their folder is written atomically."""
     try:
         return (config.folder / data_prep.MANIFEST).exists()
-    except OSError:  # which `prepare` reports
+    except OSError:  # reported by `prepare`
         return False
 
 
 def check(config: DataConfig) -> None:
-    """Raises UserError for a data set that is not there and cannot be written."""
+    """Raises UserError for a data set that does not exist and cannot be written with these settings."""
     empty = _is_empty(config)
     if config.dataset in data_prep.DATASETS:
         if config.image_size:
@@ -48,8 +48,8 @@ def check(config: DataConfig) -> None:
 
 
 def prepare(config: DataConfig) -> data_prep.Manifest:
-    """Check the betons and return their manifest; write them first where the folder is missing or empty. Of several
-    processes that call this at once one writes, and the others wait. Raises UserError."""
+    """Check the betons and return their manifest; write them first where the folder is missing or empty. Several
+    processes may call this at once: one writes while the others wait. Raises UserError."""
     if not _is_empty(config):
         return manifest(config)
     check(config)
@@ -68,18 +68,18 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
     write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
     if _is_empty(config):
         raise UserError(f"data.dir = {config.folder}: there is no data set; write it with {write}")
-    found = data_prep.check(config.folder, write)
-    if found.dataset != config.dataset:
+    betons = data_prep.check(config.folder, write)
+    if betons.dataset != config.dataset:
         raise UserError(
-            f"data.dir = {config.folder} holds {found.dataset}, but data.dataset = {config.dataset}; "
+            f"data.dir = {config.folder} holds {betons.dataset}, but data.dataset = {config.dataset}; "
             f"name the right folder or data set"
         )
-    if not data_prep.same_source(found, config.source_folder):
+    if not data_prep.same_source(betons, config.source_folder):
         raise UserError(
-            f"data.dir = {config.folder} holds the images of {found.source}, but data.source = {config.source}; give "
-            f"these another data.dataset, or leave data.source out"
+            f"data.dir = {config.folder} holds the images of {betons.source}, but data.source = {config.source}; give "
+            f"these another data.dataset, or remove data.source"
         )
-    height, width, _ = found.image_shape
+    height, width, _ = betons.image_shape
     if config.image_size and (height, width) != (config.image_size, config.image_size):
         other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
         write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
@@ -87,10 +87,11 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
             f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
             f"{config.image_size}; set data.dir={other} and write that with {write}"
         )
-    return found
+    return betons
 
 
 def _is_empty(config: DataConfig) -> bool:
+    """Whether the betons' folder is missing or empty. Raises UserError."""
     try:
         return not any(config.folder.iterdir())
     except FileNotFoundError:
@@ -105,7 +106,7 @@ def _is_empty(config: DataConfig) -> bool:
 
 
 def check_images(config: DataConfig, manifest: data_prep.Manifest, batch_size: int) -> None:
-    """Raises UserError when the images are too small for the settings, or the training set for a batch."""
+    """Raises UserError when the images are too small for the settings, or the training set is too small for a batch."""
     ends = [smaller.until_epoch for smaller in config.smaller]
     if ends != sorted(set(ends)):
         raise UserError(f"data.smaller: until_epoch must rise from one size to the next, not {ends}; sort them")
@@ -117,7 +118,7 @@ def check_images(config: DataConfig, manifest: data_prep.Manifest, batch_size: i
     if config.translate >= min(manifest.image_shape[:2]):
         raise UserError(
             f"data.translate = {config.translate} shifts images of {manifest.image_shape[1]}x"
-            f"{manifest.image_shape[0]} pixels out of sight; use {min(manifest.image_shape[:2]) - 1} at most"
+            f"{manifest.image_shape[0]} pixels out of sight; use at most {min(manifest.image_shape[:2]) - 1}"
         )
     count = manifest.splits["train"].count
     if config.holdout + batch_size > count:

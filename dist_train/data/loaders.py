@@ -1,4 +1,4 @@
-"""Loaders of a split: `Resident` holds it on the device, `Stream` reads it from its file."""
+"""Loaders of a split: `Resident` holds it in the device's memory, `Stream` reads it from its file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dist_train.data_prep import ffcv_library
 
 
 class Resident:
-    """A whole split on the device."""
+    """A split in the device's memory."""
 
     def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
         images, labels = data_prep.read_split(config.folder, split)
@@ -23,9 +23,10 @@ class Resident:
         self.labels = torch.from_numpy(labels).to(device)
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images, labels, indices) in the order of `indices`, `size` at a time."""
-        for chosen in indices.to(self.images.device).split(size):
-            yield self.images.index_select(0, chosen), self.labels.index_select(0, chosen), chosen
+        """Batches of `size` in the order of `indices`, (n,) int64 on the CPU: (images, labels, indices) on the device,
+        (size, H, W, C) uint8 and twice (size,) int64."""
+        for batch in indices.to(self.images.device).split(size):
+            yield self.images.index_select(0, batch), self.labels.index_select(0, batch), batch
 
 
 class Stream:
@@ -37,21 +38,20 @@ class Stream:
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images, labels, indices) in the order of `indices`, `size` at a time. The images may lie in a buffer that
-        is filled anew: they are valid until the next ones are asked for."""
-        with closing(self._reader.batches(indices.numpy(), size)) as images:  # ends its thread
-            for chosen, some in zip(indices.to(self.device).split(size), images, strict=True):
-                yield self._on_device(torch.from_numpy(some)), self.labels.index_select(0, chosen), chosen
+        """Batches as `Resident.batches` gives them. On a CPU the next batch may overwrite the images of this one."""
+        with closing(self._reader.batches(indices.numpy(), size)) as arrays:  # closing ends ffcv's thread
+            for batch, images in zip(indices.to(self.device).split(size), arrays, strict=True):
+                yield self._on_device(torch.from_numpy(images)), self.labels.index_select(0, batch), batch
 
     def _on_device(self, images: Tensor) -> Tensor:
         if self.copying is None:
             return images
-        with torch.cuda.stream(self.copying):  # in the current stream it would wait for all kernels before it
+        with torch.cuda.stream(self.copying):  # in the current stream the copy would wait for all queued kernels
             copied = images.to(self.device)
         copied.record_stream(torch.cuda.current_stream(self.device))
         return copied
 
     @cached_property
     def _reader(self) -> data_prep.BetonFile | ffcv_library.Stream:
-        """Built when it is first used: ffcv takes seconds."""
+        """ffcv's reader where it is installed, else the file. Made at its first use, since ffcv's takes seconds."""
         return ffcv_library.Stream(self.file.path, self.file.shape) if ffcv_library.version() else self.file

@@ -1,6 +1,6 @@
 """The sum of gradients in a fixed order, whatever the number of ranks.
 
-A global batch is a fixed list of K microbatches; a rank runs a contiguous run of them, each as its own
+A global batch is a fixed list of K microbatches; a rank has a contiguous range of them, each with its own
 forward and backward pass. Their gradients are summed in one fixed binary tree over the microbatches: inside a
 rank while it accumulates, across ranks in a DDP communication hook. So the sum does not depend on the number of
 ranks (the idea of EasyScale, SC 2023, and VirtualFlow, 2022, made exact).
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class Subtrees(Generic[T]):
-    """Sums of whole subtrees of the fixed binary tree over `count` leaves, which come from left to right.
+    """Sums of whole subtrees of the fixed binary tree over `count` leaves, which are pushed from left to right.
 
-    The node (level, index) sums the leaves from index * 2**level on, 2**level of them or as many as there are:
-    its left half plus its right half. `nodes` holds (level, index, sum) of the largest nodes that are complete.
+    The node (level, index) is the sum of up to 2**level leaves, from leaf index * 2**level: its left half plus its
+    right half. `nodes` holds (level, index, sum) of the largest nodes that are complete.
     """
 
     def __init__(self, count: int, add: Callable[[T, T], T]) -> None:
@@ -37,14 +37,14 @@ class Subtrees(Generic[T]):
         self.nodes: list[tuple[int, int, T]] = []
 
     def push(self, level: int, index: int, value: T) -> None:
-        """Take up the next node, and every node that it completes."""
+        """Add the next node, and every node that it completes."""
         while level < self.depth:
             if index % 2:
                 if not self.nodes or self.nodes[-1][:2] != (level, index - 1):
-                    break  # the left half is another rank's
+                    break  # the left half belongs to another rank
                 value = self.add(self.nodes.pop()[2], value)
             elif (index + 1) << level < self.count:
-                break  # there is a right half, still to come
+                break  # the right half is not there yet
             level, index = level + 1, index // 2
         self.nodes.append((level, index, value))
 
@@ -59,8 +59,8 @@ def pieces(leaves: range, count: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one reduction costs the rank that it costs most. sent, received: bytes on the wire. memory: bytes of
-    buffers beside the gradient itself. messages: those that a rank sends."""
+    """The cost of one reduction for the rank with the highest. sent, received: bytes on the wire. memory: bytes of
+    buffers besides the gradient itself. messages: the number that a rank sends."""
 
     sent: int
     received: int
@@ -69,7 +69,7 @@ class Cost:
 
 
 def cost(elements: int, microbatches: int, world_size: int) -> Cost:
-    """The cost of summing float32 gradients of that many elements, in one bucket.
+    """The cost of summing the float32 gradients of `elements` weights, in one bucket.
 
     A rank whose share is p whole subtrees sends p slices of ceil(elements / world size) to each other rank, and
     then the sum of its own slice: p = 1 gives the bytes of a ring all-reduce.
@@ -88,20 +88,21 @@ def cost(elements: int, microbatches: int, world_size: int) -> Cost:
 
 
 class MicrobatchGradient:
-    """What is known of one microbatch's own gradient after its backward pass."""
+    """Properties of one microbatch's own gradient, known after its backward pass."""
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
 
     @property
     def largest(self) -> Tensor:
-        """The largest magnitude, NaN where there is one: a scalar on the device. Raises RuntimeError before."""
+        """The largest magnitude, a scalar on the device; NaN if the gradient has one. Raises RuntimeError before the
+        backward pass."""
         if self._largest is None:
             raise RuntimeError("the backward pass of this microbatch has not run")
         return self._largest
 
     def add(self, largest: Tensor) -> None:
-        """Take the largest magnitude of a part of the gradient."""
+        """Include a part of the gradient. largest: that part's largest magnitude, a scalar."""
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
 
@@ -109,25 +110,25 @@ class FixedOrderSum:
     """Leaves in every parameter's `grad` the sum over all microbatches of all ranks, in the fixed tree.
 
     Wraps the network in DDP. Run each of this rank's microbatches under `microbatch`; after the last one the sum is
-    there. Across ranks each one adds up its own slice of the gradient.
+    complete. Each rank sums one slice of the gradient over all ranks, and sends that sum to its peers.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
-        """microbatches: K, those of a global batch."""
+        """microbatches: K, the number in a global batch."""
         self.ranks, self.microbatches = ranks, microbatches
         self.slots = ranks.share(microbatches)
         self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
         self.gradient = MicrobatchGradient()
         self.exchanges: list[_BucketExchange] = []
-        # each rank owns the BatchNorm rows of its microbatches; torch renamed the option
+        # no broadcast of buffers: each rank owns the BatchNorm rows of its microbatches; later torch renamed the option
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_sync_of_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         with ranks.exchange():
             self.ddp = DistributedDataParallel(
                 model,
                 device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                **no_sync_of_buffers,
+                **no_broadcast,
             )
         self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -136,8 +137,8 @@ class FixedOrderSum:
 
     @contextmanager
     def microbatch(self, index: int) -> Iterator[MicrobatchGradient]:
-        """Around the forward and backward pass of this rank's microbatch number `index`, counted from 0. What it
-        yields is known after the pass."""
+        """A context around the forward and backward pass of this rank's microbatch number `index`, counted from 0.
+        The MicrobatchGradient that it yields is complete after the backward pass."""
         last = index == len(self.slots) - 1
         if index == 0:
             self.sums = self._subtrees()
@@ -161,10 +162,10 @@ class FixedOrderSum:
     def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         flat, parameters = bucket.buffer(), bucket.parameters()
         self.gradient.add(_largest([flat]))
-        mine = [self.position[id(parameter)] for parameter in parameters]
+        positions = [self.position[id(parameter)] for parameter in parameters]
         subtrees = self._subtrees()
-        subtrees.nodes = [(level, node, [sums[i] for i in mine]) for level, node, sums in self.sums.nodes]
-        subtrees.push(0, self.slots[-1], _views(flat, parameters))  # sums end up in `flat`, the last piece
+        subtrees.nodes = [(level, node, [sums[i] for i in positions]) for level, node, sums in self.sums.nodes]
+        subtrees.push(0, self.slots[-1], _views(flat, parameters))  # the last piece is summed in place, in `flat`
         rows = [torch.empty_like(flat) for _ in subtrees.nodes[:-1]]
         for row, (_, _, sums) in zip(rows, subtrees.nodes, strict=False):
             torch._foreach_copy_(_views(row, parameters), sums)
@@ -192,49 +193,54 @@ class FixedOrderSum:
 
 
 class _BucketExchange:
-    """A bucket whose slices are on their way to the ranks that sum them, while the backward pass goes on."""
+    """A bucket whose slices are sent to the ranks that sum them, while the backward pass continues."""
 
     def __init__(
         self, ranks: Ranks, pieces: list[list[tuple[int, int]]], rows: list[Tensor], total: torch.futures.Future[Tensor]
     ) -> None:
-        """rows: this rank's pieces, flat; the last of them is DDP's bucket. total: to be set to it in the end."""
+        """rows: this rank's pieces, flat; the last of them is DDP's bucket. total: `done` sets it to that bucket."""
         self.pieces, self.bucket, self.total = pieces, rows[-1], total
         self.rows = [row.to(ranks.wire) for row in rows]
         part = -(-len(self.bucket) // ranks.world_size)
         self.slices = [slice(rank * part, (rank + 1) * part) for rank in range(ranks.world_size)]
-        self.mine = self.rows[-1][self.slices[ranks.rank]]
-        self.others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
-        self.received = {rank: self.mine.new_empty(len(pieces[rank]), len(self.mine)).unbind() for rank in self.others}
+        self.own_slice = self.rows[-1][self.slices[ranks.rank]]
+        self.peers = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self.received = {
+            rank: self.own_slice.new_empty(len(pieces[rank]), len(self.own_slice)).unbind() for rank in self.peers
+        }
         self.works = _swap(
-            [(peer, row[self.slices[peer]]) for peer in self.others for row in self.rows],
-            [(peer, row) for peer in self.others for row in self.received[peer]],
+            [(peer, row[self.slices[peer]]) for peer in self.peers for row in self.rows],
+            [(peer, row) for peer in self.peers for row in self.received[peer]],
         )
 
     def sum(self, microbatches: int) -> None:
+        """Sum this rank's slice in the fixed tree, once the pieces of all ranks have arrived."""
         for work in self.works:
             work.wait()
         subtrees: Subtrees[Tensor] = Subtrees(microbatches, lambda left, right: right.add_(left))
         for rank, nodes in enumerate(self.pieces):
-            theirs = self.received.get(rank) or [row[self.slices[rank]] for row in self.rows]
-            for (level, index), row in zip(nodes, theirs, strict=True):
+            slices = self.received.get(rank) or [row[self.slices[rank]] for row in self.rows]
+            for (level, index), row in zip(nodes, slices, strict=True):
                 subtrees.push(level, index, row)
         ((_, _, total),) = subtrees.nodes
-        self.mine.copy_(total)
+        self.own_slice.copy_(total)
 
     def send_sums(self) -> list[dist.Work]:
+        """Begin to send this rank's sum to its peers, and to receive theirs."""
         whole = self.rows[-1]
         return _swap(
-            [(peer, self.mine) for peer in self.others], [(peer, whole[self.slices[peer]]) for peer in self.others]
+            [(peer, self.own_slice) for peer in self.peers], [(peer, whole[self.slices[peer]]) for peer in self.peers]
         )
 
     def done(self) -> None:
+        """Complete DDP's bucket, once all sums have arrived."""
         if self.rows[-1].device != self.bucket.device:
             self.bucket.copy_(self.rows[-1])
         self.total.set_result(self.bucket)
 
 
 def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]) -> list[dist.Work]:
-    """Begin to send and receive tensors directly: gloo's all_gather takes longer for the same bytes."""
+    """Begin to send and receive (peer, tensor) pairs directly: gloo's all_gather is slower for the same bytes."""
     sends = [dist.P2POp(dist.isend, tensor, peer) for peer, tensor in outgoing if len(tensor)]
     receives = [dist.P2POp(dist.irecv, tensor, peer) for peer, tensor in incoming if len(tensor)]
     works: list[dist.Work] = dist.batch_isend_irecv([*sends, *receives]) if sends or receives else []
@@ -242,10 +248,10 @@ def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]
 
 
 def _largest(gradients: list[Tensor]) -> Tensor:
-    """The largest magnitude; NaN where there is one."""
+    """The largest magnitude, a scalar on the device; NaN if there is one."""
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(gradients, torch.inf)).max()
-    # on a CPU the norm takes twenty times as long, as does any view with strides
+    # on a CPU the norm, or a view that is not contiguous, would take twenty times as long
     low, high = zip(*(torch.aminmax(g.as_strided((g.numel(),), (1,))) for g in gradients), strict=True)
     return torch.maximum(torch.stack(high).max(), -torch.stack(low).min())
 
@@ -256,7 +262,7 @@ def _add_to_right(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
 
 
 def _views(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """A bucket's content as tensors of its parameters' shapes. bucket.gradients() takes every gradient for
-    contiguous, but the bucket keeps the parameters' layout."""
+    """A bucket's content as tensors of its parameters' shapes and strides; bucket.gradients() would wrongly treat
+    every gradient as contiguous."""
     slices = flat.split([parameter.numel() for parameter in parameters])
     return [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, slices, strict=True)]

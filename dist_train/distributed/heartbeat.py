@@ -1,7 +1,7 @@
-"""Heartbeats: a rank that died or hangs is noticed by its peers, and named with its step.
+"""Heartbeats: the peers of a rank that died or hangs detect it, and report its number and step.
 
-Every rank writes a heartbeat, with its progress, to the rendezvous store once a second. A rank reads those of the
-others only when it waits for them too long, or when its connection to them is lost.
+Every rank writes a heartbeat, with its progress, to the rendezvous store once a second. A rank reads those of its
+peers only when it waits for them too long, or when its connection to them is lost.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from dist_train.errors import LostPeerError, say
 
 _BEAT = 1.0  # seconds between two heartbeats
-_ANSWER = 5.0  # seconds until the store counts as gone
-_SILENT = 3  # missing heartbeats in a row mean that a rank is gone
+_ANSWER = 5.0  # seconds without an answer after which the store counts as lost
+_SILENT = 3  # missing heartbeats in a row after which a rank counts as dead
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 
 class Heartbeat:
-    """This rank's heartbeats, and its reading of the others'."""
+    """Writes this rank's heartbeats, and reads those of its peers."""
 
     def __init__(self, rank: int, world_size: int, timeout: int) -> None:
-        """Start, in a thread of its own. timeout: seconds to wait for a rank in one exchange."""
+        """Start a thread that writes the heartbeats. timeout: seconds to wait for a rank in one exchange."""
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.step = 0  # the step that is being computed, counted from 1; 0 before the first
         self.beats = self.exchanges = 0
         self.waiting_since: float | None = None
         self.failure = ""
-        self.gone = False  # the store
+        self.store_lost = False
         self.closed = threading.Event()
         self.lock = threading.Lock()
-        # a connection of its own: that of the process group is blocked while it waits
+        # a separate connection to the store: the process group's is blocked during an exchange
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, None, False, _STORE_TIMEOUT, wait_for_workers=False)
-        # A launcher's store outlives its trainers, so each round of them has names of its own. Where rank 0 holds the
-        # store it is new with each round, and the launchers of several hosts do not agree on the number of restarts.
-        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else ""
+        # A launcher's store outlives a restart of its ranks, so each restart has a prefix. Where rank 0 holds the store
+        # it is new after a restart, and the launchers of several hosts may disagree on the number of restarts.
+        launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launchers_store else ""
         self.store = PrefixStore(f"heartbeat/{attempt}", store)
         self._beat()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Around every collective operation: the time in it is time spent waiting for others."""
-        if self.waiting_since is not None:  # inside another
+        """A context around every collective operation: the time in it counts as waiting for peers."""
+        if self.waiting_since is not None:  # inside another exchange
             yield
             return
         self.exchanges += 1
@@ -64,16 +64,17 @@ class Heartbeat:
             self.waiting_since = None
 
     def close(self, failure: str = "") -> None:
-        """End, and let the others know. failure: why this rank ends early, "" where it does not."""
+        """Stop the heartbeats, after a last one that reports the end. failure: why this rank ends early, "" where it
+        does not."""
         self.failure = failure
         self.closed.set()
         self._beat()
 
     def leave(self) -> None:
-        """End because a peer is lost."""
+        """Stop the heartbeats because a peer is lost."""
         self.close()
         if self.rank == 0:
-            time.sleep(2 * _BEAT)  # the store may go with this process, and others are just asking it
+            time.sleep(2 * _BEAT)  # the store may end with this process, while peers still read from it
 
     def lost(self, error: BaseException) -> LostPeerError | None:
         """The peer that caused an error of a collective operation; None where none did. Takes a few seconds."""
@@ -88,7 +89,7 @@ class Heartbeat:
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_first_line(error)})"
             )
         waited = f" ({error})" if isinstance(error, TimeoutError) else ""
-        here = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
+        context = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
         ended = {rank: beat for rank, beat in second.items() if beat["ended"]}
         failed = {rank: beat for rank, beat in ended.items() if beat["failure"]}
         silent = {rank: beat for rank, beat in second.items() if beat == first.get(rank) and rank not in ended}
@@ -97,31 +98,31 @@ class Heartbeat:
                 f"has failed ({beat['failure']})" if beat["failure"] else "has ended" if beat["ended"] else "is gone"
             )
             if rank in silent or beat["failure"] or beat["exchanges"] < self.exchanges:
-                return LostPeerError(f"{_place(rank, beat)} {state}; {here}", self._is_reporter({*failed, *silent}))
+                return LostPeerError(f"{_place(rank, beat)} {state}; {context}", self._is_reporter({*failed, *silent}))
         behind = {rank: beat for rank, beat in second.items() if beat["exchanges"] < self.exchanges}
         for rank, beat in behind.items():
-            hangs = f"{_place(rank, beat)} hangs, although its process lives; {here}"
+            hangs = f"{_place(rank, beat)} hangs, although its process lives; {context}"
             return LostPeerError(hangs, self._is_reporter(set(behind)))
         return None
 
     def _is_reporter(self, missing: set[int]) -> bool:
-        """Whether this rank prints the message: the first of those that are left."""
+        """Whether this rank prints the message: the lowest rank that is not missing."""
         return self.rank == min(set(range(self.world_size)) - missing, default=self.rank)
 
     def _read(self) -> dict[int, dict[str, Any]] | None:
         """The last heartbeat of each other rank; None where the store does not answer."""
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        peers = [rank for rank in range(self.world_size) if rank != self.rank]
         answers: list[dict[int, dict[str, Any]]] = []
 
-        def ask() -> None:
+        def read() -> None:
             with suppress(RuntimeError), self.lock:
-                there = [rank for rank in others if self.store.check([str(rank)])]
-                answers.append({rank: json.loads(self.store.get(str(rank))) for rank in there})
+                present = [rank for rank in peers if self.store.check([str(rank)])]
+                answers.append({rank: json.loads(self.store.get(str(rank))) for rank in present})
 
-        # The store's own timeout does not help: when its host lost its network, reading from it never ends.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(_ANSWER)
+        # In a thread, since the store's own timeout does not help: once its host is off the network, a read never ends.
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        thread.join(_ANSWER)
         return answers[0] if answers else None
 
     def _beat(self) -> None:
@@ -135,12 +136,12 @@ class Heartbeat:
             "ended": self.closed.is_set(),
             "failure": self.failure,
         }
-        if self.gone or not self.lock.acquire(timeout=_BEAT):  # the store does not answer
+        if self.store_lost or not self.lock.acquire(timeout=_BEAT):  # the store does not answer
             return
         try:
             self.store.set(str(self.rank), json.dumps(beat))
-        except RuntimeError:  # the store went with its host; the exchanges will show it
-            self.gone = True
+        except RuntimeError:  # the store's host is gone: the next exchange raises
+            self.store_lost = True
         finally:
             self.lock.release()
 
@@ -150,13 +151,13 @@ class Heartbeat:
             since = self.waiting_since
             if since is None or time.monotonic() - since < self.timeout:
                 continue
-            # The main thread is inside the exchange and cannot be reached: the message and the end come from here.
+            # The main thread is blocked in the exchange, so this thread prints the message and ends the process.
             hung = TimeoutError(f"waited {self.timeout} s, train.timeout")
             error = self.lost(hung) or LostPeerError(
                 f"the ranks lost contact in step {self.step}: each waits for the others, none is behind ({hung})"
             )
             if self.waiting_since != since:
-                continue  # it came after all
+                continue  # the exchange has ended while the heartbeats were read
             if error.reported_here:
                 say(str(error))
             self.leave()

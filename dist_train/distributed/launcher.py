@@ -1,5 +1,5 @@
-"""Who this process is among the ranks, as the launcher says, and how many ranks to launch. Without torch, whose import
-takes seconds."""
+"""This process's rank from the launcher's environment variables, and the number of ranks to launch. Without torch,
+whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 
-# what the drivers of GPUs that torch knows put into /dev: NVIDIA's, AMD's, and those of Windows
-_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# device files of the GPU drivers that torch supports: NVIDIA's, AMD's, and Windows' (WSL)
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched_as() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun says; (0, 1, 0) when started alone. No communication.
+    """(rank, world size, local rank) from torchrun's environment variables; (0, 1, 0) without a launcher.
 
-    Raises UserError when only part of the launcher's variables is set."""
-    given = [name for name in _LAUNCHER if name in os.environ]
+    Raises UserError when only part of these variables is set, or one is not a number."""
+    given = [name for name in _VARIABLES if name in os.environ]
     if not given:
         return 0, 1, 0
-    if missing := [name for name in _LAUNCHER if name not in os.environ]:
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise UserError(
             f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with torchrun, "
             f"or unset all of them"
         )
     try:
-        rank, world_size, local_rank = (int(os.environ[name]) for name in _LAUNCHER[:3])
+        rank, world_size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
     except ValueError:
         raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers; start with torchrun") from None
     return rank, world_size, local_rank
 
 
 def first_of_node() -> bool:
-    """Whether this rank is the first on its machine, also when it is alone."""
+    """Whether this rank is the first on its node; a process without a launcher is."""
     return "0" in (os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0"))
 
 
@@ -42,14 +42,14 @@ def check_world_size(microbatches: int) -> None:
     world_size = launched_as()[1]
     if world_size > microbatches:
         raise UserError(
-            f"train.microbatches = {microbatches} gives work to {microbatches} ranks at most, but {world_size} were "
+            f"train.microbatches = {microbatches} gives work to at most {microbatches} ranks, but {world_size} were "
             f"started; start fewer, or raise train.microbatches"
         )
 
 
 def gpus_here() -> int:
-    """How many GPUs torch sees on this machine. torch is imported only where there is a driver."""
-    if not any(Path(driver).exists() for driver in _DRIVERS):
+    """The number of GPUs that torch finds on this machine. Imports torch only where there is a driver."""
+    if not any(Path(driver).exists() for driver in _DRIVER_FILES):
         return 0
     import torch
 
@@ -57,7 +57,7 @@ def gpus_here() -> int:
 
 
 def ranks_per_node(microbatches: int, workers: int, nodes: int = 1) -> int:
-    """The fewest ranks on each of `nodes` nodes, no more than there are microbatches, that are as fast as `workers` on
-    each: a step takes as long as the largest share."""
+    """The fewest ranks on each of `nodes` nodes that are as fast as `workers` on each, and not more in all than there
+    are microbatches: a step takes as long as the largest share of the microbatches."""
     share = -(-microbatches // (nodes * min(workers, microbatches // nodes)))
     return -(-microbatches // (nodes * share))

@@ -1,7 +1,7 @@
 """A stand-in for `torch._dynamo`, so that a run which compiles nothing does not import torch's compiler.
 
 torch's optimizers and DDP import it at their first use: 900 modules, 1.0 to 1.5 s of CPU time on every rank (torch 2.9,
-2.14 and 2.15 on two cores of a Xeon), half as much as importing torch itself. No setting of torch's avoids it.
+2.14 and 2.15 on two cores of a Xeon), half as much as importing torch itself. No setting of torch avoids it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _COMPILER = "torch._dynamo"
 
 
 class _UnusedCompiler(ModuleType):
-    """Stands for `torch._dynamo`, answers what optimizers and DDP ask of it when nothing is compiled, and gives way
-    to the real one as soon as anything else is asked."""
+    """Replaces `torch._dynamo`: has the attributes that optimizers and DDP use when nothing is compiled, and imports
+    the real module at the first access to any other."""
 
     def __init__(self) -> None:
         super().__init__(_COMPILER)
@@ -30,15 +30,15 @@ class _UnusedCompiler(ModuleType):
 
     @staticmethod
     def disable(function: Callable[..., Any], recursive: bool = True, **_: Any) -> Callable[..., Any]:
-        """What marks a function as not to be compiled."""
+        """Mark a function as not to be compiled; without a compiler, the function itself."""
         return function
 
     @staticmethod
     def graph_break(**_: Any) -> None:
-        """What ends a compiled part."""
+        """End a compiled part; without a compiler, nothing."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # asked by whoever looks through all modules
+        if name.startswith("__") and name != "__path__":  # read by code that inspects all of sys.modules
             raise AttributeError(name)
         if sys.modules.get(_COMPILER) is self:
             del sys.modules[_COMPILER]
@@ -46,6 +46,6 @@ class _UnusedCompiler(ModuleType):
 
 
 def skip_compiler_import() -> None:
-    """Put the stand-in in place of `torch._dynamo`, unless that is imported already. To be called before optimizers and
-    DDP are made."""
+    """Install the stand-in for `torch._dynamo`, unless that is imported already. Call it before the first optimizer and
+    before DDP."""
     sys.modules.setdefault(_COMPILER, _UnusedCompiler())

@@ -1,4 +1,4 @@
-"""Ranks: how they are set up, what each one's share is, and how they exchange what they know."""
+"""Ranks: their process group, the share of work of each, and collective operations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 def share(count: int, rank: int, world_size: int) -> range:
-    """The contiguous run of `count` items that is a rank's: all of them once, as even as can be."""
+    """The contiguous range of `count` items that a rank has; the ranks' ranges differ by at most one in length."""
     return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers. wire: the device whose tensors the process group takes."""
+    """This process among its peers. wire: the device of the tensors that the process group exchanges."""
 
     rank: int
     world_size: int
@@ -48,15 +48,15 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """The contiguous run of `count` items that is this rank's."""
+        """The contiguous range of `count` items that this rank has."""
         return share(count, self.rank, self.world_size)
 
     def exchange(self) -> AbstractContextManager[None]:
-        """Around a collective operation, so that a peer that does not take part is noticed."""
+        """A context around a collective operation, in which a peer that does not take part is detected."""
         return self.heartbeat.exchange() if self.heartbeat else nullcontext()
 
     def begin(self, step: int) -> None:
-        """Say which step, counted from 1, is computed from now on."""
+        """Set the step in this rank's heartbeats. step: the one now computed, counted from 1."""
         if self.heartbeat:
             self.heartbeat.step = step
 
@@ -65,21 +65,21 @@ class Ranks:
 def join_ranks(
     device: str, threads: int, deterministic: bool, timeout: int, backend: str = "auto", first_timeout: int = 0
 ) -> Iterator[Ranks]:
-    """Join the process group for the time of the context.
+    """Join the process group for the duration of the context.
 
     device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank. timeout: seconds after which a rank that
-    is waited for counts as lost. backend: `auto` takes NCCL on GPUs, gloo on CPUs; with `gloo` several ranks can
-    share a GPU. first_timeout: seconds to wait for the others to come, where that is longer. Raises UserError when
-    the device is not there, LostPeerError when a peer does not come or goes.
+    does not take part in an exchange counts as lost. backend: `auto` takes NCCL on GPUs, gloo on CPUs; with `gloo`
+    several ranks can share a GPU. first_timeout: seconds to wait for all ranks to join, where longer than `timeout`.
+    Raises UserError when there is no such device, LostPeerError when a peer does not join, fails or is lost.
     """
     rank, world_size, local_rank = launched_as()
-    here = choose_device(device, local_rank, share_gpus=backend == "gloo")
+    rank_device = choose_device(device, local_rank, share_gpus=backend == "gloo")
     if backend == "auto":
-        backend = "nccl" if here.type == "cuda" else "gloo"
-    if backend == "nccl" and here.type == "cpu":
+        backend = "nccl" if rank_device.type == "cuda" else "gloo"
+    if backend == "nccl" and rank_device.type == "cpu":
         raise UserError("train.backend = nccl works between GPUs only; use train.backend=gloo, or auto")
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
     else:
         keep_memory()
     torch.set_num_threads(threads)
@@ -87,21 +87,21 @@ def join_ranks(
     stop_with_launcher()
     alone = "RANK" not in os.environ
     try:
-        # longer than the heartbeat's, which names the rank that is lost
-        patience = timedelta(seconds=timeout + 30)
-        coming = max(patience, timedelta(seconds=first_timeout))
-        where = "tcp://127.0.0.1:0" if alone else "env://"
-        store, *_ = next(rendezvous(where, rank, world_size, timeout=coming))
-        store.set(f"here/{rank}", b"")
-        store.wait([f"here/{each}" for each in range(world_size)], coming)
+        # longer than the heartbeat's timeout, whose message names the lost rank
+        group_timeout = timedelta(seconds=timeout + 30)
+        join_timeout = max(group_timeout, timedelta(seconds=first_timeout))
+        url = "tcp://127.0.0.1:0" if alone else "env://"
+        store, *_ = next(rendezvous(url, rank, world_size, timeout=join_timeout))
+        store.set(f"joined/{rank}", b"")
+        store.wait([f"joined/{peer}" for peer in range(world_size)], join_timeout)
         with muted_stdout():
             dist.init_process_group(
                 backend,
                 store=store,
                 rank=rank,
                 world_size=world_size,
-                timeout=patience,
-                device_id=here if backend == "nccl" else None,
+                timeout=group_timeout,
+                device_id=rank_device if backend == "nccl" else None,
             )
         heartbeat = Heartbeat(rank, world_size, timeout) if world_size > 1 else None
     except RuntimeError as error:
@@ -110,7 +110,8 @@ def join_ranks(
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
         ) from error
     try:
-        yield Ranks(rank, world_size, here, here if backend == "nccl" else torch.device("cpu"), heartbeat)
+        wire = rank_device if backend == "nccl" else torch.device("cpu")
+        yield Ranks(rank, world_size, rank_device, wire, heartbeat)
     except BaseException as error:
         lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) else None
         if heartbeat and lost:
@@ -125,38 +126,40 @@ def join_ranks(
 
 
 def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do something on rank 0 only and give every rank its (picklable) result, or its error of the user."""
-    answer: list[Any] = [None, None]
+    """Run `work` on rank 0 only, and return its (picklable) result on every rank. A UserError, ValueError or OSError is
+    raised on every rank."""
+    result_and_error: list[Any] = [None, None]
     if ranks.main:
         try:
-            answer[0] = work()
+            result_and_error[0] = work()
         except (UserError, ValueError, OSError) as error:
-            answer[1] = error
+            result_and_error[1] = error
     with ranks.exchange():
-        dist.broadcast_object_list(answer, src=0, device=ranks.wire)
-    if answer[1] is not None:
-        raise answer[1]
-    result: T = answer[0]
+        dist.broadcast_object_list(result_and_error, src=0, device=ranks.wire)
+    if result_and_error[1] is not None:
+        raise result_and_error[1]
+    result: T = result_and_error[0]
     return result
 
 
-def gather_shares(ranks: Ranks, mine: Tensor, count: int) -> Tensor:
-    """Put together what every rank knows of its share of `count` items: (share, ...) on each becomes (count, ...)
-    on all, in order."""
+def gather_shares(ranks: Ranks, own: Tensor, count: int) -> Tensor:
+    """Gather every rank's share of `count` items: `own`, (share, ...) of any dtype, to (count, ...) on all ranks, in
+    order, on the device of `own`."""
     if ranks.world_size == 1:
-        return mine
+        return own
     sizes = [len(share(count, rank, ranks.world_size)) for rank in range(ranks.world_size)]
-    padded = mine.new_zeros(max(sizes), *mine.shape[1:], device=ranks.wire)
-    padded[: len(mine)] = mine
+    padded = own.new_zeros(max(sizes), *own.shape[1:], device=ranks.wire)
+    padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in sizes]
     with ranks.exchange():
-        # not all_gather_into_tensor, which torch 2.14 calls deprecated; what it names instead came with 2.14
+        # not all_gather_into_tensor: torch 2.14 deprecates it, and its replacement is new in 2.14
         dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(mine.device)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(own.device)
 
 
 def sum_integers(ranks: Ranks, counts: Tensor) -> Tensor:
-    """Sum an int64 tensor over the ranks; exact, so the order is of no matter."""
+    """Sum an int64 tensor over the ranks: the same shape, on `ranks.wire` unless there is one rank. Integer sums are
+    exact, so their order does not matter."""
     if ranks.world_size == 1:
         return counts
     counts = counts.to(ranks.wire)

@@ -21,19 +21,19 @@ from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.model.network import MixedBlock
 from dist_train.model.tta import views
 
-_UNIT = 2.0**-24  # losses are added as whole numbers of this, so that the order of adding is of no matter
-_LARGEST = 1e3  # coefficients beyond are counted as this: a batch's sums of their squares are exact in float64
-_BINS = 15  # of confidence, for the calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks")
-_WRONG = 40  # images shown of those that were classified wrong
+_UNIT = 2.0**-24  # losses and coefficients are summed as multiples of this: integer sums do not depend on the order
+_LARGEST = 1e3  # coefficients are clamped to this magnitude, so that a batch's sums of squares are exact in float64
+_BINS = 15  # confidence bins of the calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks")
+_WRONG = 40  # misclassified images that evaluation.json shows at most
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network makes of a split of N images.
+    """A network's predictions on a split of N images.
 
     metrics: `loss` (mean cross entropy) and `accuracy` (a fraction), with test-time augmentation also as `*_tta`.
-    labels, predicted: (N,) int64. confidence: (N,) float32, the probability of the class predicted. sums: int64
-    (2, classes, branches of all blocks), by label, of the coefficients and of their squares, in units of 2^-24.
+    labels, predicted: (N,) int64. confidence: (N,) float32, the probability of the predicted class. sums: int64
+    (2, classes, branches of all blocks), the coefficients and their squares summed by label, in units of 2^-24.
     branches: names of each block's convolutions.
     """
 
@@ -46,35 +46,35 @@ class Evaluation:
     branches: list[list[str]]
 
     def coefficients(self) -> list[list[list[float]]]:
-        """By block and branch: mean and standard deviation of the mixing coefficient over the images."""
+        """For each block and branch: [mean, standard deviation] of the mixing coefficient over the images."""
         mean, square = self.sums.sum(1).astype(np.float64) * _UNIT / len(self.labels)
         spread = np.sqrt(np.maximum(square - mean**2, 0))
         return self._by_block([[float(m), float(s)] for m, s in zip(mean, spread, strict=True)])
 
     def confusion(self) -> npt.NDArray[np.int64]:
-        """(classes, classes): how many images of the row's class were taken for the column's."""
+        """(classes, classes) int64: the number of images of the row's class that were classified as the column's."""
         classes = self.sums.shape[1]
         return np.bincount(self.labels * classes + self.predicted, minlength=classes**2).reshape(classes, classes)
 
     def calibration(self) -> dict[str, Any]:
-        """`ece`, the expected calibration error, and `bins` of equal width: their `count`, mean `confidence` and
-        `accuracy`."""
+        """`ece`, the expected calibration error (Guo et al. 2017), and `bins` of equal width: their `count`, mean
+        `confidence` and `accuracy`."""
         which = np.minimum((self.confidence * _BINS).astype(np.int64), _BINS - 1)
         right, confidence = self.labels == self.predicted, self.confidence.astype(np.float64)
         bins: list[dict[str, float | None]] = []
         error = 0.0
         for number in range(_BINS):
             inside = which == number
-            found: dict[str, float | None] = {"from": number / _BINS, "count": int(inside.sum())}
-            if found["count"]:
+            content: dict[str, float | None] = {"from": number / _BINS, "count": int(inside.sum())}
+            if content["count"]:
                 mean, rate = float(confidence[inside].mean()), float(right[inside].mean())
                 error += abs(mean - rate) * float(inside.sum())
-                found |= {"confidence": mean, "accuracy": rate}
-            bins.append({"confidence": None, "accuracy": None, **found})
+                content |= {"confidence": mean, "accuracy": rate}
+            bins.append({"confidence": None, "accuracy": None, **content})
         return {"ece": error / len(self.labels), "bins": bins}
 
     def details(self, data: Data, step: int) -> dict[str, Any]:
-        """All of it as JSON has it, for `evaluation.json`: see the record's docstring."""
+        """The content of `evaluation.json`, described in `dist_train.runs.metrics`. step: finished steps."""
         counts = np.bincount(self.labels, minlength=self.sums.shape[1])
         by_class = self.sums[0] * _UNIT / np.maximum(counts, 1)[:, None]  # (classes, branches)
         of_classes = zip(*map(self._by_block, by_class.tolist()), strict=True)
@@ -90,17 +90,17 @@ class Evaluation:
             "coefficients": [
                 {
                     "branches": names,
-                    "mean": [mean for mean, _ in found],
-                    "std": [std for _, std in found],
+                    "mean": [mean for mean, _ in statistics],
+                    "std": [std for _, std in statistics],
                     "by_class": list(classes),
                 }
-                for names, found, classes in zip(self.branches, self.coefficients(), of_classes, strict=True)
+                for names, statistics, classes in zip(self.branches, self.coefficients(), of_classes, strict=True)
             ],
             "wrong": self._wrong(data),
         }
 
     def _wrong(self, data: Data) -> list[dict[str, Any]]:
-        """The wrong answers of the highest confidence, with their images."""
+        """The misclassified images of the highest confidence."""
         wrong = np.flatnonzero(self.labels != self.predicted)
         chosen = torch.from_numpy(wrong[np.argsort(-self.confidence[wrong], kind="stable")][:_WRONG])
         if not len(chosen):
@@ -117,19 +117,19 @@ class Evaluation:
         ]
 
     def _by_block(self, values: list[Any]) -> list[list[Any]]:
-        """One value for each branch of all blocks, as one list for each block."""
-        left = iter(values)
-        return [[next(left) for _ in names] for names in self.branches]
+        """Split a list with one value for each branch of all blocks into one list for each block."""
+        remaining = iter(values)
+        return [[next(remaining) for _ in names] for names in self.branches]
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Data, split: str, ranks: Ranks, autocast: torch.autocast, tta: Tta = "none"
 ) -> Evaluation:
-    """Evaluate on `test`, `holdout` or `train`, without augmentation but for `tta`.
+    """Evaluate on the split `test`, `holdout` or `train`, without augmentation except `tta`.
 
-    All that is added up over images and ranks is integers, so the result is the same on all ranks and for any number
-    of them. Leaves the network in training mode.
+    Only integers are summed over images and ranks, so the result is the same on all ranks and for any number of ranks.
+    Leaves the network in training mode.
     """
     model.eval()
     blocks = [block for block in model.modules() if isinstance(block, MixedBlock)]
@@ -160,7 +160,7 @@ def evaluate(
     for suffix, (loss, right, count) in zip(("", "_tta"), sum_integers(ranks, totals).tolist(), strict=True):
         if count:
             metrics |= {f"loss{suffix}": loss * _UNIT / count, f"accuracy{suffix}": right / count}
-    # every row is 0 on all ranks but one
+    # each image's row is nonzero on one rank only, so the sum gathers the rows
     label, predicted, confidence = sum_integers(ranks, answers).cpu().T.contiguous()
     return Evaluation(
         split,
@@ -175,9 +175,9 @@ def evaluate(
 
 @contextmanager
 def _mixing(blocks: list[MixedBlock]) -> Iterator[list[Tensor]]:
-    """A list to which every forward pass adds each block's coefficients, (N, L) float32."""
+    """A list to which every forward pass appends each block's mixing coefficients, (N, branches) float32."""
     seen: list[Tensor] = []
-    hooks = [block.mixing.register_forward_hook(lambda _, __, found: seen.append(found)) for block in blocks]
+    hooks = [block.mixing.register_forward_hook(lambda _, __, output: seen.append(output)) for block in blocks]
     try:
         yield seen
     finally:
@@ -195,7 +195,7 @@ def _png(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(summed loss in units, number right, number) of a batch, int64."""
+    """(summed loss in units of 2^-24, correct images, images) of a batch: (3,) int64. logits: (n, classes) float32."""
     losses = F.cross_entropy(logits, labels, reduction="none").double().clamp(max=1e4)
     correct = (logits.argmax(1) == labels).sum()
     return torch.stack(((losses / _UNIT).round().long().sum(), correct, correct.new_tensor(len(labels))))

@@ -30,7 +30,7 @@ from dist_train.training.step_log import StepLog, StepMetrics
 
 @dataclass
 class State:
-    """All that a run needs to resume, besides its configuration. step: finished steps."""
+    """Everything that a run needs to resume, besides its configuration. step: finished steps."""
 
     model: BlockNetwork
     optimizers: Optimizers
@@ -38,7 +38,7 @@ class State:
     step: int = 0
 
     def dump(self) -> dict[str, Any]:
-        """The state as a checkpoint has it; the tensors are not copied."""
+        """The state as it is stored in a checkpoint; the tensors are not copied."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -57,8 +57,9 @@ class State:
 def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer, stop: StopRequest) -> str:
     """Train from `state.step` to the last step, or until a rank is asked to stop.
 
-    state: on this rank's device; the same on every rank before and after. writer: of rank 0, a null object on others.
-    Returns what stopped the run, "" for its end; the checkpoint of the last step is being written then.
+    state: on this rank's device; the same on every rank before and after. writer: on rank 0 a RunWriter, a null object
+    elsewhere. Returns the stop signal and its rank, "" when the run reached its last step. The checkpoint of the last
+    step may still be in writing then.
     Raises DivergedError, on every rank, when the loss or a gradient is no longer finite.
     """
     train_step = TrainStep(config.train, data, ranks, state)
@@ -71,13 +72,13 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
         ranks.begin(state.step + 1)
         log.add(train_step(next(batches)))
 
-        # losses and stop requests of all ranks; nothing that is not finite reaches a checkpoint
+        # exchange losses and stop requests; a loss that is not finite raises here, before any checkpoint
         due, last = schedule.after(state.step), state.step == schedule.last_step
         if due.exchange:
             stopped = log.exchange(state.step, 0 if last else stop.received)
         saves = due.checkpoint or bool(stopped)
 
-        # what is read of the network is the same on every rank
+        # make the BatchNorm rows equal on every rank before they are saved, digested or evaluated
         if saves or due.digest:
             gather_batch_norm(state.model, ranks)
         if due.digest:
@@ -109,13 +110,13 @@ class TrainStep:
         self.flops = cache(state.model.training_flops)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
-        """Make the step after `state.step`, and count it there."""
+        """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
         settings, state = self.settings, self.state
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
         parts = []
         for index, batch in enumerate(microbatches):
-            # dropout draws from torch's global generator
+            # dropout draws from torch's global generator, so this makes it independent of the ranks
             torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
             with self.gradients.microbatch(index) as gradient:
                 with self.autocast:
@@ -133,16 +134,16 @@ class TrainStep:
 
 
 def _compiled(model: BlockNetwork, settings: TrainConfig) -> nn.Module:
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # not enabled, so that bits stay
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of a CUDA toolkit without a GPU
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # tells the compiler too
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # TF32 stays off: it changes bits
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a CUDA toolkit without a GPU
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # the compiler reads this one
     compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     return compiled
 
 
 @torch.no_grad()
 def gather_batch_norm(model: BlockNetwork, ranks: Ranks) -> None:
-    """Give every rank all rows of the BatchNorms, each from the rank that runs its microbatch."""
+    """Copy all rows of the BatchNorms' statistics to every rank, each row from the rank that runs its microbatch."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             for rows in (module.rows_mean, module.rows_var):

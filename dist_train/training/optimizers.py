@@ -1,4 +1,4 @@
-"""The optimizers and their schedule. Every rank applies the same update to the same weights."""
+"""The optimizers and their learning rate schedule. Every rank applies the same update to the same weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from dist_train.model.network import parameter_kind
 
 
 def factor(config: OptimConfig, progress: float) -> float:
-    """The schedule: a factor in 0..1 on every rate, at `progress` in 0..1 of the run. It rises linearly from
-    0 over the first `warmup` of the run."""
+    """The schedule: the factor in 0..1 on every learning rate. progress: fraction of the run that is finished.
+
+    The factor rises linearly from 0 over the first `warmup` of the run, then follows `config.schedule`."""
     if progress >= 1:
         return 0.0
     if progress < config.warmup:
@@ -45,7 +46,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for convolution kernels of fixed norm.
 
     Before each update a kernel (out, in, h, w) is scaled to the norm sqrt(out) (Jordan 2024, airbench94_muon):
-    batch normalisation makes its own scale meaningless, and the rate then means the same in every layer.
+    batch normalisation makes the kernel's own scale irrelevant, and a learning rate then means the same in every
+    layer.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float) -> None:
@@ -68,7 +70,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """The optimizers of one network, and the rates of a step as a function of the step alone."""
+    """The optimizers of one network, with learning rates that are a function of the step alone."""
 
     def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, steps_per_epoch: int) -> None:
         self.config, self.total_steps, self.steps_per_epoch = config, total_steps, steps_per_epoch
@@ -84,7 +86,7 @@ class Optimizers:
         self.all = [_build(algorithm, groups) for algorithm, groups in sorted(algorithms.items())]
 
     def set_rates(self, step: int) -> float:
-        """Set every group's rate for the step after `step` finished ones. Returns the kernels' rate."""
+        """Set every group's learning rate for the step after `step` finished ones. Returns that of the kernels."""
         kernels = 0.0
         for optimizer in self.all:
             for group in optimizer.param_groups:
@@ -101,8 +103,8 @@ class Optimizers:
         return until is None or step < until * self.steps_per_epoch
 
     def step(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Apply the gradients; with a scaler in use, skip every optimizer whose gradients overflowed. Returns the
-        norm of the whole gradient, float32, on the device."""
+        """Apply the gradients; with a scaler enabled, skip every optimizer whose gradients overflowed. Returns the
+        norm of the whole gradient: a float32 scalar on the device."""
         for optimizer in self.all:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm(
@@ -118,9 +120,11 @@ class Optimizers:
         return norm
 
     def state(self) -> list[dict[str, Any]]:
+        """The state of every optimizer, for a checkpoint; the tensors are not copied."""
         return [optimizer.state_dict() for optimizer in self.all]
 
     def load(self, states: list[dict[str, Any]]) -> None:
+        """Restore what `state` returned."""
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
 

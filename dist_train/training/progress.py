@@ -10,7 +10,7 @@ from dist_train.runs.metrics import Averages, Row
 
 
 class Progress:
-    """A progress bar on stderr, where that is a terminal, and a table on stdout. quiet: neither of them."""
+    """A progress bar on stderr, where that is a terminal, and a table on stdout. quiet: show neither."""
 
     def __init__(self, total_steps: int, resume_step: int, quiet: bool) -> None:
         self._quiet, self._header_due, self._start = quiet, True, time.monotonic()
@@ -28,7 +28,7 @@ class Progress:
             )
 
     def step(self, averages: Averages, loss: float, images_per_second: float) -> None:
-        """Advance the bar by one step. averages: of the epoch so far. loss: of the step."""
+        """Advance the bar by one step. averages: since the last evaluation. loss: mean over the step's images."""
         if self._bar is not None:
             accuracy = f"{100 * averages.accuracy:.1f} %"
             text = f"loss {loss:.3f}, train acc {accuracy}, {images_per_second:.0f} images/s"
@@ -36,7 +36,7 @@ class Progress:
             self._bar.update(1)
 
     def evaluation(self, row: Row, rate: float) -> None:
-        """Print a table row. row: an eval line. rate: images per second since the evaluation before."""
+        """Print a table row. row: an eval line of metrics.jsonl. rate: images per second since the last evaluation."""
         if self._quiet:
             return
         lines = []
@@ -56,7 +56,7 @@ class Progress:
         self._print("\n".join(lines), sys.stdout)
 
     def phase(self, name: str) -> None:
-        """Show on the bar what is done while no steps are made."""
+        """Show on the bar what runs between two steps, such as an evaluation."""
         if self._bar is not None:
             self._bar.set_postfix_str(name)
 
@@ -72,14 +72,14 @@ class Progress:
 
     def _print(self, text: str, stream: Any) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=stream)  # removes the bar for the time of the line
+            self._bar.write(text, file=stream)  # clears the bar, prints, and draws the bar again
         else:
             print(text, file=stream, flush=True)
 
 
-def _cell(value: float | None, form: str) -> str:
-    """A number in its column; `nan` for one that is not finite."""
+def _cell(value: float | None, spec: str) -> str:
+    """A number formatted for its column; None, which stands for a number that is not finite, as `nan`."""
     number = float("nan") if value is None else value
-    if not form.endswith("%"):
-        return f"{number:{form}}"
-    return f"{100 * number:{form[:-1]}f} %"
+    if not spec.endswith("%"):
+        return f"{number:{spec}}"
+    return f"{100 * number:{spec[:-1]}f} %"

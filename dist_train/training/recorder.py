@@ -1,4 +1,4 @@
-"""What a run records on rank 0, and where: metrics.jsonl, the terminal, W&B, and at the end summary and plots."""
+"""The outputs of a run on rank 0: metrics.jsonl, the terminal, W&B, and at the end summary and plots."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dist_train.training.progress import Progress
 
 
 class Recorder:
-    """Records one run. `metrics.jsonl` is written first. W&B has a process of its own that reads the file; it is never
-    waited for, except for a bounded time in `close`."""
+    """Writes the metrics of one run. `metrics.jsonl` is written first. W&B runs in a separate process that reads the
+    file; training waits for it only in `close`, for a bounded time."""
 
     def __init__(
         self,
@@ -33,15 +33,16 @@ class Recorder:
         matrix_rate: float = math.nan,
         branches: Sequence[Sequence[str]] = (),
     ) -> None:
-        """Open the record, and cut it back to `resume_step` where a checkpoint is resumed.
+        """Open `metrics.jsonl`, truncated to `resume_step` where a checkpoint is resumed, and start W&B.
 
         Args:
             run_dir: the run folder; created if it is missing.
+            config: where the metrics go, and what the terminal shows.
             dataset: the data set's name, for plot titles and `summary.json`.
-            run_config: the whole configuration, and what else W&B shows with it.
+            run_config: what W&B shows as the run's config: all settings, the data set's manifest and versions.
             total_steps: optimizer steps of the whole run.
             resume_step: steps finished at the checkpoint, 0 for a new run.
-            matrix_rate: floating-point operations a second of matrix products on all ranks, for W&B's MFU.
+            matrix_rate: FLOP/s of matrix products on all ranks together, for W&B's MFU.
             branches: for each block the names of its convolutions, for W&B's mixing coefficients.
 
         Raises:
@@ -61,7 +62,7 @@ class Recorder:
 
     @property
     def last_step(self) -> int:
-        """The newest step that is recorded."""
+        """The newest step in `metrics.jsonl`, 0 for none."""
         return self._metrics.last_step
 
     def step(
@@ -77,15 +78,17 @@ class Recorder:
         images: int,
         flops: int,
     ) -> None:
-        """Record one finished optimizer step; steps come in order, singly or in groups.
+        """Write one finished optimizer step; steps come in order, one by one.
 
         Args:
             step: number of optimizer steps finished.
-            epoch: passes over the training set finished, a fraction.
+            epoch: finished passes over the training set, a fraction.
             loss: mean over the `images` of the global batch.
             lr: learning rate of the convolution kernels.
             grad_norm: norm of the gradient of all weights.
-            correct: images of the batch classified right in training mode.
+            images_per_second: mean rate since the last exchange between the ranks.
+            correct: images of the batch classified correctly in training mode.
+            images: images of the global batch.
             flops: floating-point operations of the step, forward and backward.
 
         Raises:
@@ -106,7 +109,7 @@ class Recorder:
         self._progress.step(self._metrics.averages, loss, images_per_second)
 
     def weights(self, *, step: int, digests: dict[str, str]) -> None:
-        """Record digests of the weights after `step`: see `MetricsFile.weights`. Raises ValueError."""
+        """Write digests of the weights after `step`: see `MetricsFile.weights`. Raises ValueError."""
         self._metrics.weights(step, digests)
 
     def eval(
@@ -117,24 +120,31 @@ class Recorder:
         test_loss: float,
         test_accuracy: float,
         coefficients: list[list[list[float]]],
-        **others: float,
+        **more_metrics: float,
     ) -> None:
-        """Record an evaluation after `step`; a second one after the same step is not recorded. Raises ValueError where
-        `step` is not the last step recorded."""
+        """Write an evaluation after `step`; a second one after the same step is dropped. Raises ValueError where
+        `step` is not the newest step in `metrics.jsonl`.
+
+        Args:
+            test_loss: mean cross entropy.
+            test_accuracy: a fraction.
+            coefficients: for each block and branch the mean and standard deviation of its mixing coefficient.
+            more_metrics: such as `val_loss` and `test_accuracy_tta`.
+        """
         rate = self._metrics.averages.rate
         row = {
             "step": step,
             "epoch": epoch,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            **others,
+            **more_metrics,
             "coefficients": coefficients,
         }
         if (line := self._metrics.evaluation(row)) is not None:
             self._progress.evaluation(line, rate)
 
     def evaluation(self, details: Row) -> None:
-        """Write `evaluation.json`. A failure is a sentence on stderr, and the run continues."""
+        """Write `evaluation.json`. A failure is reported on stderr, and the run continues."""
         try:
             write_evaluation(self._dir, details)
         except OSError as error:
@@ -144,12 +154,12 @@ class Recorder:
             )
 
     def checkpoint(self, path: Path, last: bool = False) -> None:
-        """Hand a checkpoint that is whole to W&B, if the configuration says so. last: of a run that is done."""
+        """Pass a complete checkpoint to W&B if `record.artifacts` asks for it. last: whether the run is done."""
         if self._wandb is not None and self._artifacts == ("last" if last else "all"):
             self._wandb.artifact(path)
 
     def phase(self, name: str) -> None:
-        """Show on the progress bar what is done while no steps are made."""
+        """Show on the progress bar what runs between two steps, such as an evaluation."""
         self._progress.phase(name)
 
     def end_progress(self) -> None:
@@ -157,30 +167,30 @@ class Recorder:
         self._progress.close()
 
     def flush(self) -> None:
-        """Bring every line of `metrics.jsonl` to the disk: see `MetricsFile.flush`. Raises OSError."""
+        """Sync every line of `metrics.jsonl` to disk: see `MetricsFile.flush`. Raises OSError."""
         self._metrics.flush()
 
     def finish(self, summary: Row) -> None:
-        """Write `summary.json` (with the data set's name added) and the plots, and hand both to W&B.
+        """Write `summary.json` (with the data set's name added) and the plots, and pass both to W&B.
 
-        Plots that fail are a sentence on stderr, and the run continues: they can be drawn again from the metrics.
+        A failure of the plots is only reported on stderr: they can be drawn again from the metrics.
 
         Raises:
-            OSError: lines of the metrics or `summary.json` could not be written.
+            OSError: `summary.json` or lines of `metrics.jsonl` could not be written.
         """
         self.flush()
         summary = finite({"dataset": self._dataset, **summary})
         write_atomic(self._dir / SUMMARY, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         try:
-            pictures = plots.draw(self._dir, dataset=self._dataset, name=self._name)
+            images = plots.draw(self._dir, dataset=self._dataset, name=self._name)
         except Exception as error:
             self._progress.warn(f"plots not drawn ({error}); try again: dist-train plots {self._dir}")
-            pictures = []
+            images = []
         if self._wandb is not None:
-            self._wandb.summarize(summary, pictures, self._dir / EVALUATION)
+            self._wandb.summarize(summary, images, self._dir / EVALUATION)
 
     def close(self, exit_code: int) -> None:
-        """End the record, in a `finally`: waits for W&B for a bounded time. A second call does nothing."""
+        """Close all outputs, and wait for W&B for a bounded time. A second call does nothing."""
         self._metrics.close()
         self.end_progress()
         if self._wandb is not None:

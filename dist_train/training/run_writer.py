@@ -23,24 +23,25 @@ from dist_train.training.recorder import Recorder
 
 
 class Writer:
-    """What the training loop hands over. This one, of the ranks above 0, drops it."""
+    """The interface through which the training loop writes; this class, used on ranks above 0, writes nothing."""
 
     def step(self, **metrics: Any) -> None:
-        """The metrics of one step: see `Recorder.step`."""
+        """Write the metrics of one step: see `Recorder.step`."""
 
     def weights(self, step: int, model: BlockNetwork) -> None:
-        """The weights after `step`, of which digests are recorded."""
+        """Write digests of the weights after `step`."""
 
     def phase(self, name: str) -> None:
-        """What is done while no steps are made."""
+        """Show what runs between two steps, such as an evaluation."""
 
     def evaluation(
         self, step: int, epoch: float, evaluations: dict[str, Evaluation], data: Data, last: bool = False
     ) -> None:
-        """The evaluations after `step`, by the prefix of their metrics. last: of the run."""
+        """Write the evaluations after `step`. evaluations: by the prefix of their metrics, such as `test`. last:
+        whether it is the last of the run, whose details go to `evaluation.json`."""
 
     def checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """The state after `step`, whose tensors may change after the call."""
+        """Write a checkpoint of the state after `step`; its tensors may change after the call."""
 
 
 class RunWriter(Writer):
@@ -56,8 +57,8 @@ class RunWriter(Writer):
         matrix_rate: float,
         resumed: Checkpoint | None,
     ) -> None:
-        """matrix_rate: floating-point operations a second of matrix products on all ranks. resumed: the checkpoint
-        that the run resumes from, None for a new run. Prints a sentence where the environment has changed since it.
+        """matrix_rate: FLOP/s of matrix products on all ranks together. resumed: the checkpoint that the run resumes
+        from, None for a new run; a change of the environment since that checkpoint is reported on stderr.
         Raises UserError and OSError as Recorder does."""
         self.run_dir, self._artifacts = run_dir, settings.record.artifacts
         step = resumed.step if resumed else 0
@@ -81,11 +82,11 @@ class RunWriter(Writer):
             settings.checkpoint.keep,
             {
                 "environments": self.environments,
-                # with these a checkpoint is enough to use the network
+                # configuration and data set, so that inference needs nothing but the checkpoint
                 "config": config.to_toml(settings),
                 "data": DataDescription.of(data).to_dict(),
             },
-            before=self._recorder.flush,  # a checkpoint without the lines before it could not be resumed
+            before=self._recorder.flush,  # resuming needs the metrics up to the checkpoint's step
             written=self._recorder.checkpoint,
             failed=self._not_written,
         )
@@ -112,7 +113,7 @@ class RunWriter(Writer):
         self._checkpoints.write(step, state)
 
     def wait(self) -> str:
-        """Wait until the last checkpoint is written. Returns "", or that it could not be, and why."""
+        """Wait until the last checkpoint is written. Returns "", or what could not be written, and why."""
         self._recorder.end_progress()
         error = self._checkpoints.wait()
         return f"the checkpoint of step {self._recorder.last_step} ({error.strerror})" if error else ""
@@ -128,12 +129,12 @@ class RunWriter(Writer):
         return ""
 
     def close(self, code: int, reason: str) -> None:
-        """Write to the history how the run ended, and end its record. code: the exit code."""
+        """Write to the history how the run ended, and close its outputs. code: the exit code."""
         append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=reason)
         self._recorder.close(code)
 
     def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
-        """Those that the run has had, this one last; and the history's line of the start."""
+        """All environments of the run, the current one last. Also writes the history's line of the start."""
         now = environment(ranks.device)
         changed = changes(known[-1], now) if known else {}
         if changed:
@@ -152,6 +153,6 @@ class RunWriter(Writer):
 
     def _not_written(self, step: int, error: OSError) -> None:
         kept = checkpoint.steps(checkpoint_folder(self.run_dir))
-        last = f"the one of step {kept[-1]} stays" if kept else "there is none yet"
-        say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training goes on")
+        last = f"the one of step {kept[-1]} is kept" if kept else "there is none yet"
+        say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training continues")
         append_history(self.run_dir, "checkpoint_failed", step=step, reason=error.strerror)

@@ -1,4 +1,4 @@
-"""What is due after which step: a pure function of the configuration and the step."""
+"""What is due after each step (exchange, digest, evaluation, checkpoint): a function of configuration and step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dist_train.config.settings import Config
 
 @dataclass(frozen=True)
 class Due:
-    """What follows a step. exchange: of losses and stop requests between the ranks. digest: of the weights, into the
-    metrics. evaluation; checkpoint."""
+    """What is due after a step. exchange: of losses and stop requests between the ranks. digest: of the weights, in
+    the metrics."""
 
     exchange: bool
     digest: bool
@@ -20,10 +20,10 @@ class Due:
 
 
 class Schedule:
-    """steps_per_epoch, last_step: steps counted from 1."""
+    """Decides what is due after which step. last_step: the number of steps of the run."""
 
     def __init__(self, config: Config, steps_per_epoch: int, log_every: int) -> None:
-        """log_every: steps between two exchanges at most."""
+        """log_every: the most steps between two exchanges."""
         self.config, self.steps_per_epoch, self.log_every = config, steps_per_epoch, log_every
         self.last_step = total_steps(config, steps_per_epoch)
 
@@ -41,20 +41,20 @@ class Schedule:
         )
 
     def epoch(self, step: int) -> float:
-        """Epochs finished after `step` steps: a whole number at an epoch's end, else a fraction."""
+        """Epochs finished after `step` steps: an int at an epoch's end, else a fraction."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return step / self.steps_per_epoch if within else epoch
 
     def _saves(self, step: int) -> bool:
-        saving = self.config.checkpoint
-        return _every(saving.every_steps, step) or _every(saving.every_epochs * self.steps_per_epoch, step)
+        settings = self.config.checkpoint
+        return _every(settings.every_steps, step) or _every(settings.every_epochs * self.steps_per_epoch, step)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Steps of the whole run; the last epoch's fraction is rounded up to whole ones."""
+    """Steps of the whole run; a fraction of an epoch is rounded up to whole steps."""
     return math.ceil(config.train.epochs * steps_per_epoch)
 
 
 def _every(interval: int, step: int) -> bool:
-    """Whether `interval`, 0 for never, divides the step."""
+    """Whether something is due after `step` that happens every `interval` steps; 0 is never."""
     return interval > 0 and step % interval == 0

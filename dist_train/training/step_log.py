@@ -1,4 +1,4 @@
-"""The metrics of the steps: left on the device, then gathered over the ranks, checked, and written."""
+"""The metrics of the steps: kept on the device, then gathered over the ranks, checked and written."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from dist_train.training.run_writer import Writer
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step leaves behind on this rank, its tensors on the device.
+    """The metrics of one step on this rank, tensors on the device.
 
-    parts: (microbatches of this rank, 3) float64: summed loss, correct count, largest magnitude in the gradient. norm:
-    of the whole gradient, float32. lr: of the kernels. flops: of the whole global batch, forward and backward.
+    parts: (microbatches of this rank, 3) float64: summed loss, correct images, largest magnitude in the gradient.
+    norm: of the whole gradient, a float32 scalar. lr: learning rate of the kernels. flops: floating-point operations
+    for the global batch, forward and backward.
     """
 
     parts: Tensor
@@ -33,7 +34,7 @@ class StepMetrics:
 
 
 class StepLog:
-    """Collects the metrics of the steps, and agrees with all ranks on what they say."""
+    """Collects the metrics of the steps, and exchanges them and stop requests between the ranks."""
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, writer: Writer) -> None:
         self.batch_size, self.microbatches = settings.batch_size, settings.microbatches
@@ -43,20 +44,20 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
-        """Keep the metrics of the next step until the next exchange. Waits for nothing."""
+        """Keep the metrics of the next step until the next exchange. Does not wait for the device."""
         self.steps.append(metrics)
 
     def exchange(self, step: int, stop: int) -> str:
         """Gather the metrics of the steps up to `step`, check and write them, and agree whether to stop.
 
-        stop: number of the stop signal that this rank received, or 0. Returns which signal came to which rank, ""
-        for none: the same on all ranks. Raises DivergedError.
+        stop: number of the stop signal that this rank received, or 0. Returns the signal and the rank that received
+        it, "" for none; the same on all ranks. Raises DivergedError when a loss or a gradient is not finite.
         """
         count = len(self.steps)
-        mine = torch.stack([metrics.parts for metrics in self.steps]).transpose(0, 1)  # microbatch first
-        asked = mine.new_full((*mine.shape[:2], 1), 1000 * self.ranks.rank + stop if stop else 0)
-        with self.ranks.exchange():  # the stop request travels with the losses: agreement costs no message
-            parts = gather_shares(self.ranks, torch.cat((mine, asked), 2), self.microbatches).transpose(0, 1).tolist()
+        own = torch.stack([metrics.parts for metrics in self.steps]).transpose(0, 1)  # microbatch first
+        request = own.new_full((*own.shape[:2], 1), 1000 * self.ranks.rank + stop if stop else 0)
+        with self.ranks.exchange():  # the stop request travels with the losses: agreement costs no extra message
+            parts = gather_shares(self.ranks, torch.cat((own, request), 2), self.microbatches).transpose(0, 1).tolist()
         elapsed = time.perf_counter() - self.clock
         first = step - count + 1
         norms = torch.stack([metrics.norm for metrics in self.steps]).tolist()
@@ -75,17 +76,17 @@ class StepLog:
             )
         self.steps.clear()
         self.clock = time.perf_counter()
-        by = int(max(part[3] for part in parts[-1]))
-        return f"{Signals(by % 1000).name} on rank {by // 1000}" if by else ""
+        received = int(max(part[3] for part in parts[-1]))
+        return f"{Signals(received % 1000).name} on rank {received // 1000}" if received else ""
 
     def restart_clock(self) -> None:
         """Do not count the time since the last exchange, spent on evaluations and checkpoints, as training."""
         self.clock = time.perf_counter()
 
     def _check(self, step: int, parts: list[list[float]], saved: int) -> None:
-        """Raises DivergedError. parts: (loss, correct, largest gradient, ...) of each microbatch. saved: the last step
-        whose checkpoint can be there."""
-        # a gradient scaler expects fp16 gradients that overflow, and skips the step
+        """Raises DivergedError when a loss or a gradient is not finite. parts: (loss, correct, largest gradient, ...)
+        of each microbatch. saved: the last step that can have a checkpoint."""
+        # fp16 gradients may overflow: the gradient scaler then skips the step
         bad: list[dict[str, Any]] = [
             {"microbatch": slot, "loss": str(loss), "largest_gradient": str(largest)}
             for slot, (loss, _, largest, *_) in enumerate(parts)

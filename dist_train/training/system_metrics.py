@@ -1,4 +1,4 @@
-"""What each rank does to its processor, memory and GPU, sampled by itself: `system/rank-N.jsonl` in the run folder."""
+"""Each rank's use of processor, memory and GPU, sampled by itself: `system/rank-N.jsonl` in the run folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _GIB = 2.0**30
 
 @contextmanager
 def sampled(run_dir: Path, rank: int, device: torch.device) -> Iterator[None]:
-    """Sample this process in a thread, every few seconds and at the end.
+    """Sample this process in a thread, every 5 seconds and at the end.
 
-    A line is `{"time", "host", "cpu_percent", "resident_gib"}`, on a GPU with `"gpu_allocated_gib"` and
-    `"gpu_reserved_gib"`, torch's, and what NVML knows of `"gpu_percent"`, `"gpu_watts"` and `"gpu_celsius"`. `time` is
-    Unix time in seconds; 100 `cpu_percent` are one core. Raises nothing: what cannot be read or written is left out.
+    A line is `{"time", "host", "cpu_percent", "resident_gib"}`, on a GPU also torch's `"gpu_allocated_gib"` and
+    `"gpu_reserved_gib"`, and, where NVML gives them, `"gpu_percent"`, `"gpu_watts"` and `"gpu_celsius"`. `time` is Unix
+    time in seconds; 100 `cpu_percent` are one core. Raises nothing: what cannot be read or written is skipped.
     """
     end = threading.Event()
     thread = threading.Thread(target=_run, args=(run_dir, rank, device, end), name="system", daemon=True)
@@ -35,7 +35,7 @@ def sampled(run_dir: Path, rank: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         end.set()
-        thread.join(1.0)  # a file system that hangs is not waited for
+        thread.join(1.0)  # bounded, in case the file system hangs
 
 
 def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -> None:
@@ -43,7 +43,7 @@ def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -
     path = samples_path(run_dir, rank)
     with suppress(psutil.Error, OSError):
         path.parent.mkdir(exist_ok=True)
-        process.cpu_percent()  # it counts from one call to the next
+        process.cpu_percent()  # measures the time since its previous call
     while True:
         over = end.wait(INTERVAL)
         with suppress(psutil.Error, OSError), path.open("a") as file:
@@ -53,21 +53,21 @@ def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -
 
 
 def _sample(process: psutil.Process, device: torch.device) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    sample: dict[str, Any] = {
         "time": time.time(),
         "host": platform.node(),
         "cpu_percent": process.cpu_percent(),
         "resident_gib": process.memory_info().rss / _GIB,
     }
     if device.type == "cuda":
-        found["gpu_allocated_gib"] = torch.cuda.memory_allocated(device) / _GIB
-        found["gpu_reserved_gib"] = torch.cuda.memory_reserved(device) / _GIB
-        asked: dict[str, Callable[[], float]] = {
+        sample["gpu_allocated_gib"] = torch.cuda.memory_allocated(device) / _GIB
+        sample["gpu_reserved_gib"] = torch.cuda.memory_reserved(device) / _GIB
+        readings: dict[str, Callable[[], float]] = {
             "gpu_percent": lambda: torch.cuda.utilization(device),
             "gpu_watts": lambda: torch.cuda.power_draw(device) / 1000,
             "gpu_celsius": lambda: torch.cuda.temperature(device),
         }
-        for name, ask in asked.items():
-            with suppress(Exception):  # no nvidia-ml-py, no right to ask, or a GPU that does not measure it
-                found[name] = ask()
-    return found
+        for name, read in readings.items():
+            with suppress(Exception):  # no nvidia-ml-py, no permission, or a GPU that does not measure it
+                sample[name] = read()
+    return sample

@@ -1,4 +1,4 @@
-"""One run, from the process group to the summary, on this rank."""
+"""One run on this rank, from joining the process group to the summary."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from dist_train.training.run_writer import RunWriter, Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
 
-_WHITENING_PIXELS = 5000 * 32 * 32
+_WHITENING_PIXELS = 5000 * 32 * 32  # pixels of training images from which a whitening stem is computed
 
 
 def build_model(config: Config, data: Data) -> BlockNetwork:
-    """The network with its initial weights, a function of the configuration and the data set, on the CPU."""
+    """The network with its initial weights, on the CPU; they depend on the configuration and the data set alone."""
     height, width, channels = data.manifest.image_shape
     torch.manual_seed(derive(config.train.seed, "init"))
     classes, slots = len(data.manifest.classes), config.train.microbatches
@@ -50,14 +50,14 @@ def build_model(config: Config, data: Data) -> BlockNetwork:
     return model
 
 
-# Seconds that a rank whose node had no betons waits for ranks of other nodes, which may still be writing theirs.
-_DATA = 3600
+# seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
+_DATA_TIMEOUT = 3600
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training whose input is checked. manifest: of the betons, on the first rank of each node. waited: whether they
-    had to be written first. start: when the command began, by time.perf_counter."""
+    """A training whose input is checked. manifest: of the betons, None on all but the first rank of each node. waited:
+    whether the betons had to be written first. start: time.perf_counter at the start of the command, in seconds."""
 
     config: Config
     run_dir: Path
@@ -67,16 +67,19 @@ class Job:
 
 
 def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
-    """Train on this rank to the last step or a stop, and note in `outcome` how it ends.
+    """Train on this rank to the last step or a stop, and set `outcome`.
 
-    held: what is to be closed when that is known. Raises UserError, DivergedError and LostPeerError."""
-    get_error_handler().initialize()  # prints where native code crashed
+    held: receives the contexts that are closed once `outcome` is set. Raises UserError, DivergedError and
+    LostPeerError."""
+    get_error_handler().initialize()  # prints a stack trace where native code crashes
     config, run_dir = job.config, job.run_dir
     t = config.train
     if not t.compile:
         skip_compiler_import()
-    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, _DATA if job.waited else 0) as ranks:
-        # Not before: until all ranks are there a stop signal may as well end the process, and does so at once.
+    first_timeout = _DATA_TIMEOUT if job.waited else 0
+    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend, first_timeout) as ranks:
+        # Entered only after all ranks have joined: until then there is nothing to save, and a stop signal ends the
+        # process at once.
         stop = held.enter_context(StopRequest())
         outcome.detected_by = "all"
         manifest = on_main(ranks, lambda: job.manifest)
@@ -115,7 +118,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             raise
 
         def finish() -> str:
-            """On rank 0, when all is trained or stopped. Returns what could not be saved, and why."""
+            """Complete the files of the run, on rank 0. Returns "", or what could not be written, and why."""
             if (missing := main_writer.wait()) or stopped:
                 return missing
             seconds = time.perf_counter() - job.start
@@ -128,8 +131,8 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return
         if missing:
             say(
-                f"{run_dir}: {missing} could not be written; make room and start the same command again: it resumes "
-                f"from the newest checkpoint"
+                f"{run_dir}: {missing} could not be written; free disk space and start the same command again: "
+                f"it resumes from the newest checkpoint"
             )
         elif stopped:
             print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
@@ -138,9 +141,9 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
 
 
 def _matrix_rate(ranks: Ranks, precision: str) -> int:
-    """Floating-point operations a second that all ranks together reach in matrix products at the same time."""
-    mine = torch.tensor(int(matrix_rate(ranks.device, DTYPES[precision])), device=ranks.device)
-    return int(sum_integers(ranks, mine).item())
+    """FLOP/s of matrix products on all ranks together, measured at the same time."""
+    own = torch.tensor(int(matrix_rate(ranks.device, DTYPES[precision])), device=ranks.device)
+    return int(sum_integers(ranks, own).item())
 
 
 def _announce(
@@ -171,7 +174,8 @@ def _summary(
     rate: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """rate: floating-point operations a second that all ranks reach together in a matrix product."""
+    """The content of `summary.json` but `seconds`, `environments` and `dataset`. rate: FLOP/s of matrix products on all
+    ranks together."""
     steps, evals = read_metrics(run_dir / METRICS)
     last, best = evals[-1], best_eval(evals)
     assert best is not None

@@ -31,7 +31,7 @@ def test_world_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         check_world_size(8)
     monkeypatch.setenv("WORLD_SIZE", "9")
-    with pytest.raises(UserError, match="8 ranks at most, but 9 were started"):
+    with pytest.raises(UserError, match="at most 8 ranks, but 9 were started"):
         check_world_size(8)
     assert [ranks_per_node(8, workers) for workers in range(1, 11)] == [1, 2, 3, 4, 4, 4, 4, 8, 8, 8]
     assert [ranks_per_node(8, workers, 2) for workers in range(1, 6)] == [1, 2, 2, 4, 4]

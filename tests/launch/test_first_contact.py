@@ -280,7 +280,7 @@ def test_more_ranks_than_microbatches(tmp_path: Path) -> None:
     process = start(tmp_path, "--preset", "digits", "microbatches=2", ranks=3)
     _, stderr = ended(process)
     assert set(exit_codes(stderr)) == {2}
-    assert "train.microbatches = 2 gives work to 2 ranks at most, but 3 were started" in said(stderr)[0]
+    assert "train.microbatches = 2 gives work to at most 2 ranks, but 3 were started" in said(stderr)[0]
 
 
 def test_a_data_set_that_cannot_be_written_to_will_do(digits: Path, tmp_path: Path) -> None:

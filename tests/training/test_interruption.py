@@ -233,7 +233,7 @@ def test_another_environment_is_said_once_and_recorded(digits: Path, train: Trai
     (folder / "summary.json").unlink()
     again = trainer(*arguments, "threads=2")
     assert again.returncode == 0
-    assert "goes on with another" not in again.stderr
+    assert "resumes with another" not in again.stderr
 
 
 FULL_DISK = """
@@ -264,8 +264,8 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
         timeout=120,
     )
     said = (out / "full.log").read_text()
-    assert "could not be written (No space left on device); the one of step 5 stays; training goes on" in said
-    assert "the checkpoint of step 10 (No space left on device) could not be written; make room" in said
+    assert "could not be written (No space left on device); the one of step 5 is kept; training continues" in said
+    assert "the checkpoint of step 10 (No space left on device) could not be written; free disk space" in said
     assert (out / "full.code").read_text() == "1\n"
     assert [row["step"] for row in lines(out) if row["kind"] == "step"] == list(range(1, 11))
     assert "checkpoint_failed" in {row["event"] for row in read_history(out)}

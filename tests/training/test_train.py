@@ -171,7 +171,7 @@ def test_bad_input_is_answered_in_one_sentence(digits: Path, tmp_path: Path) -> 
     assert "does not split into train.microbatches = 8" in refused(*base, "batch_size=250")
     assert "holds digits, but data.dataset = cifar10" in refused(*base, "data.dataset=cifar10")
     assert "data.smaller: size = 33 is larger" in refused(*base, "data.smaller=[{size=33, until_epoch=1}]")
-    assert "torch sees no GPU" in refused(*base, "device=cuda") or shutil.which("nvidia-smi")
+    assert "torch finds no GPU" in refused(*base, "device=cuda") or shutil.which("nvidia-smi")
     file = tmp_path / "file"
     file.write_text("")
     assert "cannot be written" in refused(*base, "--run-dir", file / "run")
@@ -180,7 +180,7 @@ def test_bad_input_is_answered_in_one_sentence(digits: Path, tmp_path: Path) -> 
 
 def test_more_ranks_than_microbatches_are_refused(digits: Path, tmp_path: Path) -> None:
     arguments = ["--preset", "digits", f"data.dir={digits}", "microbatches=2", "--run-dir", tmp_path / "run"]
-    assert "train.microbatches = 2 gives work to 2 ranks at most, but 3 were started" in refused(*arguments, ranks=3)
+    assert "train.microbatches = 2 gives work to at most 2 ranks, but 3 were started" in refused(*arguments, ranks=3)
 
 
 def test_a_partly_set_environment_is_named(digits: Path, tmp_path: Path) -> None:
