@@ -29,7 +29,7 @@ from dist_train.config.settings import Config, Tta
 from dist_train.data_prep.images import square, unreadable
 from dist_train.errors import UserError, say
 from dist_train.model.network import BlockNetwork, weights_digest
-from dist_train.model.tta import views
+from dist_train.model.tta import averaged
 from dist_train.runs import checkpoint, layout
 from dist_train.runs.checkpoint import Checkpoint, DataDescription, wrong
 from dist_train.runs.environment import Environment
@@ -101,11 +101,7 @@ class TrainedNetwork(nn.Module):
     def _scores(self, x: Tensor, tta: Tta) -> Tensor:
         if not len(x):
             return x.new_zeros(0, len(self.classes))
-        scores: Tensor = self.network(x).float()
-        if tta != "none":
-            (weight, _), *others = views(x, tta)  # the first is the image itself
-            scores = sum((w * self.network(view).float() for w, view in others), weight * scores)
-        return scores
+        return averaged(self.network, x, self.network(x).float(), tta)
 
     def _normalised(self, images: Pixels) -> Tensor:
         """(N, C, H, W) as the network takes it, on its device."""

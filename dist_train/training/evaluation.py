@@ -19,7 +19,7 @@ from dist_train.config.settings import Tta
 from dist_train.data.batches import Data
 from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.model.network import MixedBlock
-from dist_train.model.tta import views
+from dist_train.model.tta import averaged
 
 _UNIT = 2.0**-24  # losses and coefficients are summed as multiples of this: integer sums do not depend on the order
 _LARGEST = 1e3  # coefficients are clamped to this magnitude, so that a batch's sums of squares are exact in float64
@@ -144,8 +144,7 @@ def evaluate(
                 of_plain = coefficients[: len(blocks)]
                 logits = [plain]
                 if tta != "none":
-                    (weight, _), *others = views(images, tta)  # the first is the image itself
-                    logits.append(sum((w * model(view).float() for w, view in others), weight * plain))
+                    logits.append(averaged(model, images, plain, tta))
             if blocks:
                 a = torch.cat(of_plain, 1).double().clamp(-_LARGEST, _LARGEST)
                 of_class = F.one_hot(labels, classes).double().T
