@@ -182,7 +182,7 @@ def test_saving(tmp_path: Path) -> None:
         refused = run("--project", "mine", **account)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith(f"dist_train: {server.url} did not take a workspace for project somebody/mine (")
+    assert refused.stderr.startswith(f"dist_train: {server.url} did not accept a workspace for project somebody/mine (")
 
 
 def test_a_name_that_is_not_taken() -> None:
