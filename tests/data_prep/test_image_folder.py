@@ -171,7 +171,7 @@ def test_a_test_part_of_the_folder_is_kept_and_what_is_no_image_left_out(
     (source / "train" / ".cache").mkdir()
     result = write(tmp_path / "out", source, 20)
     assert "shapes, 30 train and 10 test images" in result.stdout, result.stderr
-    assert "left out, as they are no images by their names: train/class00/notes.txt\n" in result.stderr
+    assert "skipped, since their names are not those of images: train/class00/notes.txt\n" in result.stderr
     assert set(data_prep.read_split(tmp_path / "out", "test")[1].tolist()) == {1}
 
 
@@ -217,7 +217,7 @@ def with_broken_files(source: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shutil.rmtree, ["is no folder"]),
+        (shutil.rmtree, ["is not a folder"]),
         (without_images, ["has no images for empty", "or remove the folder"]),
         (with_one_image, ["has a single image for single"]),
         (with_one_class, ["holds one class, class00", "two at least"]),

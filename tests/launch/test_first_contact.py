@@ -229,7 +229,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "size": (lambda *_: ["data.dataset=cats", "data.source=."], "data.image_size = 0"),
     "source": (
         lambda *_: ["data.dataset=cats", "data.source=absent", "image_size=8"],
-        "data.source absent is no folder: give one with a folder of images for each class",
+        "data.source absent is not a folder: give one with a folder of images for each class",
     ),
     "CIFAR10_DIR": (lambda *_: ["data.dataset=cifar10"], "CIFAR10_DIR /absent holds no folder cifar-10-batches-py"),
     "translate": (lambda _, digits: [f"data.dir={digits}", "translate=40"], "data.translate = 40 shifts images"),
