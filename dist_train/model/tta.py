@@ -11,7 +11,11 @@ from dist_train.config.settings import Tta
 
 
 def views(images: Tensor, tta: Tta) -> Iterator[tuple[float, Tensor]]:
-    """The weights, which sum to 1, and the views of (N, C, H, W) images whose logits are averaged."""
+    """Pairs of a weight and a view, (N, C, H, W) like the images; the weights sum to 1. The first view is the images.
+
+    `mirror`: also the mirror images; `shift`: also shifted by one pixel up and left, and down and right (Jordan 2024,
+    "94% on CIFAR-10 in 3.29 seconds", 3.5).
+    """
     centre = 0.5 if tta == "mirror" else 0.25
     yield centre, images
     yield centre, images.flip(3)
