@@ -189,7 +189,7 @@ def test_a_name_that_is_not_taken() -> None:
     done = run("--json", "--name", "\N{GRINNING FACE}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        "dist_train: --name \N{GRINNING FACE}: W&B takes no emoji in names; write it in plain"
+        "dist_train: --name \N{GRINNING FACE}: W&B accepts no emoji in names; write it in plain"
     )
     assert done.stderr.count("\n") == 1
 
