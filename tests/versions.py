@@ -1,14 +1,14 @@
-"""The tests on other versions of Python and of the packages than the locked ones.
+"""Runs the tests on other versions of Python and of the packages than the locked ones.
 
     bash tests/versions.sh                        # every environment: the table for benchmarks/RESULTS.md
     bash tests/versions.sh lowest newest          # some of them
     bash tests/versions.sh lowest -- -k config    # part of the tests
     bash tests/versions.sh --renew                # a new launch/lock.txt, if the tests pass on it
 
-Environments, made anew under build/versions/: `lowest` has the lowest versions that pyproject.toml allows, on the
-oldest Python here, and `newest` the newest, on the newest Python. `locked-3.11` and its like have those of
-launch/lock.txt, one for each Python here, and `without-ffcv` has them without ffcv. The Pythons are those in PATH and
-in pyenv. The benchmark runs on the two ends.
+Environments, created again under build/versions/ each time: `lowest` has the lowest versions that pyproject.toml
+allows, on the oldest Python of this machine, and `newest` the newest, on the newest Python. `locked-3.11` and the like
+have those of launch/lock.txt, one for each Python, and `without-ffcv` has them without ffcv. The Pythons are those in
+PATH and in pyenv. The benchmark runs in `lowest` and `newest`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """versions: of SHOWN. minutes: of the tests alone. speed: what the benchmark printed."""
+    """The result of the tests in an environment. versions: of SHOWN. minutes: of the tests alone. speed: the last line
+    of the benchmark's output."""
 
     environment: Environment
     versions: dict[str, str]
@@ -63,7 +64,7 @@ class Result:
 
 
 def pythons() -> dict[Python, Path]:
-    """Every CPython from OLDEST on that PATH or pyenv has and that starts."""
+    """Every CPython of version OLDEST or newer in PATH or pyenv that starts."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     folders += sorted((root / "versions").glob("*/bin"))
@@ -85,7 +86,7 @@ def _starts(path: Path) -> bool:
 
 
 def environments(there: list[Python]) -> dict[str, Environment]:
-    """By name, the two ends first."""
+    """The environments by name, `lowest` and `newest` first."""
     locked = [Environment(f"locked-{_dotted(python)}", python) for python in there]
     mine = (sys.version_info[0], sys.version_info[1])  # the Python of the environment that set-up made
     every = [
@@ -102,7 +103,7 @@ def _dotted(python: Python) -> str:
 
 
 def make(environment: Environment, python: Path) -> Path:
-    """Make it anew. Returns its Python. Raises CalledProcessError, after uv has said why."""
+    """Create an environment again. Returns its Python. Raises CalledProcessError, after uv's message."""
     folder = ENVIRONMENTS / environment.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def make(environment: Environment, python: Path) -> Path:
 
 
 def check(environment: Environment, python: Path, arguments: list[str], speed: list[str]) -> Result:
-    """Make the environment, run the tests in it, and the benchmark, unless `speed` is empty."""
+    """Create the environment, and run the tests in it, and the benchmark unless `speed` is empty."""
     print(f"versions: {environment.name} on Python {_dotted(environment.python)}", file=sys.stderr, flush=True)
     own = make(environment, python)
     asked = [str(own), "-c", f"from importlib.metadata import version as v; print(*map(v, {_installed(environment)}))"]
