@@ -92,7 +92,7 @@ def check(folder: Path, write: str = "") -> Manifest:
         try:
             size = path.stat().st_size
             if size != split.bytes:
-                raise DataError(f"{path} has {size} bytes where {MANIFEST} says {split.bytes}: {remedy}")
+                raise DataError(f"{path} has {size} bytes where {MANIFEST} has {split.bytes}: {remedy}")
             if sha256_of(path) != split.file_sha256:
                 raise DataError(f"{path} was altered (its SHA-256 is not the one in {MANIFEST}): {remedy}")
         except OSError as error:
@@ -110,7 +110,7 @@ def verify(folder: Path) -> Manifest:
         images, labels = read_split(folder, name)
         path = folder / split.file
         if _content_sha256(images, labels) != split.content_sha256:
-            raise DataError(f"{path} decodes to other samples than {MANIFEST} says: {remedy}")
+            raise DataError(f"{path} decodes to other samples than {MANIFEST} describes: {remedy}")
         if name == "train":
             mean, std = _mean_and_std(images)
             pairs = zip(mean + std, manifest.mean + manifest.std, strict=True)

@@ -287,7 +287,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
         prepare(DataConfig("shapes", str(out)))
     with pytest.raises(UserError, match=r"data\.image_size = 0: the images of shapes need a size"):
         manifest(DataConfig("shapes", str(out), source=str(shapes)))
-    with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
+    with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a fixed size"):
         prepare(DataConfig("digits", str(out), image_size=20))
     with pytest.raises(UserError, match=r"there is no data set; write it with python -m dist_train.data_prep") as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))

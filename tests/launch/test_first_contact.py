@@ -222,7 +222,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "batch": (lambda *_: ["batch_size=250"], "train.batch_size = 250 does not split into train.microbatches = 8"),
     "other run": (_other_run, "--run-dir run belongs to a run with another train"),
     "no run folder": (_below_a_file, "--run-dir file/run: cannot be written"),
-    "damaged": (_damaged, "damaged/train.beton has 100000 bytes where manifest.json says"),
+    "damaged": (_damaged, "damaged/train.beton has 100000 bytes where manifest.json has"),
     "file": (_file, "data.dir = file is a file"),
     "foreign": (_foreign, "own/manifest.json is missing"),
     "data set": (lambda *_: ["data.dataset=cats"], "data.dataset = cats: there is no such data set"),
