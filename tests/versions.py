@@ -151,7 +151,7 @@ def _installed(environment: Environment) -> tuple[str, ...]:
 
 
 def table(results: list[Result]) -> str:
-    """As Markdown."""
+    """The results as a Markdown table."""
     rows = [
         "| environment | Python | " + " | ".join(SHOWN) + " | passed | failed | skipped | minutes | speed |",
         "| --- " * (7 + len(SHOWN)) + "|",
@@ -165,7 +165,8 @@ def table(results: list[Result]) -> str:
 
 
 def renewed() -> str:
-    """The newest versions that pyproject.toml allows, for every Python and machine, as launch/lock.txt has them."""
+    """The content of a new launch/lock.txt: the newest versions that pyproject.toml allows, for all Pythons and
+    platforms."""
     choice = ["--universal", "--python-version", _dotted(OLDEST), "--all-extras", "--no-header", "pyproject.toml"]
     done = subprocess.run(
         [UV, "pip", "compile", "-q", *choice], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
@@ -174,7 +175,7 @@ def renewed() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all tests passed everywhere."""
+    """Run the command. Returns the exit code: 0 when all tests passed in all environments."""
     words = sys.argv[1:] if arguments is None else arguments
     place = words.index("--") if "--" in words else len(words)
     mine, for_pytest = words[:place], words[place + 1 :]
