@@ -1,7 +1,7 @@
-"""Write CIFAR-10, scikit-learn's digits or a folder of images into beton files (ffcv's format) once, and check and
-read them afterwards.
+"""Writes CIFAR-10, scikit-learn's digits or a folder of images into beton files (ffcv's format), and checks and reads
+these files.
 
-Importing this package is cheap: torch, ffcv, torchvision and scikit-learn are imported by the functions
+Importing this package is fast: torch, ffcv, torchvision and scikit-learn are imported by the functions
 that need them. `python -m dist_train.data_prep --help` shows the command.
 """
 

@@ -3,9 +3,10 @@
     dist-train prepare --dataset cifar10
     dist-train prepare --dataset mine --source FOLDER --image-size 64
 
-A folder that already holds it is only checked. The data set is cifar10, digits, or one of your own: a folder with a
-folder of images for each class, or with two such folders train and test (or val). python -m dist_train.data_prep is the
-same command. Exit codes: 0 the data set is ready; 2 bad input; 3 CIFAR-10 had to be downloaded and there is no network.
+A folder that already holds the data set is only checked. The data set is cifar10, digits, or one of your own: a folder
+with a folder of images for each class, or with two such folders train and test (or val). python -m dist_train.data_prep
+is the same command. Exit codes: 0 the data set is ready; 2 bad input; 3 CIFAR-10 had to be downloaded, but there is no
+network.
 """
 
 import sys
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--test-fraction",
         type=float,
         metavar="SHARE",
-        help=f"share of each class that is for testing, where your folder has no test part (default: {TEST_FRACTION})",
+        help=f"share of each class that is for testing, where your folder has no test split (default: {TEST_FRACTION})",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
@@ -60,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="write the folder anew even if it is damaged or done",
+        help="write the folder again even if it is complete or damaged",
     )
     args = parser.parse_args(arguments)
     if args.verify and (args.force or args.source or args.image_size or args.test_fraction is not None):
-        parser.error("--verify writes nothing: give it no more than --dataset and --out")
+        parser.error("--verify writes nothing: use it with --dataset and --out only")
     dataset: str = args.dataset or "cifar10"
     out: Path = args.out or Path("data") / dataset
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"{error}: install the project's requirements") from None
     except KeyboardInterrupt:
-        print("data_prep: interrupted, nothing was published", file=sys.stderr)
+        print("data_prep: interrupted, no data set was written", file=sys.stderr)
         return _INTERRUPTED
     counts = " and ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     size = "x".join(map(str, manifest.image_shape))

@@ -1,4 +1,4 @@
-"""A prepared data set: a folder with train.beton, test.beton and the manifest.json that vouches for them."""
+"""A prepared data set: a folder with train.beton, test.beton, and a manifest.json with their checksums."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync
 from dist_train.data_prep.images import TEST_FRACTION, load_images
 
-FORMAT = 1  # of manifest.json; raise it when what a folder holds changes its meaning
+FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
-OUR_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
+OWN_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
 
 
 @dataclass(frozen=True)
 class Split:
-    """One beton file: its samples, its name in the folder, its size in bytes and two SHA-256 sums in hex.
+    """One beton file: its number of samples, its name in the folder, its size in bytes and two SHA-256 sums in hex.
 
-    file_sha256 is of the file; content_sha256 of what it decodes to: the uint8 NHWC image bytes, then the
+    file_sha256 is of the file; content_sha256 of its decoded content: the uint8 NHWC image bytes, then the
     labels as little-endian int64.
     """
 
@@ -40,11 +40,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json.
 
     image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
-    the ffcv that wrote the files; None if beton_file.write did. Of a folder of images: source, its path, and
-    test_fraction, by which it was, or would have been, divided.
+    the ffcv that wrote the files; None if beton_file.write did. source: path of the folder of images, None for the data
+    sets in DATASETS. test_fraction: share of each class for the test split of a folder without one.
     """
 
     dataset: str
@@ -61,7 +61,7 @@ class Manifest:
 def command(
     dataset: str, out: Path, source: Path | None = None, image_size: int = 0, test_fraction: float | None = None
 ) -> str:
-    """The data_prep command that writes a data set; DIR or SIZE stand for what is needed and not given."""
+    """The data_prep command that writes a data set; DIR and SIZE stand for a missing source and image size."""
     words = ["python", "-m", "dist_train.data_prep", "--dataset", dataset]
     own = dataset not in DATASETS
     if source or own:
@@ -74,16 +74,16 @@ def command(
 
 
 def same_source(manifest: Manifest, source: Path | None) -> bool:
-    """Whether a data set may have been written from `source`: it was, or one of the two is not known."""
+    """Whether a data set was written from `source`, or may have been because one of the two is unknown."""
     return source is None or manifest.source is None or str(source.resolve()) == manifest.source
 
 
 def check(folder: Path, write: str = "") -> Manifest:
-    """The manifest of a prepared folder, after a fast check that trainers can afford at every start.
+    """The manifest of a prepared folder, after a check that is fast enough for every start of a training.
 
-    Checks that the manifest is readable and of our format, that both files are there with the right size
-    and SHA-256, and that their tables fit it. Imports neither ffcv nor torch. write: the command that writes the
-    folder, for messages; guessed from the folder unless given. Raises DataError.
+    Checks that the manifest has this module's format, that both files have the size and SHA-256 in the manifest,
+    and that their tables match it. Imports neither ffcv nor torch. write: the command that writes the folder, for
+    messages; derived from the folder unless given. Raises DataError.
     """
     manifest = _read_manifest(folder, write)
     remedy = _remedy(folder, write or _command(folder, manifest))
@@ -92,7 +92,7 @@ def check(folder: Path, write: str = "") -> Manifest:
         try:
             size = path.stat().st_size
             if size != split.bytes:
-                raise DataError(f"{path} has {size} bytes where {MANIFEST} says {split.bytes}: {remedy}")
+                raise DataError(f"{path} has {size} bytes where {MANIFEST} has {split.bytes}: {remedy}")
             if sha256_of(path) != split.file_sha256:
                 raise DataError(f"{path} was altered (its SHA-256 is not the one in {MANIFEST}): {remedy}")
         except OSError as error:
@@ -102,21 +102,19 @@ def check(folder: Path, write: str = "") -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a prepared folder, after check() and then decoding all samples.
-
-    Compares counts, decoded content, and mean and std. Raises DataError.
-    """
+    """The manifest of a prepared folder, after check() and a comparison of all decoded samples, their mean and their
+    standard deviation with it. Raises DataError."""
     manifest = check(folder)
     remedy = _remedy(folder, _command(folder, manifest))
     for name, split in manifest.splits.items():
         images, labels = read_split(folder, name)
         path = folder / split.file
         if _content_sha256(images, labels) != split.content_sha256:
-            raise DataError(f"{path} decodes to other samples than {MANIFEST} says: {remedy}")
+            raise DataError(f"{path} decodes to other samples than {MANIFEST} describes: {remedy}")
         if name == "train":
             mean, std = _mean_and_std(images)
             pairs = zip(mean + std, manifest.mean + manifest.std, strict=True)
-            if not all(math.isclose(real, told, rel_tol=1e-9) for real, told in pairs):
+            if not all(math.isclose(actual, expected, rel_tol=1e-9) for actual, expected in pairs):
                 raise DataError(f"{folder / MANIFEST} has a mean or std that {path} contradicts: {remedy}")
     return manifest
 
@@ -124,18 +122,18 @@ def verify(folder: Path) -> Manifest:
 def read_split(folder: Path, split: str) -> tuple[Images, Labels]:
     """Read one split ("train" or "test"): images uint8 (N, H, W, 3), labels int64 (N,).
 
-    Index i is sample i of the data set. Does not compute checksums (check() does), but refuses a file whose
-    tables do not fit the manifest. Raises DataError.
+    Index i is sample i of the data set. Does not compute checksums (check() does). Raises DataError, also for a file
+    whose tables do not match the manifest.
     """
     file = open_split(folder, split)
     return file.images(), file.labels
 
 
 def open_split(folder: Path, split: str) -> BetonFile:
-    """The file of one split, open for reading, after a look at the tables in it.
+    """The file of one split ("train" or "test"), open for reading, after a check of its tables.
 
-    Neither BetonFile's nor ffcv's reader can then leave the file, and the number of samples, their size and the range
-    of their labels are what the manifest says. Raises DataError.
+    The number of samples, their size and the range of their labels match the manifest, and all offsets lie inside the
+    file, which ffcv's reader does not check itself. Raises DataError.
     """
     manifest = _read_manifest(folder)
     if split not in manifest.splits:
@@ -152,35 +150,35 @@ def prepare(
     test_fraction: float | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Make sure that the folder `out` holds the data set, and return its manifest.
+    """Write the data set into the folder `out` unless it is there already, and return its manifest.
 
-    dataset: a name in DATASETS, or any other for a folder of images of one's own: these become image_size x image_size
-    pixels, and test_fraction of them the test split (see images.py). source: the folder of images, or the one with the
-    official files (see datasets.py); not needed for a folder that is complete.
+    dataset: a name in DATASETS, or any other name for a folder of images: these become image_size x image_size pixels,
+    and the share test_fraction of them the test split (see images.py). source: the folder of images, or the one with
+    the official files (see datasets.py); not needed if `out` is complete.
 
-    A folder that is already complete is only checked, and a damaged or foreign one is refused unless force
-    is true, which writes it anew. Any number of processes may call this at once: one writes, the others
-    wait. The folder appears whole or not at all. Raises DataError; its subclass files.NoNetworkError if a download
-    failed.
+    A complete folder is only checked. force: write the folder again even if it is complete or damaged. Several
+    processes may call this at once: one writes while the others wait. The folder is published atomically. Raises
+    DataError for bad input, a damaged folder, or one with another data set or other files; its subclass NoNetworkError
+    if a download failed.
     """
     if image_size < 0:
-        raise DataError(f"--image-size {image_size} is no number of pixels: give one above 0")
+        raise DataError(f"--image-size {image_size} is not a number of pixels: give one above 0")
     if image_size**2 * 3 > beton_file.LARGEST_IMAGE:
         raise DataError(
-            f"--image-size {image_size} is more than a beton has room for: give "
-            f"{math.isqrt(beton_file.LARGEST_IMAGE // 3)} at most"
+            f"--image-size {image_size} is more than a beton can hold: give at most "
+            f"{math.isqrt(beton_file.LARGEST_IMAGE // 3)}"
         )
     if test_fraction is not None and not 0 < test_fraction < 1:
-        raise DataError(f"--test-fraction {test_fraction} is no share of the images: give one between 0 and 1")
+        raise DataError(f"--test-fraction {test_fraction} is not a share of the images: give one between 0 and 1")
     if dataset in DATASETS and (image_size or test_fraction is not None):
         setting = f"--image-size {image_size}" if image_size else f"--test-fraction {test_fraction}"
         raise DataError(
-            f"{setting} is for images of your own, not for {dataset}: leave it out, or give them a name of their own "
-            f"with --dataset"
+            f"{setting} is for images of your own, not for {dataset}: remove it, or give your images another name with "
+            f"--dataset"
         )
     write = command(dataset, out, source, image_size, test_fraction)
-    if not force and (found := _existing(out, dataset, source, image_size, test_fraction, write)):
-        return found  # without the lock, so that a finished folder may lie on a read-only disk
+    if not force and (existing := _existing(out, dataset, source, image_size, test_fraction, write)):
+        return existing  # without the lock, so that a complete folder may be on a read-only disk
     if dataset not in DATASETS and source is None:
         raise DataError(
             f"data set {dataset!r} is unknown: choose one of {', '.join(DATASETS)}, or give a folder of images of your "
@@ -193,19 +191,19 @@ def prepare(
         )
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: choose a folder")
-    real = out.resolve()  # through links, since the folder is published by renaming its neighbour
+    real = out.resolve()  # without symbolic links, since the folder is published by renaming its sibling
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         with locked(real.parent / f".{real.name}.lock"):
-            # Only the holder of the lock ever has these two, so what is there now is a dead writer's.
+            # only the holder of the lock creates these two, so existing ones were left by a killed process
             fresh, old = real.parent / f".{real.name}.new", real.parent / f".{real.name}.old"
             for leftover in (fresh, old):
                 if leftover.exists():
                     shutil.rmtree(leftover)
-            if not force and (found := _existing(out, dataset, source, image_size, test_fraction, write)):
-                return found
+            if not force and (existing := _existing(out, dataset, source, image_size, test_fraction, write)):
+                return existing
             if foreign := _foreign(real):
-                raise DataError(f"--out {out} also holds {foreign[0]}: choose a folder of its own")
+                raise DataError(f"--out {out} also holds {foreign[0]}: choose a separate folder")
             try:
                 pixels = _load(dataset, source, image_size, test_fraction)
                 print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
@@ -221,52 +219,52 @@ def prepare(
     except OSError as error:
         raise DataError(
             f"--out {out} cannot be written ({error.strerror or error}): "
-            "choose a folder that can be, on a disk with enough space"
+            "choose a writable folder on a disk with enough space"
         ) from error
 
 
 def _existing(
     out: Path, dataset: str, source: Path | None, image_size: int, test_fraction: float | None, write: str
 ) -> Manifest | None:
-    """The checked manifest of `out`, None if there is nothing yet; raises DataError for anything else. write: the
-    command that writes what is wanted."""
+    """The checked manifest of `out`, None if it is missing or empty. write: the command that writes the data set.
+    Raises DataError for a damaged folder, and for one with another data set."""
     try:
         if not any(out.iterdir()):
             return None
     except (FileNotFoundError, NotADirectoryError):
-        return None  # what is in the way shows when the folder is written
+        return None  # a file in its place is reported when the folder is written
     except OSError as error:
         raise DataError(f"--out {out} cannot be read ({error.strerror}): choose another folder") from error
     manifest = check(out, write)
     height, width, _ = manifest.image_shape
-    other = ""
+    content = ""
     if manifest.dataset != dataset:
-        other = f"the data set {manifest.dataset}, not {dataset}"
+        content = f"the data set {manifest.dataset}, not {dataset}"
     elif not same_source(manifest, source):
-        other = f"the images of {manifest.source}, not of {source}"
+        content = f"the images of {manifest.source}, not of {source}"
     elif image_size and (height, width) != (image_size, image_size):
-        other = f"images of {width}x{height} pixels, not {image_size}x{image_size}"
+        content = f"images of {width}x{height} pixels, not {image_size}x{image_size}"
     elif test_fraction is not None and manifest.test_fraction != test_fraction:
-        other = f"a data set written with --test-fraction {manifest.test_fraction}, not {test_fraction}"
-    if other:
-        raise DataError(f"{out} holds {other}: choose another --out, or {_remedy(out, write)}")
+        content = f"a data set written with --test-fraction {manifest.test_fraction}, not {test_fraction}"
+    if content:
+        raise DataError(f"{out} holds {content}: choose another --out, or {_remedy(out, write)}")
     return manifest
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Names in a folder that are not ours: data_prep neither deletes them nor advises it."""
-    return sorted(p.name for p in folder.iterdir() if p.name not in OUR_FILES) if folder.is_dir() else []
+    """Names of files in a folder that data_prep does not write, and so neither deletes nor advises to delete."""
+    return sorted(p.name for p in folder.iterdir() if p.name not in OWN_FILES) if folder.is_dir() else []
 
 
 def _remedy(folder: Path, write: str) -> str:
-    """What to do about a folder. write: the command that writes it."""
+    """The remedy for a damaged folder, for a message. write: the command that writes the folder."""
     if foreign := _foreign(folder):
-        return f"use a folder of its own for the data set, since this one also holds {foreign[0]}"
+        return f"use a separate folder for the data set, since this one also holds {foreign[0]}"
     return f"delete the folder {shlex.quote(str(folder))} and run {write}" if folder.is_dir() else f"run {write}"
 
 
 def _command(folder: Path, manifest: Manifest | None = None) -> str:
-    """The command that writes a folder, by its manifest, or else by the default names of folders."""
+    """The command that writes a folder: from its manifest, or else from the folder's name."""
     if manifest is not None:
         source = Path(manifest.source) if manifest.source else None
         return command(manifest.dataset, folder, source, manifest.image_shape[0])
@@ -274,7 +272,7 @@ def _command(folder: Path, manifest: Manifest | None = None) -> str:
 
 
 def _open(folder: Path, split: str, manifest: Manifest, write: str = "") -> BetonFile:
-    """The file of a split, which is what the manifest says. write: see check(). Raises DataError."""
+    """The open file of a split, checked against the manifest. write: as in check(). Raises DataError."""
     path, expected = folder / manifest.splits[split].file, manifest.splits[split]
     try:
         return _opened(path, expected.count, manifest.image_shape, len(manifest.classes))
@@ -284,7 +282,7 @@ def _open(folder: Path, split: str, manifest: Manifest, write: str = "") -> Beto
 
 
 def _opened(path: Path, count: int, shape: tuple[int, ...], classes: int) -> BetonFile:
-    """The open file, which holds what is expected. Raises OSError or ValueError."""
+    """The open file, checked for its number of samples, image shape and labels. Raises OSError and ValueError."""
     file = BetonFile(path)
     if len(file.labels) != count or file.shape != shape:
         raise ValueError(f"it does not hold {count} raw images of {shape[1]}x{shape[0]} pixels with a label each")
@@ -294,6 +292,7 @@ def _opened(path: Path, count: int, shape: tuple[int, ...], classes: int) -> Bet
 
 
 def _read_manifest(folder: Path, write: str = "") -> Manifest:
+    """The manifest of a folder, with every entry checked. write: as in check(). Raises DataError."""
     path = folder / MANIFEST
     write = write or _command(folder)
     try:
@@ -323,15 +322,15 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             source=raw.get("source"),
             test_fraction=raw.get("test_fraction"),
         )
-        if not _sensible(manifest):
+        if not _is_valid(manifest):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} lacks or garbles entries of a manifest: {_remedy(folder, write)}") from error
+        raise DataError(f"{path} has missing or damaged entries: {_remedy(folder, write)}") from error
     return manifest
 
 
-def _sensible(manifest: Manifest) -> bool:
-    """Whether every value has the type and range that the rest of the code takes for granted."""
+def _is_valid(manifest: Manifest) -> bool:
+    """Whether every value has the type and range that the rest of the code relies on."""
     texts = [manifest.dataset, *manifest.classes]
     sizes: list[int] = [*manifest.image_shape]
     for split in manifest.splits.values():
@@ -359,7 +358,7 @@ def _load(dataset: str, source: Path | None, image_size: int, test_fraction: flo
 
 
 def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test_fraction: float | None) -> Manifest:
-    """Write a whole data set into a new folder, reading every file back; the manifest comes last."""
+    """Write a data set into a new folder, and read every file back; the manifest is written last."""
     origin = None
     if dataset not in DATASETS and source is not None:
         origin, test_fraction = str(source.resolve()), test_fraction or TEST_FRACTION
@@ -375,10 +374,10 @@ def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test
         sync(path)
         try:
             file = _opened(path, len(images), images.shape[1:], len(pixels.classes))
-            good = _content_sha256(file.images(), file.labels) == content
+            equal = _content_sha256(file.images(), file.labels) == content
         except ValueError:
-            good = False
-        if not good:
+            equal = False
+        if not equal:
             raise OSError(f"{path.name} reads back differently from what was written")
         splits[name] = Split(len(images), path.name, path.stat().st_size, sha256_of(path), content)
     mean, std = _mean_and_std(pixels.splits["train"][0])
@@ -399,8 +398,8 @@ def _content_sha256(images: Images, labels: Labels) -> str:
 
 
 def _mean_and_std(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) standard deviation of each channel, in 0..1, from exact sums of whole numbers."""
-    counts = np.zeros((3, 256), np.int64)  # how often each value occurs in each channel
+    """Mean and (population) standard deviation of each channel, in 0..1, from exact integer sums."""
+    counts = np.zeros((3, 256), np.int64)  # histogram of each channel's values
     for start in range(0, len(images), 1000):
         for channel in range(3):
             counts[channel] += np.bincount(images[start : start + 1000, :, :, channel].ravel(), minlength=256)

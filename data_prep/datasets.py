@@ -1,4 +1,4 @@
-"""Where pixels come from: one function for each data set, listed in DATASETS."""
+"""The built-in data sets: one function loads each, listed in DATASETS."""
 
 import contextlib
 import http.client
@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from dist_train.data_prep.files import DataError, NoNetworkError, locked
 
-# Seconds without a sign of life from the download server before giving up.
-NETWORK_PATIENCE = 15.0
+NETWORK_TIMEOUT = 15.0  # seconds without data from the download server after which the download fails
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 
@@ -35,7 +34,7 @@ class Pixels:
 
 
 def load(dataset: str, source: Path | None) -> Pixels:
-    """Load a data set by its name in DATASETS; source is the folder with its official files, if it has any.
+    """Load a data set by its name in DATASETS. source: the folder with its official files, None to download them.
 
     Raises DataError for an unknown name, a wrong source or damaged files, NoNetworkError if a download fails.
     """
@@ -45,6 +44,7 @@ def load(dataset: str, source: Path | None) -> Pixels:
 
 
 def _cifar10(source: Path | None) -> Pixels:
+    """CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), read by torchvision."""
     setting = "--source"
     if source is None and os.environ.get("CIFAR10_DIR"):
         setting, source = "CIFAR10_DIR", Path(os.environ["CIFAR10_DIR"])
@@ -53,10 +53,10 @@ def _cifar10(source: Path | None) -> Pixels:
     if source is not None and not (source / CIFAR10_FOLDER).is_dir():
         raise DataError(
             f"{setting} {source} holds no folder {CIFAR10_FOLDER}: "
-            f"give the folder that contains {CIFAR10_FOLDER}, leave {setting} out to download CIFAR-10, or give images "
-            f"of your own another name with --dataset"
+            f"give the folder that contains {CIFAR10_FOLDER}, remove {setting} to download CIFAR-10, or give images of "
+            f"your own another name with --dataset"
         )
-    # torchvision takes seconds to import, so only once the source looks right.
+    # imported only after the check of the source, since torchvision takes seconds
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
     from tqdm import tqdm
@@ -68,9 +68,9 @@ def _cifar10(source: Path | None) -> Pixels:
         try:
             part = CIFAR10(str(root), train=split == "train")
         except (RuntimeError, OSError) as error:
-            wrong = [n for n, md5 in official if not check_integrity(str(root / CIFAR10_FOLDER / n), md5)]
+            damaged = [n for n, md5 in official if not check_integrity(str(root / CIFAR10_FOLDER / n), md5)]
             raise DataError(
-                f"{root / CIFAR10_FOLDER / (wrong or [''])[0]} is missing or not the official file: "
+                f"{root / CIFAR10_FOLDER / (damaged or [''])[0]} is missing or not the official file: "
                 f"unpack cifar-10-python.tar.gz again into {root}"
             ) from error
         splits[split] = (np.ascontiguousarray(part.data), np.asarray(part.targets, dtype=np.int64))
@@ -78,23 +78,23 @@ def _cifar10(source: Path | None) -> Pixels:
 
 
 def _download_cifar10() -> Path:
-    """The cache folder that contains cifar-10-batches-py, filled by torchvision if it is not there yet."""
+    """The cache folder that contains cifar-10-batches-py, downloaded by torchvision if it is missing."""
     from torchvision.datasets import CIFAR10
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_train" / "cifar10"
-    patience = socket.getdefaulttimeout()
+    default_timeout = socket.getdefaulttimeout()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / ".lock"):
-            # urllib waits for ever on a silent server unless told otherwise.
-            socket.setdefaulttimeout(NETWORK_PATIENCE)
-            # torchvision draws its bar, which has no name, into files as well
-            shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+            # without a timeout urllib waits forever for a server that sends nothing
+            socket.setdefaulttimeout(NETWORK_TIMEOUT)
+            # torchvision would draw its progress bar into log files, too
+            quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
             if not (cache / CIFAR10_FOLDER).is_dir():
                 print(f"data_prep: downloading CIFAR-10 into {cache}", file=sys.stderr, flush=True)
-            with shown:
+            with quiet:
                 CIFAR10(str(cache), download=True)
-    # torchvision's RuntimeError is a download with a wrong checksum: cut short, or a login page.
+    # torchvision raises RuntimeError for a wrong checksum: a truncated download, or a login page
     except (
         urllib.error.URLError,
         TimeoutError,
@@ -105,28 +105,29 @@ def _download_cifar10() -> Path:
         raise NoNetworkError(
             f"CIFAR-10 could not be downloaded from {CIFAR10.url} ({getattr(error, 'reason', error)}): "
             f"set CIFAR10_DIR to the folder that contains {CIFAR10_FOLDER}, "
-            "or use the small stand-in with --dataset digits"
+            "or use the small data set digits with --dataset digits"
         ) from error
     except OSError as error:
         raise DataError(
             f"the cache folder {cache} cannot be written ({error.strerror or error}): "
-            "set XDG_CACHE_HOME to a folder that can be, or CIFAR10_DIR to where CIFAR-10 already is"
+            "set XDG_CACHE_HOME to a writable folder, or CIFAR10_DIR to a folder with CIFAR-10"
         ) from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(default_timeout)
     return cache
 
 
 def _digits(source: Path | None) -> Pixels:
+    """scikit-learn's handwritten digits, scaled from 8x8 grey to 32x32 RGB."""
     if source is not None:
-        raise DataError(f"--source {source} is not for --dataset digits, which scikit-learn brings: leave it out")
+        raise DataError(f"--source {source} is not for --dataset digits, which scikit-learn includes: remove it")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     gray = bunch.images.astype(np.int64)  # (1797, 8, 8), 0..16
     labels = bunch.target.astype(np.int64)
 
-    # Bilinear scaling to 32x32 as a matrix of whole eighths: integers give the same pixels on every machine.
+    # bilinear scaling to 32x32 with weights in eighths: integer arithmetic gives the same pixels on every machine
     centres = np.clip((2 * np.arange(32) + 1) - 4, 0, 56)  # of the new pixels, in eighths of an old pixel
     left = np.minimum(centres // 8, 6)
     weights = np.zeros((32, 8), np.int64)
@@ -135,7 +136,7 @@ def _digits(source: Path | None) -> Pixels:
     large = (weights @ gray @ weights.T * 255 + 512) // 1024  # 16 levels x 8 x 8 = 1024 is white
     images = np.repeat(large.astype(np.uint8)[..., None], 3, axis=-1)
 
-    # Every fifth image of each class is a test image: stratified, and free of any random generator.
+    # every fifth image of each class is a test image: stratified, without a random generator
     in_test = np.zeros(len(labels), bool)
     in_test[np.argsort(labels, kind="stable")[::5]] = True
     return Pixels(
@@ -144,5 +145,5 @@ def _digits(source: Path | None) -> Pixels:
     )
 
 
-# To add a data set, write a function like those above and name it here. A folder of images needs none: see images.py.
+# A new data set takes a function that returns Pixels, listed in this dict; a folder of images takes none (images.py).
 DATASETS: dict[str, Callable[[Path | None], Pixels]] = {"cifar10": _cifar10, "digits": _digits}

@@ -1,4 +1,4 @@
-"""All that is done through ffcv where it is installed; elsewhere beton_file.py does the same with the same files."""
+"""Writing and streaming betons through ffcv where it is installed; without it beton_file.py does the same."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from dist_train.data_prep.beton_file import Images, Labels, page_size
 
 @cache
 def version() -> str | None:
-    """The version of ffcv, which then is what writes and streams betons; None where it is not installed. One that is
-    installed but cannot be imported counts as missing, and stderr is told once. The first call takes seconds."""
+    """The version of ffcv, None where it is not installed or cannot be imported; the latter is reported on stderr once.
+    The first call takes seconds."""
     if find_spec("ffcv") is None:
         return None
     try:
         with _keeping_torch_threads():
             _import()
-    except Exception as error:  # a library that is missing or of another version shows as anything
-        if os.environ.get("RANK", "0") == "0":  # of the ranks of a launch one is enough
+    except Exception as error:  # a missing or incompatible library may raise anything
+        if os.environ.get("RANK", "0") == "0":  # report it on one rank only
             reason = " ".join(str(error).split()) or type(error).__name__
             print(
                 f"data_prep: ffcv is installed but cannot be imported ({reason}): betons are written and read without "
-                f"it, to the same effect; repair it, or pip uninstall ffcv",
+                f"it, with the same result; repair it, or pip uninstall ffcv",
                 file=sys.stderr,
                 flush=True,
             )
@@ -43,8 +43,8 @@ def version() -> str | None:
 
 
 def _import() -> None:
-    """Import ffcv without the seconds in which numba compiles a dictionary of its two image modes: only plain
-    Python reads it."""
+    """Import ffcv with numba's typed dict replaced by a plain one: ffcv makes one at its import, which only Python code
+    reads, and numba would take seconds to compile it."""
     import numba.typed
 
     typed = numba.typed.Dict
@@ -57,7 +57,7 @@ def _import() -> None:
 
 @contextmanager
 def _keeping_torch_threads() -> Iterator[None]:
-    """Undo what importing ffcv and building a Loader do to the number of torch threads of the process."""
+    """A context that restores the process's number of torch threads, which ffcv's import and its Loader change."""
     import torch
 
     threads = torch.get_num_threads()
@@ -68,11 +68,11 @@ def _keeping_torch_threads() -> Iterator[None]:
 
 
 def write(path: Path, images: Images, labels: Labels) -> None:
-    """What beton_file.write does, with ffcv's DatasetWriter, in order and in this process.
+    """Write the same file as beton_file.write, with ffcv's DatasetWriter, in this process. Raises OSError.
 
-    DatasetWriter.from_indexed_dataset does the same steps in forked workers, but waits for ever if one of
-    them fails (a full disk), and leaves them behind if this process is killed. One process writes
-    CIFAR-10 just as fast, and the same bytes every time.
+    DatasetWriter.from_indexed_dataset does the same in forked workers, but waits forever if one of them fails (a full
+    disk), and leaves them running if this process is killed. One process writes CIFAR-10 just as fast, and always the
+    same bytes.
     """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.memory_allocator import MemoryAllocator
@@ -102,9 +102,9 @@ def write(path: Path, images: Images, labels: Labels) -> None:
 
 
 class Stream:
-    """ffcv's Loader on a file that BetonFile has checked: it decodes images and does nothing else."""
+    """ffcv's Loader on a file that BetonFile has checked; it only decodes images."""
 
-    _compiled: ClassVar[dict[tuple[int, ...], Any]] = {}  # by image shape: a Loader whose code fits any other file
+    _compiled: ClassVar[dict[tuple[int, ...], Any]] = {}  # a Loader for each image shape, to reuse its compiled code
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         """shape: (H, W, 3) of the images."""
@@ -123,8 +123,8 @@ class Stream:
                 self._loader = self._compiled[shape] = Loader(
                     str(path),
                     batch_size=1,
-                    num_workers=1,  # copying needs no more, and code for one compiles faster
-                    seed=0,  # unused by this order, but none would draw from numpy's generator
+                    num_workers=1,  # enough for copying, and faster to compile
+                    seed=0,  # unused, but without it ffcv would draw from numpy's global generator
                     os_cache=True,
                     order=OrderOption.SEQUENTIAL,
                     drop_last=False,
@@ -132,25 +132,24 @@ class Stream:
                 )
 
     def batches(self, indices: NDArray[np.int64], size: int) -> Generator[Images, None, None]:
-        """The images at `indices`, `size` at a time, in a buffer that is filled anew: they are valid until the next
-        ones are asked for."""
+        """The images at `indices` in batches: (size, H, W, 3) uint8, in a buffer that the next batch overwrites."""
         import torch
 
         loader, order = self._loader, indices.astype(np.uint64)
-        # ffcv sets torch's threads to its own, also while it runs, so it must have the same number
+        # ffcv sets torch's number of threads to its own while it runs, so its own must be torch's
         loader.num_workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-        # its sequential order is the given indices; both can be set anew for every epoch
+        # its sequential order returns the indices that it was made with; replace them for each epoch
         loader.batch_size, loader.traversal_order.indices, loader.first_traversal_order = size, order, order
         images = iter(loader)
         try:
-            for (some,) in images:
-                yield some.numpy()
+            for (batch,) in images:
+                yield batch.numpy()
         finally:
-            # ends ffcv's thread, also if not all was asked for: there is nothing more to decode, and room for what it
-            # still has and for its word that it has ended, for which it would otherwise wait for ever
+            # End ffcv's thread, also before the last batch: leave nothing to decode, and make room in its output queue
+            # for its last batches and its end marker; otherwise the thread would wait for room forever.
             images.iter_ixes = iter(())
             images.output_queue.maxsize = 1 << 30
             images.close()
             with suppress(Empty):
-                while True:  # wakes it
+                while True:  # each get wakes the thread
                     images.output_queue.get_nowait()

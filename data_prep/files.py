@@ -1,4 +1,4 @@
-"""What both halves of data_prep need from the file system: its errors, a lock, checksums, fsync."""
+"""Errors of data_prep, and its use of the file system: a lock, checksums, fsync."""
 
 import fcntl
 import hashlib
@@ -12,24 +12,24 @@ from dist_train.errors import NO_NETWORK, UserError
 
 
 class DataError(UserError):
-    """The data set, or a setting that leads to it, is unusable.
+    """The data set, or a setting for it, is unusable.
 
     The message is one sentence that names the file or setting, what is wrong with it and the remedy.
     """
 
 
 class NoNetworkError(DataError):
-    """A download was needed and failed on the way."""
+    """A download was needed and failed. Its exit code is 3."""
 
     code = NO_NETWORK
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
+    """A context that holds an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
 
-    The kernel releases the lock when its holder dies, however it dies, so a lock file that is left
-    behind means nothing. Raises OSError if the file cannot be created or its file system has no locks.
+    The kernel releases the lock when its holder ends, in any way, so a leftover lock file does no harm. Raises
+    OSError if the file cannot be created or its file system has no locks.
     """
     with path.open("a") as file:
         try:

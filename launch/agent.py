@@ -1,11 +1,11 @@
-"""torchrun, with its own options, that leaves stopping and the last word to the ranks.
+"""torchrun, with the same options, that lets the ranks save before they stop, and print their own errors.
 
     python -m dist_train.launch.agent --nnodes=2 --node-rank=0 ... -m dist_train.main ...
 
-It passes stop signals on to the ranks and waits for them, however long they take to save: torchrun would kill them
-after 30 seconds, and SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. torchrun has had
-options for both after 2.9 (--shutdown-timeout, --signals-to-handle); no option keeps the exit code of bad input, or
-its tracebacks out of the log: a rank that fails has printed why, unless a signal ended it.
+It forwards stop signals to the ranks and waits until they have saved: torchrun would kill them after 30 seconds, and
+SIGUSR1, which Slurm sends to every process of a job, would end torchrun itself. After 2.9 torchrun has options for both
+(--shutdown-timeout, --signals-to-handle). It has none that keeps the exit code of bad input, or that keeps torchrun's
+tracebacks out of the log, where a failed rank has printed its own error, unless a signal ended it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dist_train.signals import SIGNALS, ignore_at_exit
 
 
 def main() -> int:
-    """Returns 0 when all ranks have done their work, 2 when the first to leave says that the input is bad, otherwise 1;
-    128 and a signal's number when that came before them."""
+    """Run the ranks. Returns the exit code: 0 when all ranks have returned 0, 2 when the first that failed has bad
+    input, otherwise 1. A stop signal before the ranks start exits with 128 and its number."""
     stopped = False
 
     def stop(number: int, _: object) -> None:
@@ -44,24 +44,25 @@ def main() -> int:
     ignore_at_exit()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     args = parse_args(sys.argv[1:])
-    args.signals_to_handle = "SIGQUIT"  # of torchrun's own handlers; one it must have
+    args.signals_to_handle = "SIGQUIT"  # torchrun handles no stop signal itself; it requires at least one
     try:
         run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and not stopped:
-            ended = signal.Signals(-failure.exitcode).name
-            say(f"rank {rank} (process {failure.pid}) was ended by {ended}")
+            name = signal.Signals(-failure.exitcode).name
+            say(f"rank {rank} (process {failure.pid}) was ended by {name}")
         return BAD_INPUT if failure.exitcode == BAD_INPUT else FAILED
     return DONE
 
 
 def _children() -> set[int]:
-    found: set[int] = set()
+    """Process ids of this process's children, which are the ranks."""
+    pids: set[int] = set()
     for thread in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
-            found.update(map(int, thread.read_text().split()))
-    return found
+            pids.update(map(int, thread.read_text().split()))
+    return pids
 
 
 if __name__ == "__main__":

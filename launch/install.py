@@ -1,11 +1,11 @@
-"""Install this clone and the packages it stands on into the environment of the Python that runs this.
+"""Install this clone and its dependencies into the environment of the Python that runs this script.
 
     ENVIRONMENT/bin/python launch/install.py [--latest | --keep] [EXTRA ...]
 
-launch/setup.sh calls it. It imports the standard library alone. The versions are those of launch/lock.txt as far as the
-package index and pip's own configuration allow, and otherwise the newest within the ranges of pyproject.toml: uv, which
-does the work, treats the versions in the output file of a resolution as preferences. --latest ignores the lock. --keep,
-for an environment that was there before, prefers what it holds already to the lock.
+launch/setup.sh calls it. It imports only the standard library. The versions are those of launch/lock.txt where the
+package index and pip's configuration allow them, and otherwise the newest within the ranges of pyproject.toml: uv,
+which resolves and installs, treats the versions in the output file of a resolution as preferences. --latest ignores the
+lock. --keep, for an environment that existed before, prefers the versions installed there to the lock.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK = REPOSITORY / "launch" / "lock.txt"
 PYPI = "https://pypi.org/simple"  # pip's default
 UV = "uv>=0.5,<1"
-PIP_IS_THERE = find_spec("pip") is not None
-PROGRESS = 10.0  # seconds between two lines about a part that takes longer
+HAS_PIP = find_spec("pip") is not None
+PROGRESS = 10.0  # seconds between two lines on the progress of a long part
 
-# pip's options and the variables by which uv takes the same
+# pip's options and uv's environment variables for the same
 _VARIABLES = {
     "index-url": "UV_DEFAULT_INDEX",
     "constraint": "UV_CONSTRAINT",
@@ -48,16 +48,17 @@ _VARIABLES = {
 
 
 class InstallError(RuntimeError):
-    """uv or pip could not do its part. The message is the end of what it printed."""
+    """uv or pip failed. The message is the end of its output."""
 
 
 def say(message: str) -> None:
+    """Print a message to stderr."""
     print(f"setup: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def timed(part: str) -> Iterator[None]:
-    """Print what begins, the seconds so far every PROGRESS seconds, and how many it took."""
+    """A context that prints the name of a part, the elapsed seconds every PROGRESS seconds, and the seconds it took."""
     say(part)
     start, done = time.monotonic(), threading.Event()
 
@@ -81,13 +82,13 @@ def run(command: list[str], variables: dict[str, str] | None = None) -> str:
         command, cwd=REPOSITORY, env={**os.environ, **(variables or {})}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise InstallError("\n".join(said[-20:]))
+        output = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise InstallError("\n".join(output[-20:]))
     return done.stdout
 
 
 def pip_configuration(listed: str) -> dict[str, str]:
-    """What `pip config list` prints as environment variables for uv, which does not read pip's configuration itself.
+    """Environment variables for uv, which does not read pip's configuration. listed: the output of `pip config list`.
 
     The order of precedence is pip's: environment, then [install], then [global].
     """
@@ -97,36 +98,36 @@ def pip_configuration(listed: str) -> dict[str, str]:
             match = re.fullmatch(rf"{re.escape(section)}\.(?:default-)?([a-z-]+)=('.*'|\".*\")", line.strip())
             if match:
                 options[match[1]] = str(ast.literal_eval(match[2]))
-    found = {_VARIABLES[name]: " ".join(value.split()) for name, value in options.items() if name in _VARIABLES}
+    variables = {_VARIABLES[name]: " ".join(value.split()) for name, value in options.items() if name in _VARIABLES}
     if "find-links" in options:
-        found["UV_FIND_LINKS"] = ",".join(options["find-links"].split())
+        variables["UV_FIND_LINKS"] = ",".join(options["find-links"].split())
     if extra := options.get("extra-index-url", "").split():
-        # The default index comes last, and of a version that is in several, uv sees the files of the first alone.
-        *first, found["UV_DEFAULT_INDEX"] = [options.get("index-url", PYPI), *extra]
-        found["UV_INDEX"] = " ".join(first)
+        # uv searches the default index last, and takes a version that is in several indexes from the first of them
+        *first, variables["UV_DEFAULT_INDEX"] = [options.get("index-url", PYPI), *extra]
+        variables["UV_INDEX"] = " ".join(first)
     if "extra-index-url" in options or "find-links" in options:
-        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip, too, takes the best version of all indexes
-    return {name: value for name, value in found.items() if name not in os.environ}
+        variables["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # pip, too, takes the best version of all indexes
+    return {name: value for name, value in variables.items() if name not in os.environ}
 
 
 def uv() -> str:
-    """The path of uv: this environment's own, installed if it is missing, or the one in PATH where there is no pip.
-    Raises InstallError."""
+    """The path of uv: in this environment, installed there if it is missing, or in PATH where there is no pip. Raises
+    InstallError."""
     own = Path(sys.prefix) / "bin" / "uv"
     if own.exists():
         return str(own)
-    if not PIP_IS_THERE and (other := shutil.which("uv")):
+    if not HAS_PIP and (other := shutil.which("uv")):
         return other
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     try:
         run([*pip, "-c", str(LOCK), "uv"])
     except InstallError:
-        run([*pip, UV])  # the lock's version is not to be had here
+        run([*pip, UV])  # the package index lacks the locked version
     return str(own)
 
 
 def resolve(uv: str, extras: list[str], preferred: str, variables: dict[str, str]) -> str:
-    """The versions to install, as a requirements file. preferred: versions to take where they are possible, in the
+    """The versions to install, as the text of a requirements file. preferred: versions to take where possible, in the
     same form. Raises InstallError."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "versions.txt"
@@ -138,7 +139,7 @@ def resolve(uv: str, extras: list[str], preferred: str, variables: dict[str, str
 
 
 def install(uv: str, extras: list[str], versions: str, variables: dict[str, str]) -> None:
-    """Install this clone, editable, and what it needs, in these versions. Raises InstallError."""
+    """Install this clone, editable, and its dependencies in these versions. Raises InstallError."""
     target = f"-e .[{','.join(extras)}]" if extras else "-e ."
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write(versions)
@@ -147,41 +148,41 @@ def install(uv: str, extras: list[str], versions: str, variables: dict[str, str]
 
 
 def deviations(lock: str) -> list[str]:
-    """`name version (locked: version)` of each package in this environment that is not as in the lock."""
-    from packaging.requirements import Requirement  # not before it is installed
+    """`name version (locked: version)` of each package in this environment whose version differs from the lock."""
+    from packaging.requirements import Requirement  # not at the top: this script installs it
 
-    there = held()
+    versions = installed()
     changed = []
     for line in lock.splitlines():
         if not line[:1].isalnum():
             continue
         wanted = Requirement(line.partition("#")[0].strip())
-        version = there.get(wanted.name.lower())
+        version = versions.get(wanted.name.lower())
         if version and (wanted.marker is None or wanted.marker.evaluate()) and not wanted.specifier.contains(version):
             changed.append(f"{wanted.name} {version} (locked: {str(wanted.specifier).removeprefix('==')})")
     return changed
 
 
-def held() -> dict[str, str]:
-    """{name: version} of what this environment holds; versions as an index has them, without a local part."""
+def installed() -> dict[str, str]:
+    """{name: version} of the packages in this environment; versions without their local part, as in an index."""
     invalidate_caches()
     return {d.metadata["Name"].lower(): d.version.partition("+")[0] for d in distributions() if d.metadata["Name"]}
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 when the packages could not be installed, which was said."""
+    """Run the command. Returns the exit code: 0, or 2 when the packages could not be installed, after a message."""
     parser = argparse.ArgumentParser(prog="launch/install.py", description="Called by launch/setup.sh.")
     parser.add_argument("--latest", action="store_true", help="the newest versions that pyproject.toml allows")
-    parser.add_argument("--keep", action="store_true", help="prefer what the environment holds to the lock")
+    parser.add_argument("--keep", action="store_true", help="prefer installed versions to the lock")
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     args = parser.parse_args()
     lock = "" if args.latest else LOCK.read_text()
     preferred = lock
     if args.keep:
-        mine = held()
-        missing = [line for line in lock.splitlines() if line.partition("==")[0].lower() not in mine]
-        preferred = "\n".join([*missing, *(f"{name}=={version}" for name, version in mine.items()), ""])
-    variables = pip_configuration(run([sys.executable, "-m", "pip", "config", "list"])) if PIP_IS_THERE else {}
+        versions = installed()
+        missing = [line for line in lock.splitlines() if line.partition("==")[0].lower() not in versions]
+        preferred = "\n".join([*missing, *(f"{name}=={version}" for name, version in versions.items()), ""])
+    variables = pip_configuration(run([sys.executable, "-m", "pip", "config", "list"])) if HAS_PIP else {}
     part = f"Python packages into {sys.prefix} (some 3 GB to download the first time)"
     if "ffcv" in args.extras:
         part = "ffcv, built from source"
@@ -191,17 +192,17 @@ def main() -> int:
             install(path, args.extras, resolve(path, args.extras, preferred, variables), variables)
     except InstallError as error:
         print(error, file=sys.stderr)
-        say(f"{part}: this failed; the end of what was printed is above")
+        say(f"{part}: failed; the end of the output is above")
         return 2
     if "ffcv" not in args.extras and (changed := sorted(deviations(lock), key=_indirect)):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        why = "the environment held others" if args.keep else "the package index or pip's constraints here rule it out"
+        why = "the environment had others" if args.keep else "the package index or pip's constraints rule it out"
         say(f"not the locked version, since {why}: {', '.join(changed[:3])}{more}")
     return 0
 
 
 def _indirect(deviation: str) -> bool:
-    """Sorts what pyproject.toml names before what that needs."""
+    """A sort key: dependencies that pyproject.toml names come before indirect ones."""
     return f'"{deviation.split()[0]}>=' not in (REPOSITORY / "pyproject.toml").read_text()
 
 

@@ -1,10 +1,10 @@
-"""What a job does on each of its nodes: torchrun over all that the node has, to the end or a stop.
+"""The command that a job runs on each of its nodes: torchrun on the node's GPUs or CPUs, until done or stopped.
 
     srun --ntasks-per-node=1 python -m dist_train.launch.node [arguments of python -m dist_train.main]
 
-slurm/train.sh runs this line, and launch.submit the same through submitit. The scheduler's stop signals come here.
-They are passed on to the ranks, which finish their step, save it and leave; the job then goes back into the queue, and
-goes on from there on whatever nodes it gets.
+slurm/train.sh runs this command, and launch.submit runs the same through submitit. It receives the scheduler's stop
+signals and forwards them to the ranks, which finish their step, save a checkpoint and exit; the job is then requeued,
+and resumes from the checkpoint on any nodes.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ from dist_train.runs.history import read_history
 from dist_train.runs.run import Run
 from dist_train.signals import SIGNALS, ignore_at_exit
 
-_MEET = 180.0  # seconds for the nodes to find each other; network file systems show a new file after a minute
-_REQUEUED = 60.0  # seconds for Slurm to end a job that it has put back into the queue
-_END = 5.0  # seconds for rank 0, which may be on another node, to say how the run has ended
-_WITHOUT_PROGRESS = 10  # restarts after which a job without a new checkpoint is not queued again
+_MEET = 180.0  # seconds for the nodes to rendezvous; a network file system may show a new file only after a minute
+_REQUEUED = 60.0  # seconds for Slurm to end a job that it has requeued
+_END = 5.0  # seconds for rank 0, which may be on another node, to write to the history how the run ended
+_WITHOUT_PROGRESS = 10  # restarts after which a job without a new checkpoint is not requeued
 
 
 @dataclass(frozen=True)
-class Place:
-    """This node among those of its job. start: a name for this start of the job, the same on all of its nodes."""
+class JobNode:
+    """This node of a job. index: its number, from 0. nodes: how many the job has. cpus: that this job may use on it.
+    start: a name of this start of the job, the same on all of its nodes."""
 
     index: int
     nodes: int
@@ -53,59 +54,62 @@ class Place:
 
     @property
     def main(self) -> bool:
+        """Whether this is the job's first node."""
         return self.index == 0
 
 
-def place() -> Place:
-    """This node, as Slurm describes it to a step of a job; alone without Slurm."""
+def current_node() -> JobNode:
+    """This node, from Slurm's variables in a job step; the only one without Slurm."""
     cpus = len(os.sched_getaffinity(0))
     if "SLURM_STEP_ID" not in os.environ:
-        return Place(0, 1, cpus, "alone")
-    given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or cpus
-    return Place(
+        return JobNode(0, 1, cpus, "alone")
+    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or cpus
+    return JobNode(
         int(os.environ["SLURM_NODEID"]),
         int(os.environ["SLURM_STEP_NUM_NODES"]),
-        min(cpus, int(given)),
+        min(cpus, int(allocated)),
         f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}",
     )
 
 
 def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
-    """How many ranks to start on each of `nodes` nodes like this one. Raises UserError where there can be none."""
+    """The number of ranks to start on each of `nodes` nodes like this one. cpus: of this node. Raises UserError when
+    torch finds none of the GPUs that Slurm allocated, or there are more nodes than microbatches."""
     gpus = 0 if train.device == "cpu" else gpus_here()
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if not gpus and train.device != "cpu" and given.isdigit() and int(given):
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if not gpus and train.device != "cpu" and allocated.isdigit() and int(allocated):
         raise UserError(
-            f"Slurm gave {given} GPUs of {platform.node()} to this job, but torch sees none there; install a torch "
-            f"that fits the driver, or use train.device=cpu"
+            f"Slurm gave {allocated} GPUs of {platform.node()} to this job, but torch finds none there; install a "
+            f"torch that fits the driver, or use train.device=cpu"
         )
     if nodes > train.microbatches:
         raise UserError(
-            f"train.microbatches = {train.microbatches} gives work to {train.microbatches} ranks at most, but the job "
+            f"train.microbatches = {train.microbatches} gives work to at most {train.microbatches} ranks, but the job "
             f"has {nodes} nodes; ask for fewer, or raise train.microbatches"
         )
     return ranks_per_node(train.microbatches, gpus or max(1, cpus // train.threads), nodes)
 
 
-def torchrun(arguments: Sequence[str], per_node: int, here: Place, meeting: str = "") -> list[str]:
-    """The command for this node's ranks. meeting: HOST:PORT of the first node, where there are several."""
-    if here.nodes == 1:
-        where = ["--standalone"]
+def torchrun(arguments: Sequence[str], per_node: int, node: JobNode, endpoint: str = "") -> list[str]:
+    """The command that starts this node's ranks. arguments: of dist_train.main. endpoint: HOST:PORT on the first node,
+    needed where there are several."""
+    if node.nodes == 1:
+        rendezvous = ["--standalone"]
     else:
-        host, _, port = meeting.rpartition(":")
-        where = [f"--nnodes={here.nodes}", f"--node-rank={here.index}"]
-        where += [f"--master-addr={host}", f"--master-port={port}"]
-    start = [sys.executable, "-m", "dist_train.launch.agent", *where, f"--nproc-per-node={per_node}"]
-    return [*start, "-m", "dist_train.main", *arguments]
+        host, _, port = endpoint.rpartition(":")
+        rendezvous = [f"--nnodes={node.nodes}", f"--node-rank={node.index}"]
+        rendezvous += [f"--master-addr={host}", f"--master-port={port}"]
+    agent = [sys.executable, "-m", "dist_train.launch.agent", *rendezvous, f"--nproc-per-node={per_node}"]
+    return [*agent, "-m", "dist_train.main", *arguments]
 
 
 @dataclass
 class Training:
-    """One training, of which each node of a job runs its part. submitit pickles it, calls it, and calls `checkpoint` on
-    the first node when the job is to be stopped.
+    """One training; each node of a job runs its ranks. submitit pickles the object, calls it, and calls `checkpoint` on
+    the first node when the job is to stop.
 
-    arguments: of dist_train.main. run_dir: goes before theirs; may name the job by %j, an array of jobs by %A. group:
-    whether the folder above is a group's, of which W&B has the name, and in which the members' table is kept.
+    arguments: of dist_train.main. run_dir: overrides theirs; %j in it stands for the job, %A for an array of jobs.
+    group: whether the parent folder holds a group of runs, whose name is W&B's group and which has their table.
     """
 
     arguments: list[str]
@@ -115,16 +119,16 @@ class Training:
     stopping: bool = False
 
     def __call__(self) -> str:
-        """Returns the run folder of a training that is done, and otherwise leaves with its exit code."""
+        """Train. Returns the run folder when the training is done, and otherwise exits with its exit code."""
         code = self.run()
-        if code == PREEMPTED:  # the first node is in `checkpoint`, and speaks to the scheduler
+        if code == PREEMPTED:  # submitit requeues the job from `checkpoint` on the first node
             time.sleep(_REQUEUED)
         if code:
-            sys.exit(code)  # no exception: the log's end belongs to the rank that failed
+            sys.exit(code)  # no exception, whose traceback would hide the failed rank's message
         return str(self.run_dir)
 
     def run(self) -> int:
-        """Train until all is done or stopped. Returns the exit code."""
+        """Train until the run is done or stopped. Returns the exit code."""
         ignore_at_exit()
         try:
             return self._run()
@@ -133,29 +137,29 @@ class Training:
             return BAD_INPUT
 
     def _run(self) -> int:
-        here = place()
-        self.run_dir = Path(_named(str(self.run_dir))).absolute()
+        node = current_node()
+        self.run_dir = Path(_with_job_id(str(self.run_dir))).absolute()
         _, settings = resolve(parser().parse_intermixed_args(self.arguments))
-        per_node = local_ranks(settings.train, here.nodes, here.cpus)
-        meeting = self._meet(here) if here.nodes > 1 else ""
+        per_node = local_ranks(settings.train, node.nodes, node.cpus)
+        endpoint = self._meet(node) if node.nodes > 1 else ""
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
-        arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # the last one counts
+        arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # overrides an earlier --run-dir
         known = len(read_history(self.run_dir))
         code = FAILED
         if not self.stopping:
-            self.process = subprocess.Popen(torchrun(arguments, per_node, here, meeting))
-            if self.stopping:  # meanwhile
+            self.process = subprocess.Popen(torchrun(arguments, per_node, node, endpoint))
+            if self.stopping:  # since the check above
                 self.stop()
             while not self._ended():
                 time.sleep(0.1)
             code = self.process.wait()
             if code == BAD_INPUT:
                 return code
-        if code != DONE:  # by its record: a late signal may end torchrun when its ranks have done all
+        if code != DONE:  # from the history: a late signal may have ended torchrun after its ranks had finished
             code = code_of(_outcome(self.run_dir, known, self.stopping))
-        if code == DONE and here.main and self.group:
+        if code == DONE and node.main and self.group:
             try:
                 print(table.write(self.run_dir.parent), flush=True)
             except UserError as error:  # another member's folder is damaged; this training is done
@@ -163,7 +167,7 @@ class Training:
         return code
 
     def stop(self) -> None:
-        """Have the ranks finish their step, save it and leave, and wait for it. Safe in a signal handler."""
+        """Have the ranks finish their step, save and exit, and wait for that. Safe in a signal handler."""
         self.stopping = True
         if self.process is not None and not self._ended():
             with suppress(ProcessLookupError):
@@ -172,73 +176,74 @@ class Training:
                 time.sleep(0.1)
 
     def checkpoint(self) -> Any:
-        """submitit's protocol: stop, and return what to run when the job starts again."""
+        """submitit's protocol: stop, and return what the requeued job is to run."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
         return DelayedSubmission(Training(self.arguments, self.run_dir, self.group))
 
     def _ended(self) -> bool:
-        # Popen.poll takes a lock, on which a signal handler that waits here would wait for itself
+        """Whether torchrun has ended."""
+        # not Popen.poll: its lock would deadlock in a signal handler that interrupted it
         assert self.process is not None
         if self.process.returncode is not None:
             return True
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def _meet(self, here: Place) -> str:
-        """HOST:PORT where the ranks of all nodes meet: the first node chooses it and leaves it in the run folder.
-        Raises UserError when this node does not see it there."""
+    def _meet(self, node: JobNode) -> str:
+        """HOST:PORT of the rendezvous, which the first node chooses and writes to a file in the run folder; "" after a
+        stop signal. Raises UserError when this node does not see that file."""
         folder = self.run_dir / layout.MEETINGS
-        path = folder / here.start
-        if here.main:
+        path = folder / node.start
+        if node.main:
             with socket.socket() as free:
                 free.bind(("", 0))
-                meeting = f"{os.environ.get('SLURMD_NODENAME', platform.node())}:{free.getsockname()[1]}"
+                endpoint = f"{os.environ.get('SLURMD_NODENAME', platform.node())}:{free.getsockname()[1]}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for old in folder.iterdir():
                     old.unlink()
-                write_atomic(path, meeting.encode())
+                write_atomic(path, endpoint.encode())
             except OSError as error:
                 raise UserError(
                     f"--run-dir {self.run_dir}: cannot be written ({error.strerror}); name another folder"
                 ) from None
-            return meeting
+            return endpoint
         deadline = time.monotonic() + _MEET
         while time.monotonic() < deadline and not self.stopping:
-            # a listing is read anew where a network file system would remember that a file was not there
+            # list the folder: a network file system may cache that `path` does not exist, but not the listing
             if folder.is_dir() and path in folder.iterdir():
                 return path.read_text()
             time.sleep(0.5)
         if self.stopping:
             return ""
         raise UserError(
-            f"--run-dir {self.run_dir}: {platform.node()} does not see there what the job's first node wrote; "
+            f"--run-dir {self.run_dir}: {platform.node()} does not see the file that the job's first node wrote there; "
             f"name a folder on a file system that all nodes share"
         )
 
 
 def as_name(text: str) -> str:
-    """The text as a file's name."""
+    """The text as a file name: letters, digits and dots are kept, anything else becomes an underscore."""
     return re.sub(r"[^A-Za-z0-9.]", "_", text)
 
 
-def _named(path: str) -> str:
-    """Put the job's number in a path."""
+def _with_job_id(path: str) -> str:
+    """The path with the job's number in place of %j and %A."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID") or "alone"
     return path.replace("%j", job).replace("%A", job)
 
 
 def _outcome(run_dir: Path, known: int, stopping: bool) -> str:
-    """How a training has ended, `done`, `preempted` or `failed`, by what its history says after the `known` lines;
-    where it says nothing and was asked to stop, that came before it began. torchrun says of any end only that it
-    failed, and rank 0 may be on another node."""
+    """How a training has ended, `done`, `preempted` or `failed`, from the lines of its history after the first `known`.
+    Without a new line, a run that was asked to stop was so before it began, and counts as preempted. torchrun's exit
+    code only tells that it failed, and rank 0 may be on another node."""
     deadline = time.monotonic() + _END
     while True:
-        said = read_history(run_dir)[known:]
-        if said and said[-1]["event"] == "end":
-            return str(said[-1]["outcome"])
-        if not said and stopping:
+        events = read_history(run_dir)[known:]
+        if events and events[-1]["event"] == "end":
+            return str(events[-1]["outcome"])
+        if not events and stopping:
             return "preempted"
         if time.monotonic() > deadline:
             return "failed"
@@ -246,8 +251,8 @@ def _outcome(run_dir: Path, known: int, stopping: bool) -> str:
 
 
 def _member() -> tuple[Path, list[str]]:
-    """The run folder, and the settings, that Slurm's variables give to a job without --run-dir: each member of an
-    array is a seed."""
+    """The run folder and the settings of a job without --run-dir, from Slurm's variables: the index in a job array is
+    the seed."""
     name = as_name(os.environ.get("SLURM_JOB_NAME", "train"))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         seed = os.environ["SLURM_ARRAY_TASK_ID"]
@@ -255,22 +260,22 @@ def _member() -> tuple[Path, list[str]]:
     return Path("runs") / f"{name}-%j", []
 
 
-def _requeue(run_dir: Path, step: int, asked: Sequence[int]) -> bool:
-    """Put this job back into the queue, unless somebody has cancelled it. step: of the newest checkpoint when it
-    started. asked: the signals that it was stopped by. Returns whether it will run again."""
+def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
+    """Requeue this job, unless it was cancelled. step: of the newest checkpoint when it started. received: the stop
+    signals. Returns whether the job will run again."""
     job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
-        say(f"job {job} was started {restarts + 1} times and made no progress in the last; it is not queued again")
+        say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
         return False
     shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
-    # a plain SIGTERM is a preemption's, or it is srun's, which ends the other nodes when one has failed
-    plain = {*asked} == {signal.SIGTERM} and " PreemptTime=None " in shown.stdout
-    if " JobState=RUNNING " not in shown.stdout or plain:
+    # SIGTERM alone, without a preemption, is from srun, which ends all nodes when one has failed
+    failed = {*received} == {signal.SIGTERM} and " PreemptTime=None " in shown.stdout
+    if " JobState=RUNNING " not in shown.stdout or failed:
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip() or done.stdout.strip()
-        say(f"job {job} could not be put back into the queue ({reason}); submit it again with --run-dir {run_dir}")
+        say(f"job {job} could not be requeued ({reason}); submit it again with --run-dir {run_dir}")
         return False
     return True
 
@@ -281,28 +286,28 @@ def _newest(run_dir: Path) -> int:
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """One node of a batch job. Returns the exit code."""
+    """Run the command on one node of a job. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parser().parse_intermixed_args(arguments)
     run_dir, extra = (given.run_dir, []) if given.run_dir else _member()
     training = Training([*arguments, *extra], run_dir, group="SLURM_ARRAY_TASK_ID" in os.environ)
-    asked: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        asked.append(number)
-        if len(asked) == 1:  # the first waits for the ranks
+        received.append(number)
+        if len(received) == 1:  # stop() returns only when the ranks have ended
             training.stop()
 
     for number in SIGNALS:
         signal.signal(number, stop)
-    here = place()
-    step = _newest(Path(_named(str(run_dir))))
-    if here.main:
+    this_node = current_node()
+    step = _newest(Path(_with_job_id(str(run_dir))))
+    if this_node.main:
         print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
     code = training.run()
-    slurm = "SLURM_JOB_ID" in os.environ and asked[:1] != [signal.SIGINT]
-    # only the first node speaks to Slurm; one that left before would have srun end the others
-    if code == PREEMPTED and slurm and (not here.main or _requeue(training.run_dir, step, asked)):
+    slurm = "SLURM_JOB_ID" in os.environ and received[:1] != [signal.SIGINT]
+    # the first node requeues the job; the other nodes wait for that, since srun ends all nodes when one exits
+    if code == PREEMPTED and slurm and (not this_node.main or _requeue(training.run_dir, step, received)):
         time.sleep(_REQUEUED)
     return code
 

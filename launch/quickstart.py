@@ -1,8 +1,8 @@
-"""Train over everything this machine has.
+"""Train on all GPUs of this machine, or else on its CPUs.
 
     dist-train quickstart [arguments of python -m dist_train.main]
 
-Without a network and without $CIFAR10_DIR it trains the preset `digits` instead, and says so.
+Without a network and without $CIFAR10_DIR it trains the preset `digits` instead, after a message.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.data import dataset
 from dist_train.errors import say
-from dist_train.launch.node import Place, local_ranks, torchrun
+from dist_train.launch.node import JobNode, local_ranks, torchrun
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Replace this process by torchrun. Returns the exit code where that does not come about."""
+    """Replace this process by torchrun. Returns the exit code where it stops before."""
     given = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_intermixed_args(given)
     _, settings = resolve(args)
     if not args.preset and not args.config:
         try:
-            dataset.prepare(settings.data)  # before the ranks do, which have no other choice
+            dataset.prepare(settings.data)  # here, because the ranks could not change the data set
         except data_prep.NoNetworkError as error:
             say(str(error))
             say("NOT CIFAR-10: training on scikit-learn's handwritten digits instead (--preset digits)")
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
             settings = config.load("digits", None, args.settings)
         except KeyboardInterrupt:
             return 130
-    here = Place(0, 1, len(os.sched_getaffinity(0)), "alone")
-    start = torchrun(given, local_ranks(settings.train, 1, here.cpus), here)
+    this_node = JobNode(0, 1, len(os.sched_getaffinity(0)), "alone")
+    command_line = torchrun(given, local_ranks(settings.train, 1, this_node.cpus), this_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
-    return os.execv(sys.executable, start)
+    return os.execv(sys.executable, command_line)
 
 
 if __name__ == "__main__":

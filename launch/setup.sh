@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up an environment for this clone: .venv, or the one that $DIST_TRAIN_VENV names. Skips what is done.
+# Set up an environment for this clone: .venv, or the one that $DIST_TRAIN_VENV names. Does nothing when it is up to date.
 #
 #   bash launch/setup.sh [--latest] [dev]
 #
-# dev: also what the tests need. --latest: the newest versions that pyproject.toml allows, instead of those in
-# launch/lock.txt. Without root or a compiler it goes without ffcv, and all else works.
+# dev: also the dependencies of the tests. --latest: the newest versions that pyproject.toml allows, instead of those in
+# launch/lock.txt. Without root or a compiler ffcv is skipped, and everything else works.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,7 +35,7 @@ if [ -z "$latest" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] &&
   { has_ffcv || ! buildable "$python" || [ -e "$environment/.dist_train-without-ffcv" ]; }; then exit 0; fi
 SECONDS=0
 
-# System packages, where this user may install them. ffcv's come first, those that only tests need last.
+# System packages, where this user may install them: those of ffcv, then those of the tests.
 root=none
 if command -v apt-get >/dev/null; then
   if [ "$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root=sudo; fi
@@ -56,7 +56,7 @@ if [ ! -e "$environment" ]; then
   if [ -z "$base" ] && ! command -v uv >/dev/null; then
     say "installing python3 python3-venv python3-dev"
     install_packages python3 python3-venv python3-dev && usable /usr/bin/python3 ||
-      fail "there is no Python 3.10 or newer with venv here; install one (on Debian: python3 and python3-venv), or uv, and start again"
+      fail "there is no Python 3.10 or newer with venv on this machine; install one (on Debian: python3 and python3-venv), or uv, and start again"
     base=/usr/bin/python3
   fi
   if [ -n "$base" ]; then
@@ -69,7 +69,7 @@ if [ ! -e "$environment" ]; then
 elif [ ! -x "$python" ]; then
   fail "$environment holds no bin/python: name a virtual or conda environment with DIST_TRAIN_VENV, or a folder that does not exist yet"
 elif ! compgen -G "$environment/.dist_train*" >/dev/null; then
-  keep=--keep # somebody else's: what it holds stays, where it will do
+  keep=--keep # not made by this script: keep its packages where they satisfy pyproject.toml
 fi
 environment=$(cd "$environment" && pwd) python=$environment/bin/python
 
@@ -85,7 +85,7 @@ fi
 system=
 if [ ${#packages[@]} -gt 0 ] && [ "$root" != none ]; then
   say "system packages: ${packages[*]}"
-  install_packages "${packages[@]}" & # while the Python packages are downloaded
+  install_packages "${packages[@]}" & # in parallel with the Python packages
   system=$!
 fi
 "$python" launch/install.py $latest $keep $extras
@@ -100,6 +100,6 @@ elif ! "$python" launch/install.py $latest $keep $extras ffcv; then
 else
   rm -f "$environment/.dist_train-without-ffcv"
 fi
-has_ffcv || say "without ffcv, since $why; data_prep writes and reads the betons by itself"
+has_ffcv || say "without ffcv, since $why; data_prep writes and reads the betons itself"
 echo "$wanted" | tee "$environment/.dist_train" >"$stamp"
 say "$environment is ready ($SECONDS s)"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One training on Slurm, over all that the job's nodes have. From the folder that has .venv and slurm/ in it:
+# One training on Slurm, on all GPUs or CPUs of the job's nodes. From the folder that contains .venv and slurm/:
 #
 #   sbatch [options of sbatch] slurm/train.sh [arguments of dist-train train]
 #   sbatch --nodes=2 slurm/train.sh --preset block94          # two nodes, the same weights
 #   sbatch --array=0-4%2 slurm/train.sh                       # seeds 0 to 4, two at a time
 #
-# This is the one file to edit for a cluster: dist-train submit takes its options and its set-up from here, too.
-# A second # switches an option off; what is given to sbatch itself goes before all of them.
+# This is the one file to edit for a cluster: dist-train submit uses its options and its set-up, too.
+# A second # disables an option; options of the sbatch command override those in this file.
 
 #SBATCH --job-name=train
 #SBATCH --nodes=1
@@ -14,10 +14,10 @@
 ##SBATCH --partition=gpu
 ##SBATCH --account=mine
 
-# Whole nodes. To share them instead, say how much: --gpus-per-node=2 and --cpus-per-task=16.
+# Whole nodes. To share nodes instead, request a part of each: --gpus-per-node=2 and --cpus-per-task=16.
 #SBATCH --exclusive
 
-# Saved, and back into the queue, 120 seconds before the time limit and when preempted; it then resumes.
+# 120 seconds before the time limit, and when preempted, the job is saved and requeued; it then resumes.
 #SBATCH --signal=USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -25,8 +25,8 @@
 set -euo pipefail
 
 # set-up
-# What the job has on a node is for its one step there: of itself srun would bind all ranks to one CPU, and take no GPU of
-# a whole node.
+# The job's one step uses all CPUs and GPUs of the job: by default srun binds all ranks to one CPU, and allocates no GPU
+# of an exclusive node.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then export SLURM_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-$SLURM_GPUS_ON_NODE}; fi
 cd "$SLURM_SUBMIT_DIR"

@@ -1,4 +1,4 @@
-"""What the tests share: real beton files, and the trainer started as its users start it."""
+"""Shared by the tests: fixtures with beton files, and functions that run the trainer from its command line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-# a network of all the parts, small enough to train in seconds on a fraction of a CPU; in the precision that is fast on
-# every CPU, where it is not what a test is about
+# with the preset `digits`: trains in seconds, in the precision that is fast on every CPU
 TINY = ["train.epochs=2", "batch_size=256", "precision=fp32", "record.wandb=disabled"]
 # the least that summary.json of a made-up run holds, for the commands that read it
 SUMMARY: dict[str, Any] = {
@@ -28,18 +27,18 @@ SUMMARY: dict[str, Any] = {
     "git_commit": None,
 }
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
-# the files that take longest, in the order in which tests/run.sh's workers take them: none is left alone at the end
+# the test files that take longest run first, so that the workers of tests/run.sh end at about the same time
 LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the others, and the tests within a file, stay as they are."""
+    """Sort the files in LONGEST first; the order of other files, and of the tests within a file, is kept."""
 
-    def place(item: pytest.Item) -> int:
+    def position(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
-    items.sort(key=place)
+    items.sort(key=position)
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +52,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Betons of the real CIFAR-10."""
+    """Betons of CIFAR-10; skips the test where CIFAR10_DIR is unset."""
     if not os.environ.get("CIFAR10_DIR"):
-        pytest.skip("CIFAR10_DIR is unset: no real CIFAR-10 here")
+        pytest.skip("CIFAR10_DIR is unset: no CIFAR-10 on this machine")
     out = tmp_path_factory.mktemp("betons") / "cifar10"
     subprocess.run([sys.executable, "-m", "dist_train.data_prep", "--out", str(out)], check=True, cwd=REPOSITORY)
     return out
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a launcher's or W&B's variables."""
+    """Environment variables for the trainer: those of this process without a launcher's and W&B's."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TORCHELASTIC_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
@@ -70,13 +69,13 @@ def environment() -> dict[str, str]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The record of a run, apart from times."""
+    """The lines of a run's metrics.jsonl, without speeds."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
 def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main") -> list[str]:
-    """A command line of the trainer, or of `module="dist_train COMMAND"`: Python for one rank, torchrun for more."""
+    """The command line that starts the trainer, or `module="dist_train COMMAND"`, with torchrun for several ranks."""
     start = [sys.executable, "-m"]
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
@@ -86,7 +85,7 @@ def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main")
 def trainer(
     *arguments: object, ranks: int = 1, timeout: float = 300, variables: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the trainer to its end. variables: what is added to the environment."""
+    """Run the trainer to its end. timeout: in seconds. variables: added to the environment."""
     return subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=REPOSITORY,
@@ -99,7 +98,7 @@ def trainer(
 
 @pytest.fixture
 def train(digits: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Train the preset `digits` in short and return its summary."""
+    """A function that trains the preset `digits` for two epochs and returns the run's summary."""
 
     def run(name: str, *arguments: object, ranks: int = 1) -> dict[str, Any]:
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""The trainer with an error of its own on rank 1 in step 4, to be started by torchrun."""
+"""The trainer with an artificial error on rank 1 in step 4, to be started by torchrun."""
 
 import os
 from typing import Any

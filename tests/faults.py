@@ -1,17 +1,16 @@
-"""Faults on purpose: whatever is killed, paused or torn at whatever moment, a run ends with the same bits.
+"""Fault injection: whatever is killed, paused or damaged at any moment, a run ends with the same bits.
 
     python -m tests.faults --faults 200 --seed 0
     python -m tests.faults --faults 20 --launcher torchrun
 
-A run is started again and again, each time on a random number of ranks, and each launch meets a random fault at a
-random moment, until the run is finished. Then its weights and its record must be those of an undisturbed run on one
-rank, byte for byte. What must hold in between is checked after every launch from outside: by files, exit codes and
-times.
+A run is started repeatedly, each time on a random number of ranks, and each launch has a random fault at a random
+moment, until the run is finished. Then its weights and its metrics must be those of an undisturbed run on one rank,
+byte for byte. After every launch the invariants are checked from outside: by files, exit codes and times.
 
 Ranks are real processes over real gloo. Importing torch and ffcv takes longer than a launch, so they are forked from
-this process, which has imported both; `--launcher torchrun` starts them as a user does. Only processes that were
-started here are touched. The plan of every launch follows from the seed, the run and the launch, which its line
-names; when its moment comes depends on the machine.
+this process, which has imported both; `--launcher torchrun` starts them like a user. Only processes that this harness
+started are killed or paused. The plan of a launch is determined by the seed, the run and the launch, which its line
+shows; the time of its moment depends on the machine.
 """
 
 from __future__ import annotations
@@ -43,20 +42,20 @@ from dist_train.data_prep import ffcv_library
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT = 10  # train.timeout of every run
-JOIN = 2 * (TIMEOUT + 30)  # seconds that a starting rank waits for the others: torch tries twice
+JOIN = 2 * (TIMEOUT + 30)  # seconds that a starting rank waits for its peers: torch tries twice
 SLACK = 10  # seconds for a busy machine
-LAUNCH = 240  # seconds that no launch takes
+LAUNCH = 240  # seconds after which a launch counts as hanging
 
 DONE, FAILED, PREEMPTED = 0, 1, 75
-JOINED = b"run folder"  # in what rank 0 says when all ranks have found each other
+JOINED = b"run folder"  # rank 0 prints this when all ranks have joined
 STOPS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGUSR2": signal.SIGUSR2}
-# How often each fault is drawn. A hang is for ever: the others wait for train.timeout, which takes long.
+# Weights with which the faults are drawn. A hang never ends: its peers wait for train.timeout, which takes long.
 FAULTS = {"kill one": 26, "kill all": 16, "SIGTERM": 16, "SIGUSR1": 9, "SIGUSR2": 9, "pause": 10, "hang": 4}
-# How often it comes at a time of the launch, when a step was recorded, when a checkpoint is being written, when a
-# new one has its name, when the summary is there and the plots are not.
+# Weights of the moments of a fault: at a time after the start, after a step, while a checkpoint is written, when a new
+# checkpoint has been renamed, between summary and plots.
 MOMENTS = {"time": 45, "step": 25, "writing": 14, "named": 10, "summary": 6}
 DAMAGES = ("truncated", "altered a byte of", "removed the checksum of", "appended half a line to")
-# What a summary says besides times and places.
+# Keys of the summary that must be those of the undisturbed run.
 RESULTS = (
     *("weights_sha256", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "best_test_accuracy"),
     *("best_epoch", "epochs", "steps", "parameters", "flops_per_image", "train_flops"),
@@ -64,14 +63,14 @@ RESULTS = (
 
 
 class FoundError(Exception):
-    """Something that must hold does not."""
+    """An invariant does not hold."""
 
 
-# What a run folder holds, and what must hold of it.
+# Run folders and their invariants.
 
 
 def record(folder: Path) -> list[bytes]:
-    """The whole lines of a run's record, apart from times."""
+    """The complete lines of a run's metrics.jsonl, without speeds."""
     path = folder / "metrics.jsonl"
     content = path.read_bytes() if path.exists() else b""
     *whole, _ = content.split(b"\n")
@@ -79,7 +78,7 @@ def record(folder: Path) -> list[bytes]:
 
 
 def last_step(lines: list[bytes]) -> int:
-    """The last step of a record, 0 when it has none."""
+    """The last step in lines of metrics.jsonl, 0 for none."""
     return max(_steps(lines), default=0)
 
 
@@ -94,7 +93,7 @@ def good_checkpoints(folder: Path) -> list[int]:
 
 
 def check_record(lines: list[bytes], expected: list[bytes]) -> list[str]:
-    """What is wrong with a record that should be the beginning of `expected`."""
+    """Errors in lines of metrics.jsonl that should be the beginning of `expected`."""
     try:
         steps = _steps(lines)
     except (ValueError, LookupError, TypeError) as error:
@@ -110,7 +109,7 @@ def check_record(lines: list[bytes], expected: list[bytes]) -> list[str]:
 
 
 def check_finished(folder: Path, reference: Path) -> list[str]:
-    """What is wrong with a finished run, whose record and summary must be those of the reference."""
+    """Errors in a finished run, whose metrics and summary must be those of the reference."""
     lines, expected = record(folder), record(reference)
     wrong = check_record(lines, expected)
     if not wrong and len(lines) < len(expected):
@@ -130,7 +129,7 @@ def _steps(lines: list[bytes]) -> list[int]:
 
 
 def warm_up() -> None:
-    """Import all that a rank imports, and start no thread: a forked process would wait for it for ever."""
+    """Import all modules of a rank without starting a thread, for which a forked process would wait forever."""
     if find_spec("ffcv"):
         numba: Any = import_module("numba")
         # ffcv sets its number of threads while it is imported, for which numba would start them
@@ -149,7 +148,7 @@ def warm_up() -> None:
 
 
 def fork(work: Callable[[], int], variables: dict[str, str], log: Path) -> int:
-    """Run `work`, which returns an exit code, in a process of its own that dies with this one. Returns its number.
+    """Run `work`, which returns an exit code, in a new process that dies with this one. Returns its process id.
 
     variables: what is added to the environment. log: where its output goes."""
     threads = len(list(Path("/proc/self/task").iterdir()))
@@ -304,7 +303,7 @@ def _become(command: list[str]) -> int:
 
 
 def _status(pid: int) -> dict[str, str]:
-    """What /proc tells of a process; nothing when there is none."""
+    """The status of a process in /proc; empty when there is none."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -319,7 +318,7 @@ def _free_port() -> int:
         return port
 
 
-# What is done to a run.
+# Faults.
 
 
 @dataclass(frozen=True)
@@ -345,9 +344,9 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch meets. moment: one of MOMENTS. share: where in the launch that is, from 0 to 1. delay: seconds
-    after an event. pause: seconds. launcher: whether the others get SIGTERM when a rank has failed, as from torchrun,
-    or must leave by themselves. damage: one of DAMAGES, done to the folder before, or ""."""
+    """The faults of a launch. moment: one of MOMENTS. share: position of the moment in the launch, from 0 to 1. delay:
+    seconds after an event. pause: seconds. launcher: whether the other ranks get SIGTERM when a rank has failed, as
+    from torchrun, or must end by themselves. damage: one of DAMAGES, done to the folder before, or ""."""
 
     ranks: int
     fault: str
@@ -361,7 +360,7 @@ class Plan:
 
 
 def draw(rng: random.Random, faults: dict[str, int]) -> Plan:
-    """The plan of a launch. faults: how often each is drawn."""
+    """The plan of a launch. faults: the weights with which they are drawn."""
     fault, moment = (rng.choices(list(odds), list(odds.values()))[0] for odds in (faults, MOMENTS))
     ranks = rng.randint(2, 4) if fault == "hang" else rng.randint(1, 4)
     return Plan(
@@ -378,7 +377,7 @@ def draw(rng: random.Random, faults: dict[str, int]) -> Plan:
 
 
 def do_damage(folder: Path, how: str, rng: random.Random) -> str:
-    """Do to a run folder what a bad disk could. Returns the name of the file, "" when there is none yet."""
+    """Damage a run folder as a bad disk could. Returns the name of the file, "" when there is none yet."""
     path = folder / "metrics.jsonl"
     if how == "appended half a line to":
         if not path.exists():
@@ -402,10 +401,10 @@ def do_damage(folder: Path, how: str, rng: random.Random) -> str:
 
 
 class Folder:
-    """A cheap look at a run folder, many times a second."""
+    """Reads a run folder, fast enough for hundreds of times a second."""
 
     def __init__(self, path: Path, before: int) -> None:
-        """before: the step that the launch goes on from."""
+        """before: the step that the launch resumes from."""
         self.metrics, self.checkpoints, self.summary = (
             path / name for name in ("metrics.jsonl", "checkpoints", "summary.json")
         )
@@ -413,7 +412,7 @@ class Folder:
         self.size, self.steps, self.cut = -1, 0, False
 
     def new_steps(self) -> int:
-        """How many steps this launch has recorded."""
+        """The number of steps that this launch has written to metrics.jsonl."""
         try:
             size = self.metrics.stat().st_size
         except OSError:
@@ -441,10 +440,10 @@ class Folder:
 
 @dataclass
 class Seen:
-    """What was seen of a launch; times in seconds after its start. steps: when each new step was recorded. fault:
-    when it came, None when the launch ended before. caught: whether the victim had a handler of the signal. joined:
-    whether all ranks had found each other by then. acted: whether a launcher's SIGTERM was sent. codes: of the
-    ranks, or torchrun's."""
+    """Observations of a launch; times in seconds after its start. steps: when each new step was written. fault: when it
+    was injected, None when the launch ended before. caught: whether the victim had a handler of the signal. joined:
+    whether all ranks had joined by then. acted: whether a launcher's SIGTERM was sent. codes: exit codes of the ranks,
+    or of torchrun."""
 
     steps: list[float] = field(default_factory=list)
     fault: float | None = None
@@ -457,16 +456,16 @@ class Seen:
 
 
 class Launch:
-    """One start of the trainer, and what is done to it."""
+    """One start of the trainer, with the faults of its plan."""
 
     def __init__(self, group: Forked | Torchrun, folder: Folder, log: Path, plan: Plan | None, due: float) -> None:
-        """plan: None to leave it alone. due: its moment, in seconds after the start or in new steps."""
+        """plan: None for no faults. due: its moment, in seconds after the start or in new steps."""
         self.group, self.folder, self.log, self.plan, self.due = group, folder, log, plan, due
         self.seen, self.armed = Seen(), float("inf")  # armed: when the moment came, with the delay
         self.resume = self.deadline = float("inf")  # when the pause ends; when all must have left
 
     def watch(self) -> Seen:
-        """Do what is planned and wait for the end. Raises FoundError when a rank does not leave in time."""
+        """Inject the planned faults and wait for the end. Raises FoundError when a rank does not end in time."""
         start = time.monotonic()
         try:
             while not self.group.ended():
@@ -534,7 +533,7 @@ class Launch:
 
 
 def check_codes(fault: str, seen: Seen, finished: bool) -> list[str]:
-    """What is wrong with the exit codes of forked ranks. fault: "" for none. finished: whether the last step has a
+    """Errors in the exit codes of forked ranks. fault: "" for none. finished: whether the last step has a
     checkpoint, after which a rank may be done whatever happens to the others."""
     said = f"exit codes {' '.join(map(str, seen.codes))}"
     if DONE in seen.codes and not finished:
@@ -555,12 +554,12 @@ def check_codes(fault: str, seen: Seen, finished: bool) -> list[str]:
     return wrong
 
 
-# The whole.
+# Runs of several launches.
 
 
 @dataclass
 class Pace:
-    """How long launches take so far: seconds to the first step, for each step, and after the last."""
+    """Times of the launches so far: seconds to the first step, for each step, and after the last."""
 
     start: float = 3.0
     step: float = 0.1
@@ -578,7 +577,7 @@ class Pace:
 
 
 class Harness:
-    """Runs, launches, and what became of them."""
+    """Starts runs and their launches, and counts the results."""
 
     def __init__(self, data: Path, out: Path, launcher: str, epochs: int, seed: int) -> None:
         self.data, self.out, self.epochs, self.seed = data, out, epochs, seed
@@ -623,7 +622,7 @@ class Harness:
             log.unlink()
 
     def summary(self, seconds: float) -> str:
-        """What was done, in three lines."""
+        """A summary of all launches in three lines."""
         damaged = f"{self.damaged.total()} damaged files ({_listed(self.damaged)})" if self.damaged else "no damage"
         sizes = ", ".join(f"{count} on {ranks}" for ranks, count in sorted(self.sizes.items()))
         longest = ", ".join(f"{fault} {seconds:.1f} s" for fault, seconds in self.longest.items())
@@ -637,7 +636,7 @@ class Harness:
     def _one_of_run(
         self, variant: Variant, folder: Path, launch: int, disturb: bool, expected: list[bytes]
     ) -> list[int]:
-        """One launch of a run, with all that must hold after it. Returns the exit codes."""
+        """One launch of a run, with the check of all invariants after it. Returns the exit codes."""
         rng = random.Random(f"{self.seed}/{self.runs}/{launch}")
         plan, total = draw(rng, self.faults), last_step(expected)
         damaged = do_damage(folder, plan.damage, rng) if disturb and plan.damage else ""
@@ -685,7 +684,7 @@ class Harness:
     def _launch(
         self, variant: Variant, folder: Path, log: Path, ranks: int, plan: Plan | None, before: int = 0, total: int = 0
     ) -> Seen:
-        """before: the step it goes on from. total: the last step."""
+        """before: the step that the launch resumes from. total: the last step."""
         common = f"--preset digits data.dir={self.data} record.wandb=disabled record.quiet=true device=cpu"
         own = [f"epochs={self.epochs}", f"timeout={TIMEOUT}", *variant.settings(), "--run-dir", str(folder)]
         # the first time with so many ranks, the times of others are a guess

@@ -1,13 +1,13 @@
 """Golden digests: stored digests of the weights after every step of short runs, so that a change of bits is noticed.
 
-    python -m tests.golden                        # run here, and compare with what is stored
-    python -m tests.golden --write                # store what comes out here
+    python -m tests.golden                        # compare with the stored digests
+    python -m tests.golden --write                # store the digests of this machine
     python -m tests.golden --compare main         # compare this working tree with a commit, on this machine
 
 A file of `tests/golden/` belongs to one version of torch and one CPU capability, as torch names it. Within it an entry
 belongs to one arithmetic: the digest of what torch alone, without dist_train, computes. Processors of one capability
-may differ there, since oneDNN and MKL choose their kernels by more than that. Where there is no entry, only
-`--compare` can tell.
+may differ in it, since oneDNN and MKL choose their kernels by more than the capability. Where there is no entry, use
+`--compare`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUILD = REPOSITORY / "build" / "golden"
 
 @dataclass(frozen=True)
 class Run:
-    """A short training. ranks: the numbers of ranks that it runs on, each with the same digests."""
+    """A short training. ranks: the numbers of ranks to run it on; the digests must be the same for each."""
 
     settings: tuple[str, ...]
     ranks: tuple[int, ...] = (1, 2)
@@ -57,10 +57,10 @@ RUNS = {
     ),
 }
 
-Digests = dict[str, str]  # by what they are of: `step 1`, ..., `evaluation after step 22`
+Digests = dict[str, str]  # keys: `step 1`, ..., `evaluation after step 22`
 
-# What torch computes without dist_train: convolutions and their gradients, matrix products, and the rest of the
-# operations that a network is made of, in both precisions.
+# A computation with torch alone, without dist_train: convolutions and their gradients, matrix products, and the other
+# operations of the networks, in both precisions.
 _ARITHMETIC = """
 import hashlib
 import torch
@@ -101,8 +101,8 @@ print(torch.__version__.partition("+")[0], torch.backends.cpu.get_cpu_capability
 
 @dataclass(frozen=True)
 class Machine:
-    """What the digests depend on besides the code. torch: its version. capability: of the CPU, as torch names it.
-    arithmetic: digest of what torch computes, 16 hexadecimal digits."""
+    """The properties of a machine that the digests depend on. torch: its version. capability: of the CPU, as torch
+    names it. arithmetic: digest of the results of _ARITHMETIC, 16 hexadecimal digits."""
 
     torch: str
     capability: str
@@ -110,7 +110,7 @@ class Machine:
 
     @property
     def path(self) -> Path:
-        """The file that has this machine's entry, if there is one."""
+        """The file for this machine's entry."""
         return STORED / f"torch-{self.torch}-{self.capability}.json"
 
     def __str__(self) -> str:
@@ -118,13 +118,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What this machine computes with. Starts a process, since it depends on the number of threads."""
+    """The properties of this machine, determined in a new process with one thread."""
     done = subprocess.run([sys.executable, "-c", _ARITHMETIC], env=_environment(), capture_output=True, check=True)
     return Machine(*done.stdout.decode().split())
 
 
 def stored(machine: Machine) -> dict[str, Digests] | None:
-    """The stored digests of every run on such a machine, None where there are none."""
+    """The stored digests of every run for such a machine, None where there are none."""
     if not machine.path.exists():
         return None
     entries: dict[str, dict[str, Digests]] = json.loads(machine.path.read_text())
@@ -132,7 +132,7 @@ def stored(machine: Machine) -> dict[str, Digests] | None:
 
 
 def write(machine: Machine, runs: dict[str, Digests]) -> None:
-    """Store the digests of some runs, beside those that are there."""
+    """Store the digests of some runs; those of other runs and machines are kept."""
     entries = json.loads(machine.path.read_text()) if machine.path.exists() else {}
     entries[machine.arithmetic] = {**entries.get(machine.arithmetic, {}), **runs}
     machine.path.parent.mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def write(machine: Machine, runs: dict[str, Digests]) -> None:
 
 
 def digests(name: str, ranks: int, repository: Path = REPOSITORY) -> Digests:
-    """Train one of RUNS with the code in `repository`. Raises CalledProcessError, after the trainer has said why."""
+    """Train one of RUNS with the code in `repository`. Raises CalledProcessError, after the trainer's message."""
     with tempfile.TemporaryDirectory() as folder:
         start = [sys.executable, "-m"]
         if ranks > 1:
@@ -153,15 +153,15 @@ def digests(name: str, ranks: int, repository: Path = REPOSITORY) -> Digests:
 
 
 def _read(metrics: Path) -> Digests:
-    """One digest for the weights after each step, and one for the numbers of each evaluation."""
-    found = {}
+    """The digests of the weights after each step, and of the metrics of each evaluation."""
+    run_digests = {}
     for row in map(json.loads, metrics.read_text().splitlines()):
         if row["kind"] == "weights":
-            found[f"step {row['step']}"] = _digest(row["digests"])
+            run_digests[f"step {row['step']}"] = _digest(row["digests"])
         elif row["kind"] == "eval":
             numbers = {key: value for key, value in row.items() if key != "kind"}
-            found[f"evaluation after step {row['step']}"] = _digest(numbers)
-    return found
+            run_digests[f"evaluation after step {row['step']}"] = _digest(numbers)
+    return run_digests
 
 
 def _digest(value: dict[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def difference(expected: Digests, found: Digests) -> str:
-    """Where two runs first differ, "" where they do not."""
+    """A sentence on where two runs first differ, "" where they do not."""
     for name, digest in expected.items():
         if found.get(name) != digest:
             return f"first different at {name}: {digest} expected, {found.get(name, 'nothing')} computed"
@@ -177,7 +177,7 @@ def difference(expected: Digests, found: Digests) -> str:
 
 
 def _environment(repository: Path = REPOSITORY) -> dict[str, str]:
-    """The variables of a training with the code in `repository`."""
+    """Environment variables for a training with the code in `repository`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TORCHELASTIC_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
@@ -185,7 +185,7 @@ def _environment(repository: Path = REPOSITORY) -> dict[str, str]:
 
 
 def _checkout(commit: str) -> Path:
-    """A folder with the files of a commit. Raises CalledProcessError, after git has said why."""
+    """A folder with the files of a commit. Raises CalledProcessError, after git's message."""
     asked = ["git", "-C", str(REPOSITORY), "rev-parse", "--verify", f"{commit}^{{commit}}"]
     sha = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     folder = BUILD / sha
@@ -212,14 +212,14 @@ def compare(commit: str, names: Sequence[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 for the same bits, 1 for others, 2 where nothing is stored for such a machine."""
+    """Run the command. Returns the exit code: 0 for the same bits, 1 for others, 2 without stored digests."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)} (default: all)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--write", action="store_true", help="store what comes out here")
-    form.add_argument("--compare", metavar="COMMIT", help="compare with a commit in place of what is stored")
+    form.add_argument("--write", action="store_true", help="store the digests of this machine")
+    form.add_argument("--compare", metavar="COMMIT", help="compare with a commit instead of the stored digests")
     args = parser.parse_args(arguments)
     names = args.runs or [*RUNS]
     if unknown := [name for name in names if name not in RUNS]:

@@ -1,9 +1,9 @@
-"""Machines to lose: hosts that are Linux namespaces, each with its own name, address, processes and cable.
+"""Virtual hosts for tests of lost machines: Linux namespaces, each with its own name, address, processes and cable.
 
-A host has a network, UTS, PID, IPC and mount namespace of its own and shares the file system with the others, as
-machines of a cluster do. One more network namespace is the switch: it holds a bridge with one port for each host
-and no way out, so that nothing of the machine's own network is touched and test runs at the same time do not
-meet. Works as root, or as a user who may make user namespaces.
+A host has its own network, UTS, PID, IPC and mount namespaces and shares the file system with the other hosts, like
+the machines of a cluster. One more network namespace is the switch: a bridge with one port for each host and no
+connection to the machine's network, so that concurrent test runs do not interfere. Needs root, or permission to create
+user namespaces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 _USER = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 _SWITCH = ["unshare", *_USER, "--net", "--fork", "--kill-child"]
-# the first process of a PID namespace takes all others with it when it goes
+# when the first process of a PID namespace ends, the kernel kills all others in it
 _HOST = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 
 
@@ -33,7 +33,7 @@ class Hosts:
     def __init__(self, count: int, etc_hosts: Path, ends: ExitStack) -> None:
         self._ends = ends
         self._started: list[subprocess.Popen[bytes]] = []
-        ends.callback(self._wait)  # at the bottom of the stack: when the hosts above it are gone
+        ends.callback(self._wait)  # called last, after the hosts have ended
         self.names = [f"node{index}" for index in range(count)]
         addresses = [f"10.77.0.{index + 1}" for index in range(count)]
         entries = ["127.0.0.1 localhost", *map(" ".join, zip(addresses, self.names, strict=True))]
@@ -54,7 +54,7 @@ class Hosts:
     def start(
         self, host: int, command: list[str], *, cwd: Path, env: dict[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
-        """Start a command on a host, with what it says in the file `log`. It ends with the host, not before."""
+        """Start a command on a host, with its output in the file `log`. It is killed when the host ends."""
         entered = [*self._enter_host(host), "env", f"--chdir={cwd}", *command]  # a mount namespace resets it
         with log.open("ab") as file:
             process = subprocess.Popen(entered, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
@@ -62,16 +62,16 @@ class Hosts:
         return process
 
     def power_off(self, host: int) -> None:
-        """Kill everything on a host at once. It does not come back."""
+        """Kill all processes of a host at once; it cannot be started again."""
         self._hosts[host].kill()
         self._hosts[host].wait()
 
     def unplug(self, host: int) -> None:
-        """Pull a host's cable: its processes go on, and nothing reaches them or comes from them."""
+        """Pull a host's cable: its processes continue, without a connection to other hosts."""
         self._at_switch("ip", "link", "set", _port(host), "down")
 
     def plug(self, host: int) -> None:
-        """Put the cable back."""
+        """Reconnect a host's cable."""
         self._at_switch("ip", "link", "set", _port(host), "up")
 
     def _wait(self) -> None:
@@ -79,8 +79,8 @@ class Hosts:
             process.wait()
 
     def _hold(self, unshare: list[str]) -> subprocess.Popen[bytes]:
-        """A process that keeps new namespaces for as long as it lives: until the end, or until this one dies."""
-        command = [*unshare, "sh", "-c", "echo up && exec cat"]  # cat ends with its input, our end of a pipe
+        """A process that keeps new namespaces alive until the end of the context, or until this process dies."""
+        command = [*unshare, "sh", "-c", "echo up && exec cat"]  # cat ends when this process closes the pipe
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -109,8 +109,8 @@ def _port(host: int) -> str:
 
 @contextmanager
 def hosts(count: int) -> Iterator[Hosts]:
-    """Hosts for the time of the context. All that runs on them is killed at its end. Skips the test where
-    namespaces are refused, or `ip` is missing."""
+    """Hosts for the duration of the context; their processes are killed at its end. Skips the test where namespaces are
+    refused, or `ip` is missing."""
     if shutil.which("ip") is None:
         pytest.skip("no command ip here: install the package iproute2")
     refused = subprocess.run([*_SWITCH, *_HOST, "true"], capture_output=True, text=True)

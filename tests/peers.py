@@ -1,4 +1,4 @@
-"""Several ranks in processes of their own, started from one that has torch loaded already."""
+"""Runs ranks in processes that are forked from a server, which has imported torch already."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SERVER.set_forkserver_preload(["dist_train.distributed.gradient_sum"])
 
 @dataclass
 class Answer:
-    """What came of one rank: what its work returned, or its exception as text, and its exit code; None for one
-    that was still there in the end."""
+    """The result of one rank: the value that its work returned, or its exception as text, and its exit code, None for a
+    rank that had not ended."""
 
     value: Any = None
     error: str = ""
@@ -29,8 +29,8 @@ class Answer:
 def run_ranks(
     world_size: int, work: Callable[..., Any], *arguments: Any, answering: int | None = None, timeout: float = 120
 ) -> list[Answer]:
-    """Call `work(*arguments)`, a function of a test module, on every rank, under a launcher's variables, and wait
-    until `answering` of them (all, unless given) have ended."""
+    """Call `work(*arguments)`, a function of a test module, on every rank, with a launcher's variables, and wait until
+    `answering` ranks (all, unless given) have ended, at most `timeout` seconds. Returns the result of each rank."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     answers = _SERVER.Queue()

@@ -1,4 +1,4 @@
-"""Made-up runs, recorded as a training records them."""
+"""Run folders with invented metrics, written by the trainer's Recorder."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def digests_at(step: int) -> dict[str, str]:
 
 
 def mixed_at(step: int) -> list[list[list[float]]]:
-    """Mean and deviation of each coefficient of two blocks, of two convolutions and of one."""
+    """Mean and standard deviation of each coefficient of two blocks, with two convolutions and with one."""
     return [[[0.5, 0.25], [1.0 / step, 0.125]], [[float(step), 0.0]]]
 
 
 def train(recorder: Recorder, first: int, last: int, loss: Callable[[int], float] = loss_at) -> None:
-    """Steps `first` to `last`, with digests and an evaluation after each epoch."""
+    """Write steps `first` to `last`, with digests and an evaluation after each epoch."""
     for step in range(first, last + 1):
         recorder.step(
             step=step,
@@ -65,7 +65,7 @@ def train(recorder: Recorder, first: int, last: int, loss: Callable[[int], float
 
 
 def whole_run(run_dir: Path, config: RecordConfig = OFF) -> Row:
-    """A run of three epochs from start to end. Returns what was measured of it."""
+    """Write a run of three epochs from start to end. Returns the seconds that its steps and its close took."""
     begin = time.monotonic()
     recorder = opened(run_dir, config)
     train(recorder, 1, 3 * EPOCH)

@@ -1,7 +1,7 @@
 """A Slurm cluster on this machine: munge, slurmctld, and a slurmd for each of several virtual nodes.
 
-A node is a slurmd with a host name, a hosts file and process numbers of its own (namespaces, so root is needed). Its
-GPUs are declared to Slurm and are no GPUs.
+A node is a slurmd with its own host name, hosts file and process ids (namespaces, which need root). Its GPUs are
+declared to Slurm, but do not exist.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PartitionName=far Nodes=far1 MaxTime=60 State=UP
 
 
 def missing() -> str:
-    """Why no cluster can be started here, "" if one can."""
+    """The reason why no cluster can be started on this machine, "" if one can."""
     if os.geteuid() != 0:
         return "a virtual Slurm cluster needs root"
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
@@ -78,7 +78,7 @@ def missing() -> str:
 
 
 class Cluster:
-    """Use it as a context. environment: for Slurm's commands."""
+    """A context in which the cluster runs. environment: variables for Slurm's commands."""
 
     def __init__(self) -> None:
         self.at = Path(tempfile.mkdtemp(prefix="slurm"))  # paths of sockets must be short
@@ -123,6 +123,7 @@ class Cluster:
         subprocess.run(command, check=True, env=self.environment, start_new_session=True)
 
     def power_on(self, node: str) -> None:
+        """Start a node's slurmd in new namespaces."""
         inside = f"hostname {node} && mount --bind {self.at}/hosts /etc/hosts && slurmd -D -N {node} & wait"
         namespaces = ["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._nodes[node] = subprocess.Popen(
@@ -135,7 +136,7 @@ class Cluster:
         )
 
     def power_off(self, node: str) -> None:
-        """All of its processes are gone at once, and Slurm is told, which would else notice after SlurmdTimeout."""
+        """Kill all processes of a node, and set it down in Slurm, which would detect it only after SlurmdTimeout."""
         self._nodes[node].kill()
         self._nodes.pop(node).wait()
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
@@ -167,21 +168,21 @@ class Cluster:
     def _idle(self) -> bool:
         asked = ["sinfo", "--noheader", "--Node", "--partition=main,gpu", "--format=%T"]
         done = subprocess.run(asked, env=self.environment, capture_output=True, text=True, check=False)
-        return done.stdout.split().count("idle") == len(NODES)  # fails until slurmctld is there
+        return done.stdout.split().count("idle") == len(NODES)  # sinfo fails until slurmctld has started
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, NodeList, Restarts, ..."""
+        """Slurm's properties of a job: JobState, NodeList, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job, "--oneliner")))
 
     def nodes(self, job: str) -> list[str]:
-        """The names of the nodes that a job has or had."""
+        """The names of a job's nodes, also after its end."""
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
     def ended(self, job: str, timeout: float = 180) -> str:
-        """Wait for a job's last state."""
+        """Wait for a job's end, at most `timeout` seconds. Returns its state."""
         ends = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
         self.wait(lambda: self.state(job) in ends, f"the end of job {job}", timeout)
         return self.state(job)
@@ -198,7 +199,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody uses."""
+    """The first of `count` consecutive free ports."""
     for first in range(16817, 32768, count):
         with contextlib.ExitStack() as held:
             try:

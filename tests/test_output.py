@@ -211,7 +211,7 @@ def test_submit(place: Path) -> None:
     submitit = r"submitit INFO \(.*\) - .*"
     assert foreign(log.read_text(), (*TRAINING, *RESULT, submitit)) == []
     none = run(place, "--dry-run", *SHORT, module="dist_train submit", PATH="/nowhere")
-    check(none, err=(r"dist_train: there is no Slurm here \(no sbatch in PATH\); .*",), code=2)
+    check(none, err=(r"dist_train: there is no Slurm on this machine \(no sbatch in PATH\); .*",), code=2)
 
 
 def squeezed(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The tests on other versions of Python and of the packages than the locked ones.
+"""Runs the tests on other versions of Python and of the packages than the locked ones.
 
     bash tests/versions.sh                        # every environment: the table for benchmarks/RESULTS.md
     bash tests/versions.sh lowest newest          # some of them
@@ -6,10 +6,10 @@
     bash tests/versions.sh --airbench DIR         # with the time of block94 beside a clone of cifar10-airbench
     bash tests/versions.sh --renew                # a new launch/lock.txt, if the tests pass on it
 
-Environments, made anew under build/versions/: `lowest` has the lowest versions that pyproject.toml allows, on the
-oldest Python here, and `newest` the newest, on the newest Python. `locked-3.11` and its like have those of
-launch/lock.txt, one for each Python here, and `without-ffcv` has them without ffcv. The Pythons are those in PATH and
-in pyenv. The benchmark runs on the two ends.
+Environments, created again under build/versions/ each time: `lowest` has the lowest versions that pyproject.toml
+allows, on the oldest Python of this machine, and `newest` the newest, on the newest Python. `locked-3.11` and the like
+have those of launch/lock.txt, one for each Python, and `without-ffcv` has them without ffcv. The Pythons are those in
+PATH and in pyenv. The benchmark runs in `lowest` and `newest`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Result:
-    """versions: of SHOWN. minutes: of the tests alone. speed: what the benchmark printed."""
+    """The result of the tests in an environment. versions: of SHOWN. minutes: of the tests alone. speed: the last line
+    of the benchmark's output."""
 
     environment: Environment
     versions: dict[str, str]
@@ -64,7 +65,7 @@ class Result:
 
 
 def pythons() -> dict[Python, Path]:
-    """Every CPython from OLDEST on that PATH or pyenv has and that starts."""
+    """Every CPython of version OLDEST or newer in PATH or pyenv that starts."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     folders += sorted((root / "versions").glob("*/bin"))
@@ -86,7 +87,7 @@ def _starts(path: Path) -> bool:
 
 
 def environments(there: list[Python]) -> dict[str, Environment]:
-    """By name, the two ends first."""
+    """The environments by name, `lowest` and `newest` first."""
     locked = [Environment(f"locked-{_dotted(python)}", python) for python in there]
     mine = (sys.version_info[0], sys.version_info[1])  # the Python of the environment that set-up made
     every = [
@@ -103,7 +104,7 @@ def _dotted(python: Python) -> str:
 
 
 def make(environment: Environment, python: Path) -> Path:
-    """Make it anew. Returns its Python. Raises CalledProcessError, after uv has said why."""
+    """Create an environment again. Returns its Python. Raises CalledProcessError, after uv's message."""
     folder = ENVIRONMENTS / environment.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def make(environment: Environment, python: Path) -> Path:
 
 
 def check(environment: Environment, python: Path, arguments: list[str], speed: list[str]) -> Result:
-    """Make the environment, run the tests in it, and the benchmark, unless `speed` is empty."""
+    """Create the environment, and run the tests in it, and the benchmark unless `speed` is empty."""
     print(f"versions: {environment.name} on Python {_dotted(environment.python)}", file=sys.stderr, flush=True)
     own = make(environment, python)
     asked = [str(own), "-c", f"from importlib.metadata import version as v; print(*map(v, {_installed(environment)}))"]
@@ -151,7 +152,7 @@ def _installed(environment: Environment) -> tuple[str, ...]:
 
 
 def table(results: list[Result]) -> str:
-    """As Markdown."""
+    """The results as a Markdown table."""
     rows = [
         "| environment | Python | " + " | ".join(SHOWN) + " | passed | failed | skipped | minutes | speed |",
         "| --- " * (7 + len(SHOWN)) + "|",
@@ -165,7 +166,8 @@ def table(results: list[Result]) -> str:
 
 
 def renewed() -> str:
-    """The newest versions that pyproject.toml allows, for every Python and machine, as launch/lock.txt has them."""
+    """The content of a new launch/lock.txt: the newest versions that pyproject.toml allows, for all Pythons and
+    platforms."""
     choice = ["--universal", "--python-version", _dotted(OLDEST), "--all-extras", "--no-header", "pyproject.toml"]
     done = subprocess.run(
         [UV, "pip", "compile", "-q", *choice], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
@@ -174,7 +176,7 @@ def renewed() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 when all tests passed everywhere."""
+    """Run the command. Returns the exit code: 0 when all tests passed in all environments."""
     words = sys.argv[1:] if arguments is None else arguments
     place = words.index("--") if "--" in words else len(words)
     mine, for_pytest = words[:place], words[place + 1 :]

@@ -1,7 +1,7 @@
-"""As much of a W&B server as the real SDK needs: runs, their files and artifacts, resuming, and faults.
+"""A W&B server for tests, as far as the real SDK needs one: runs, their files and artifacts, resuming, and faults.
 
-What a run sent is in `runs[id]`. `answered` is the GraphQL side: a test that needs more of it extends that. Beside it
-what an offline run wrote, and what a run folder's record shall come to in W&B.
+`runs[id]` has the data that a run sent. `answered` answers GraphQL operations; extend it for tests that need more. The
+module also reads W&B's offline files, and computes the rows that W&B should have for a run folder.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from typing import Any
 Row = dict[str, Any]
 
 ENTITY = {"id": "entity", "name": "somebody"}
-DIGITS = [["conv1_3x3", "conv2_1x1"], ["conv1_3x3", "conv2_3x3_d2", "conv3_1x1"]]  # the blocks of that preset
+DIGITS = [
+    ["conv1_3x3", "conv2_1x1"],
+    ["conv1_3x3", "conv2_3x3_d2", "conv3_1x1"],
+]  # the convolutions of the preset `digits`
 
 
 @dataclass
 class Run:
-    """What the server has of a run. lines: of the streamed files, by name and number. uploads: whole files."""
+    """The data of a run. lines: of the streamed files, by name and number. uploads: complete files."""
 
-    name: str  # its id, in W&B's words
+    name: str  # the run's id, which W&B's API calls its name
     project: str = ""
     entity: str = ENTITY["name"]
     attributes: Row = field(default_factory=dict)  # displayName, groupName, tags, sweep, state, ...
@@ -40,21 +43,21 @@ class Run:
     preempting: bool = False
 
     def rows(self, name: str) -> list[Row]:
-        """A streamed file."""
+        """The rows of a streamed file."""
         lines = self.lines.get(name, {})
         return [json.loads(lines[number]) for number in sorted(lines)]
 
     def history(self) -> list[Row]:
-        """The logged rows, without what W&B adds."""
+        """The logged rows, without the keys that W&B adds."""
         return [own(row) for row in self.rows("wandb-history.jsonl")]
 
     def summary(self) -> Row:
         return (self.rows("wandb-summary.json") or [{}])[-1]
 
     def metrics(self) -> dict[str, str]:
-        """By metric that has an axis of its own, or pattern of metrics, that axis; from the run's config."""
+        """The horizontal axis of each metric, or pattern of metrics, that has one; from the run's config."""
         found = self.config["_wandb"]["value"]["m"]
-        # numbered in W&B's short form: 1 name, 2 pattern, 4 axis' name, 5 axis' number in this list
+        # keys of W&B's short form: 1 name, 2 pattern, 4 name of the axis, 5 number of the axis in this list
         return {
             str(metric.get("1") or metric.get("2")): metric.get("4") or found[metric["5"] - 1]["1"]
             for metric in found
@@ -63,12 +66,12 @@ class Run:
 
 
 def own(row: Row) -> Row:
-    """A row without what W&B adds."""
+    """A row without the keys that W&B adds."""
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
 def distinct(rows: list[Row]) -> list[Row]:
-    """Rows without those that came before: what curves are drawn from."""
+    """The rows without repeated ones, as in a chart."""
     return [row for number, row in enumerate(rows) if row not in rows[:number]]
 
 
@@ -87,7 +90,7 @@ def offline_rows(run_dir: Path, number: int = 0) -> list[Row]:
 
 
 def expected_rows(run_dir: Path, branches: list[list[str]] = DIGITS, matrix_rate: float = 0) -> list[Row]:
-    """The rows that W&B shall have of `metrics.jsonl`. matrix_rate: for the MFU; 0 for rows without."""
+    """The rows that W&B should have for a `metrics.jsonl`. matrix_rate: FLOP/s for the MFU; 0 for rows without it."""
     rows = []
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -112,10 +115,10 @@ def expected_rows(run_dir: Path, branches: list[list[str]] = DIGITS, matrix_rate
 
 
 class Server:
-    """`with Server() as server:` runs it in a thread at `server.url`; `stop` and `start` are its death and return.
+    """`with Server() as server:` runs the server in a thread at `server.url`; `stop` and `start` interrupt its service.
 
-    delay: seconds that each answer takes. refused: what a request is answered instead, an HTTP status, by operation or
-    path; None for what goes through.
+    delay: seconds that each answer takes. refused: a function from an operation or path to an HTTP status that is the
+    answer instead; None for requests that are served.
     """
 
     def __init__(self) -> None:
@@ -140,13 +143,13 @@ class Server:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Begin to listen, after a `stop` at the same port."""
+        """Start to listen; after a `stop` at the same port."""
         self._http = _Http(self._port, self)
         self._port = self._http.server_port
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Fall silent, also on connections that are open."""
+        """Stop to answer, also on open connections."""
         if self._http is not None:
             self._http.silent = True
             self._http.shutdown()
@@ -157,12 +160,12 @@ class Server:
         return self.runs.setdefault(name, Run(name))
 
     def only(self) -> Run:
-        """The one run there is."""
+        """The only run."""
         (run,) = self.runs.values()
         return run
 
     def answered(self, operation: str, variables: Row) -> Row | None:
-        """The data that answer a GraphQL operation; None for one that is not known here."""
+        """The data that answer a GraphQL operation; None for an unknown one."""
         known = {
             "Viewer": self._viewer,
             "UpsertBucket": self._upsert_bucket,
@@ -269,7 +272,7 @@ class Server:
         }
 
     def streamed(self, name: str, body: Row) -> None:
-        """Take what a run streams: rows, the summary, the end."""
+        """Store streamed data of a run: rows, the summary, the end."""
         run = self.run(name)
         for file, part in (body.get("files") or {}).items():
             run.lines.setdefault(file, {}).update(enumerate(part["content"], part["offset"]))
@@ -278,7 +281,7 @@ class Server:
             run.exit_code = body["exitcode"]
 
     def uploaded(self, path: str, content: bytes) -> None:
-        """Take a file."""
+        """Store an uploaded file."""
         kind, number, file = (*path.strip("/").split("/", 2), "")[:3]
         if kind == "up":
             self.run(number).uploads[file] = content
@@ -295,7 +298,7 @@ class _Http(ThreadingHTTPServer):
         self.owner = server
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """W&B's client closes idle connections."""
+        """Print nothing: W&B's client closes idle connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -303,7 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Http
 
     def log_message(self, *_: Any) -> None:
-        """Not a line on stderr for each request."""
+        """Print nothing, instead of a line on stderr for each request."""
 
     def do_PUT(self) -> None:
         body = self.body()
@@ -340,7 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
     def passes(self, what: str) -> bool:
-        """Whether a request is to be served; not one that is refused, or of a server that died."""
+        """Whether to serve a request: not if it is refused, or the server was stopped."""
         server = self.server.owner
         server.asked.append(what)
         time.sleep(server.delay)

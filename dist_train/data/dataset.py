@@ -32,7 +32,7 @@ def check(config: DataConfig) -> None:
     if config.dataset in data_prep.DATASETS:
         if config.image_size:
             raise UserError(
-                f"data.image_size = {config.image_size}: {config.dataset} has images of a size of its own; remove it, "
+                f"data.image_size = {config.image_size}: {config.dataset} has images of a fixed size; remove it, "
                 f"or give images of your own another name with data.dataset"
             )
     elif empty:

@@ -98,10 +98,12 @@ class Heartbeat:
                 f"has failed ({beat['failure']})" if beat["failure"] else "has ended" if beat["ended"] else "is gone"
             )
             if rank in silent or beat["failure"] or beat["exchanges"] < self.exchanges:
-                return LostPeerError(f"{_place(rank, beat)} {state}; {context}", self._is_reporter({*failed, *silent}))
+                return LostPeerError(
+                    f"{_describe(rank, beat)} {state}; {context}", self._is_reporter({*failed, *silent})
+                )
         behind = {rank: beat for rank, beat in second.items() if beat["exchanges"] < self.exchanges}
         for rank, beat in behind.items():
-            hangs = f"{_place(rank, beat)} hangs, although its process lives; {context}"
+            hangs = f"{_describe(rank, beat)} hangs, although its process lives; {context}"
             return LostPeerError(hangs, self._is_reporter(set(behind)))
         return None
 
@@ -164,7 +166,7 @@ class Heartbeat:
             os._exit(1)
 
 
-def _place(rank: int, beat: dict[str, Any]) -> str:
+def _describe(rank: int, beat: dict[str, Any]) -> str:
     return f"rank {rank} (process {beat['pid']} on {beat['host']}, last seen in step {beat['step']})"
 
 

@@ -1,18 +1,18 @@
 """A block's mixed convolutions: `a1*C1(x) + ... + aL*CL(x)` with coefficients `a` of each image.
 
 This is conditional or dynamic convolution (Yang et al. 2019, "CondConv"; Chen et al. 2020, "Dynamic Convolution"). It
-is linear in the images, the coefficients and the kernels, and so can be computed in three forms that are equal but for
+is linear in the images, the coefficients and the kernels, and so can be computed in three forms, which differ only in
 rounding:
 
-- `outputs`: L convolutions, then the weighted sum of their images;
-- `inputs`: convolutions of the scaled images a_l * x, added up. Fewer bytes move where the input is smaller than the
-  output, and only x is kept for the backward pass instead of L images;
+- `outputs`: L convolutions, then the weighted sum of their outputs;
+- `inputs`: the sum of the convolutions of the scaled images a_l * x. It moves fewer bytes where the input is smaller
+  than the output, and keeps only x for the backward pass instead of L outputs;
 - `kernels`: the kernels are summed first, K_n = sum_l a_l(n) W_l, and every image is convolved once, with its own
-  kernels. About one L-th of the operations, for the bytes of N sets of kernels.
+  kernel K_n. It needs about 1/L of the operations, but memory traffic for N kernels.
 
-Whatever is a pass over images runs on flat rows, one for each image: broadcasting over the channels_last axes is
-up to twenty times slower on a CPU. Everything here can be differentiated once. A graph that torch exports has the plain
-formula instead, which must do for any batch size, in operations that every runtime knows.
+Elementwise passes over images work on flat rows, one for each image: broadcasting over the channels_last axes is up to
+twenty times slower on a CPU. All functions in this module can be differentiated once. A graph that torch exports has
+the plain formula instead, which works for any batch size, in operations that every runtime has.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from torch import Tensor, nn
 Form = Literal["outputs", "inputs", "kernels"]
 
 
-# stride, padding, dilation, groups, size of the kernel
+# (stride, padding, dilation, groups, kernel size) of a convolution
 _Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]
 
 
-# What one pass over an element (read, compute, write) costs, in floating-point operations of a convolution. On a CPU
-# with AVX-512 it is 0.24 ns at 0.18 TFLOP/s a core in bf16; fp32 halves both. On GPUs, not measured: 1.3 ps at
-# 400 TFLOP/s, which leaves next to nothing to the form `kernels`.
+# The cost of one pass over an element (read, compute, write), in floating-point operations of a convolution. On a CPU
+# with AVX-512 a pass takes 0.24 ns at 0.18 TFLOP/s a core in bf16; fp32 halves both speeds. On GPUs, not measured:
+# 1.3 ps at 400 TFLOP/s, with which the form `kernels` is hardly ever chosen.
 _PASS = {"cpu": 43.0}
 _PASS_ELSEWHERE = 500.0
 
 
-# Bytes of patches or kernels that the form `kernels` makes at a time: about the last cache; elsewhere a bound.
+# Bytes of patches or kernels that the form `kernels` makes at a time: on a CPU about the size of the last-level cache.
 _PART = {"cpu": 32 << 20}
 _PART_ELSEWHERE = 1 << 30
 
@@ -48,18 +48,18 @@ def choose(
 ) -> Form:
     """The form in which to mix, from an estimate of operations and passes over memory.
 
-    shape: (N, C, H, W) of the input. input_gradient: whether the backward pass needs the input's gradient. A function
-    of its arguments alone, never of a measurement: the forms round differently, and training must not depend on the
-    machine or on the number of workers.
+    shape: (N, C, H, W) of the input. input_gradient: whether the backward pass needs the input's gradient. The choice
+    depends on the arguments alone, never on a measurement: the forms round differently, and training must not depend
+    on the machine or on the number of workers.
 
-    The estimate, for forward and backward pass of one image, in floating-point operations:
-    `outputs` scales and adds, scales again, and takes a dot product with, every output image, and adds the gradients
-    of x; `inputs` does about as much with the smaller or larger inputs, scales them anew for the backward pass, and
-    adds the outputs, but for 1x1 kernels, which a matrix product adds. `kernels` takes the operations of one
-    convolution, 1.3 times as dear for smaller products; the patches of x and of the gradient; eleven passes over its
-    kernels (made twice, their gradients written and read twice), and twenty-five over all kernels to rearrange
-    them, once a batch. `kernels` must win by a tenth. Without the gradient of x, from which it takes those of the
-    coefficients, `inputs` is out. The constants are fitted to `python -m benchmarks.mixing`.
+    The estimate, for the forward and backward pass of one image, in floating-point operations:
+    `outputs` scales and adds every output image, in the backward pass scales it again and takes a dot product with it,
+    and adds the gradients of x. `inputs` does about the same with the input images, scales them again in the backward
+    pass, and adds the outputs, except those of 1x1 kernels, which a matrix product adds. `kernels` has the operations
+    of one convolution, times 1.3 for smaller matrix products; the patches of x and of the gradient; eleven passes over
+    its kernels (made twice, their gradients written and read twice), and twenty-five over all kernels to rearrange
+    them, once a batch. `kernels` is chosen if it is faster by a tenth. `inputs` is not chosen without the gradient of
+    x, from which it computes that of the coefficients. The constants are fitted to `python -m benchmarks.mixing`.
     """
     n, c, h, w = shape
     first, branches = convolutions[0], len(convolutions)
@@ -75,12 +75,12 @@ def choose(
         "inputs": 4.25 * branches * inputs + 1.5 * max(spatial - 1, 0) * outputs,
         "kernels": size**2 * ((11 + 25 * branches / n) * c * o + c * pixels + o * h * w),
     }
-    # a multiply-add for the outputs, the kernels' gradient and the inputs' gradient
-    each = 6 if input_gradient else 4
-    operations = each * outputs * sum(convolution.weight[0].numel() for convolution in convolutions)
+    # two operations for each multiply-add of the outputs, the kernels' gradient and the inputs' gradient
+    per_product = 6 if input_gradient else 4
+    operations = per_product * outputs * sum(convolution.weight[0].numel() for convolution in convolutions)
     one_pass = _PASS.get(device_type, _PASS_ELSEWHERE)
     form: Form = "inputs" if input_gradient and passes["inputs"] <= passes["outputs"] else "outputs"
-    mixed_kernels = 1.3 * each * outputs * c * size**2 + one_pass * passes["kernels"]
+    mixed_kernels = 1.3 * per_product * outputs * c * size**2 + one_pass * passes["kernels"]
     wins = mixed_kernels < 0.9 * (operations + one_pass * passes[form])
     return "kernels" if wins and _one_geometry(convolutions) else form
 
@@ -88,16 +88,16 @@ def choose(
 def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form: Form | None = None) -> Tensor:
     """The sum of convolutions of x, each weighted by one coefficient per image.
 
-    coefficients: (N, L), float32 or wider. x: (N, C, H, W), best in channels_last. convolutions: L of square kernels
-    and zero padding whose outputs agree on a shape. form: the one to use; `choose` decides when it is None.
+    coefficients: (N, L), float32 or float64. x: (N, C, H, W), fastest in channels_last. convolutions: L, with square
+    kernels and zero padding, whose outputs have the same shape. form: the form to compute; None: that of `choose`.
     Returns (N, O, H', W') in channels_last, in x's dtype or, under autocast, in autocast's.
-    Raises ValueError when the kernels cannot be summed and form is `kernels`.
+    Raises ValueError when form is `kernels` and the kernels cannot be summed.
     """
     device = x.device.type
     if torch.compiler.is_exporting():
         form = "outputs"
     elif form is None:
-        needed = x.requires_grad or not torch.is_grad_enabled()  # evaluation: as if in training
+        needed = x.requires_grad or not torch.is_grad_enabled()  # in evaluation the same form as in training
         form = choose(x.shape, convolutions, device, needed)
     if form == "outputs":
         return weighted_sum(coefficients, [convolution(x) for convolution in convolutions])
@@ -125,9 +125,10 @@ def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form
 
 
 def weighted_sum(coefficients: Tensor, branches: Sequence[Tensor]) -> Tensor:
-    """Sum L branch images with one coefficient per image and branch: the form `outputs` on its own.
+    """The sum of the outputs of L branches, each weighted by one coefficient per image: the form `outputs`, without the
+    convolutions.
 
-    coefficients: (N, L), float32 or wider. branches: L tensors (N, C, H, W) of one shape and dtype.
+    coefficients: (N, L), float32 or float64. branches: L tensors (N, C, H, W) of one shape and dtype.
     Returns (N, C, H, W) in the branches' dtype, in channels_last.
     """
     total: Tensor
@@ -140,9 +141,9 @@ def weighted_sum(coefficients: Tensor, branches: Sequence[Tensor]) -> Tensor:
 
 
 def average(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The average of each channel of (N, C, H, W) images: (N, C) of the dtype given (float32 or wider), and x.
+    """The average of each channel of x, (N, C, H, W): (N, C) of `dtype`, float32 or float64; and x.
 
-    Whatever else reads x should read the x returned: both gradients are then added in one pass.
+    Use the returned x in place of the argument: both gradients are then added in one pass.
     """
     if torch.compiler.is_exporting():
         return x.mean((2, 3), dtype=dtype), x
@@ -151,7 +152,7 @@ def average(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _Outputs(torch.autograd.Function):
-    """One pass over memory per branch in each direction, where autograd's own graph takes two or three."""
+    """The form `outputs`: one pass over memory per branch, forward and backward, where autograd takes two or three."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, *branches: Tensor) -> Tensor:
@@ -177,6 +178,8 @@ class _Outputs(torch.autograd.Function):
 
 
 class _Inputs(torch.autograd.Function):
+    """The form `inputs`."""
+
     @staticmethod
     def forward(
         ctx: Any, coefficients: Tensor, x: Tensor, geometries: tuple[_Geometry, ...], *weights: Tensor
@@ -186,7 +189,7 @@ class _Inputs(torch.autograd.Function):
         rows, c = _rows(x), x.shape[1]
         branches = zip(geometries, weights, _scales(coefficients, x), strict=True)
         total: Tensor | None = None  # (N, H', W', O)
-        # 1x1 kernels last: their products are added in place
+        # 1x1 kernels last: their matrix products are added to the sum in place
         for geometry, weight, scale in sorted(branches, key=lambda branch: _is_matrix_product(branch[0])):
             scaled = rows * scale
             if not _is_matrix_product(geometry):
@@ -212,7 +215,7 @@ class _Inputs(torch.autograd.Function):
         dots, grad_weights = [], []
         grad_x: Tensor | None = None
         for geometry, weight, scale in zip(ctx.geometries, weights, _scales(coefficients, x), strict=True):
-            scaled = rows * scale  # made again rather than kept: a small part of a convolution's time
+            scaled = rows * scale  # recomputed, which takes little of a convolution's time
             if _is_matrix_product(geometry):
                 grad_scaled = torch.mm(pixels, weight.flatten(1)).view(len(x), -1)
                 grad_weight = torch.mm(scaled.view(-1, c).t(), pixels).t().reshape(weight.shape)
@@ -232,7 +235,8 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Kernels(torch.autograd.Function):
-    """Matrix products of every image's kernels with its patches, for as many images at a time as the cache holds."""
+    """The form `kernels`: matrix products of every image's kernel with its patches, for as many images at a time as fit
+    into the cache."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, x: Tensor, weights: Tensor, padding: int, dilation: int) -> Tensor:
@@ -252,15 +256,15 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The gradient of x is the same form again, of the output's gradient with transposed and turned kernels; the
-        # gradient's patches serve those of the kernels too.
+        # The gradient of x has the same form: the output's gradient is convolved with transposed and flipped kernels.
+        # Its patches also give the gradient of the kernels.
         coefficients, x, weights = ctx.saved_tensors
         branches, o, c, size, _ = weights.shape
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         padding = ctx.dilation * (size - 1) - ctx.padding
-        turned = weights.flip(3, 4)
-        by_input = turned.permute(0, 2, 3, 4, 1).reshape(branches, -1)
-        by_patch = turned.permute(0, 3, 4, 1, 2).reshape(branches, -1)
+        flipped = weights.flip(3, 4)
+        by_input = flipped.permute(0, 2, 3, 4, 1).reshape(branches, -1)
+        by_patch = flipped.permute(0, 3, 4, 1, 2).reshape(branches, -1)
         scales, pixels = coefficients.to(x.dtype), x.permute(0, 2, 3, 1).flatten(1, 2)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         grad_weights = torch.zeros_like(by_patch, dtype=coefficients.dtype)
@@ -279,6 +283,8 @@ class _Kernels(torch.autograd.Function):
 
 
 class _AddToPixels(torch.autograd.Function):
+    """Add one number per image and channel, (N, C), to all pixels of (N, C, H, W) images."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, addends: Tensor) -> Tensor:
         ctx.dtype = addends.dtype
@@ -290,6 +296,8 @@ class _AddToPixels(torch.autograd.Function):
 
 
 class _Average(torch.autograd.Function):
+    """See `average`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.pixels = x.shape[2:].numel()
@@ -301,18 +309,19 @@ class _Average(torch.autograd.Function):
 
 
 def _add_to_pixels(x: Tensor, addends: Tensor) -> Tensor:
-    """x: (N, C, H, W). addends: (N, C). In rows of W * C numbers: rows of few channels are slow."""
+    """The sum of x, (N, C, H, W), and addends, (N, C), for all pixels; computed on rows of W * C numbers, since rows
+    of C are slow where there are few channels."""
     n, c, h, w = x.shape
     lines = x.permute(0, 2, 3, 1).reshape(n, h, w * c)
     return _images(lines + addends.to(x.dtype).repeat(1, w)[:, None], x.shape)
 
 
 def _sum_of_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, W) to (N, C)."""
+    """The sum over the pixels of each channel: (N, C, H, W) to (N, C) of `dtype`."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16:
         return x.sum((2, 3), dtype=dtype)
     # A matrix product sums bf16 in float32, several times as fast as sum(), but rounds the result to bf16; a second
-    # one yields what the rounding took away.
+    # product computes the rounding error.
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     ones = x.new_ones(1, 1, 1).expand(len(x), 1, pixels.shape[1])
     total = torch.bmm(ones, pixels)
@@ -320,20 +329,20 @@ def _sum_of_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dot products of rows, (N, K) and (N, K) to (N,) of the dtype given: bf16 and fp16 on a CPU in one pass, in
+    """The dot products of rows, (N, K) and (N, K) to (N,) of `dtype`: for bf16 and fp16 on a CPU in one pass, in
     float32 without rounding the products."""
     if x.device.type != "cpu" or x.element_size() > 2 or not x.numel():
         return (x * y).sum(1, dtype=dtype)
-    # With rows for channels, of mean 0 and deviation 1, these are the gradients of a batch normalisation's factors.
-    # A matrix product depends on oneDNN, which is up to twelve times slower in some versions and on some processors.
+    # The gradient of batch normalisation's scale is this dot product, if rows are channels with mean 0 and deviation 1.
+    # A matrix product would depend on oneDNN, which is up to twelve times slower in some versions and on some CPUs.
     ones = x.new_ones(len(x), dtype=torch.float32)
-    how = (ones, None, None, ones.new_zeros(len(x)), ones, True, 0.0, (False, True, False))
-    dots: Tensor = torch.ops.aten.native_batch_norm_backward(x[None], y[None], *how)[1]
+    arguments = (ones, None, None, ones.new_zeros(len(x)), ones, True, 0.0, (False, True, False))
+    dots: Tensor = torch.ops.aten.native_batch_norm_backward(x[None], y[None], *arguments)[1]
     return dots.to(dtype)
 
 
 def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """L factors (N, 1) for rows like x's."""
+    """The coefficients (N, L) as L factors (N, 1) for rows of images, in the dtype of x."""
     return coefficients.to(x.dtype)[:, :, None].unbind(1)
 
 
@@ -343,14 +352,14 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _images(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows back to a view (N, C, H, W) of the shape given, in channels_last."""
+    """Rows (N, H * W * C) as a view of `shape`, (N, C, H, W), in channels_last."""
     n, c, h, w = shape
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _patches(x: Tensor, size: int, padding: int, dilation: int) -> Tensor:
-    """What each output pixel of a convolution sees: (N, C, H, W) to (N, H' * W', size * size * C)."""
-    if padding:  # where it is negative, this cuts
+    """The input patch of each output pixel of a convolution (im2col): (N, C, H, W) to (N, H' * W', size * size * C)."""
+    if padding:  # F.pad crops where it is negative
         x = F.pad(x, [padding] * 4)
     reach = dilation * (size - 1) + 1
     taps = x.permute(0, 2, 3, 1).unfold(1, reach, 1).unfold(2, reach, 1)[..., ::dilation, ::dilation]
@@ -358,10 +367,11 @@ def _patches(x: Tensor, size: int, padding: int, dilation: int) -> Tensor:
 
 
 def _parts(x: Tensor, numbers: int) -> list[slice]:
-    """Consecutive parts of a batch that makes so many numbers an image; a function of shape, dtype and device type."""
+    """Slices of a batch whose buffers, of `numbers` elements an image, fit into the cache; the slices depend on shape,
+    dtype and device type alone."""
     limit = _PART.get(x.device.type, _PART_ELSEWHERE)
-    each = max(1, limit // (x.element_size() * numbers))
-    return [slice(start, start + each) for start in range(0, len(x), each)]
+    size = max(1, limit // (x.element_size() * numbers))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _geometry(convolution: nn.Conv2d) -> _Geometry:
@@ -370,13 +380,14 @@ def _geometry(convolution: nn.Conv2d) -> _Geometry:
 
 
 def _is_matrix_product(geometry: _Geometry) -> bool:
+    """Whether a convolution is a matrix product over channels."""
     stride, padding, _, groups, size = geometry
     return size == groups == 1 and stride == (1, 1) and padding == (0, 0)
 
 
 def _one_geometry(convolutions: Sequence[nn.Conv2d]) -> bool:
-    """Whether all kernels, smaller ones within zeros, are kernels of one convolution. That their centres agree
-    follows from their outputs' common shape."""
+    """Whether all kernels, padded with zeros to one size, fit one convolution, so that they can be summed. Their
+    centres agree, since their outputs have the same shape."""
     widest = max(convolutions, key=lambda convolution: convolution.kernel_size[0])
     return all(
         convolution.stride == (1, 1)

@@ -1,9 +1,9 @@
 """The block network: blocks B1..BK of mixed convolutions, then an output block O.
 
-An intermediate block has L convolutions C1..CL that all read the same input x and give images of one shape;
-it returns `a1*C1(x) + ... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC
-is one fully connected layer with L units. O takes the channel averages of its input through zero or more
-fully connected layers to the logits. The architecture is data: the `[model]` section of the configuration.
+An intermediate block has L convolutions C1..CL with the same input x and outputs of one shape; it returns
+`a1*C1(x) + ... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC is one fully
+connected layer with L units. O maps the channel averages of its input through zero or more hidden layers to the
+logits. The architecture is given by the `[model]` section of the configuration.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation whose running statistics are one row per microbatch slot.
+    """Batch normalisation (Ioffe and Szegedy 2015) with one row of running statistics for each microbatch slot.
 
-    A forward pass in training touches only the row of its slot, so the rows do not depend on which rank ran
-    which microbatch; evaluation uses their average in slot order. Rows: (slots, channels) float32.
+    A forward pass in training reads and writes only the row of its slot, so the rows do not depend on which rank runs
+    which microbatch; evaluation uses the average of the rows, in slot order. Rows: (slots, channels) float32.
     """
 
     rows_mean: Tensor
@@ -48,7 +48,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("rows_var", torch.ones(slots, channels))
 
     def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
-        """x: (N, C, H, W). slot: int64 tensor of shape (1,) in training, None in evaluation."""
+        """Normalise x, (N, C, H, W). slot: an int64 tensor of shape (1,) in training, None in evaluation."""
         if slot is None:
             mean, var = self.rows_mean.mean(0), self.rows_var.mean(0)
             return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
@@ -68,12 +68,13 @@ class Mixing(nn.Module):
         self.kind, self.temperature = block.coefficients, block.temperature
         branches = len(block.convolutions)
         self.fc = nn.Linear(channels, branches)
-        # start independent of the image, at coefficients that keep the variance of L independent branches
+        # initial coefficients do not depend on the image; raw ones preserve the variance of L independent branches
         nn.init.zeros_(self.fc.weight)
         nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
 
     def forward(self, averages: Tensor) -> Tensor:
-        # an exported graph has no autocast of its own
+        """averages: (N, C), of the weights' dtype. Returns the coefficients, (N, L), of the same dtype."""
+        # an exported graph is run without autocast, so that it needs no context to disable it
         fp32 = nullcontext() if torch.compiler.is_exporting() else torch.autocast(averages.device.type, enabled=False)
         with fp32:
             a: Tensor = self.fc(averages)
@@ -83,7 +84,7 @@ class Mixing(nn.Module):
 
 
 class MixedBlock(nn.Module):
-    """One intermediate block: (N, c, H, W) to (N, channels, H', W')."""
+    """One intermediate block: (N, C, H, W) to (N, channels, H', W')."""
 
     def __init__(self, channels: int, config: Block, slots: int, batch_norm: BatchNormConfig) -> None:
         super().__init__()
@@ -112,6 +113,7 @@ class MixedBlock(nn.Module):
         return [conv.name for conv in self.config.convolutions]
 
     def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
+        """x: (N, C, H, W), floating-point. slot: as in BatchNorm. Returns (N, channels, H', W')."""
         config = self.config
         averages, x = average(x, self.mixing.fc.weight.dtype)
         coefficients = self.mixing(averages)
@@ -138,6 +140,7 @@ class MixedBlock(nn.Module):
         return F.dropout(x, config.dropout, self.training) if config.dropout else x
 
     def pool(self, x: Tensor) -> Tensor:
+        """Pool (N, C, H, W) images as configured."""
         if self.config.pool == 1:
             return x
         if self.config.pool == "all":
@@ -147,7 +150,7 @@ class MixedBlock(nn.Module):
 
 
 class OutputBlock(nn.Module):
-    """Channel averages through the hidden layers to the logits: (N, c, H, W) to (N, classes)."""
+    """Channel averages, hidden layers and logits: (N, C, H, W) to (N, classes)."""
 
     def __init__(self, channels: int, classes: int, config: Output) -> None:
         super().__init__()
@@ -171,12 +174,13 @@ class BlockNetwork(nn.Module):
     """The whole network, in channels_last.
 
     image_shape: (C, H, W). classes: number of logits. slots: microbatches in a global batch, the rows of
-    every BatchNorm. Initial weights are a function of torch's global generator on the CPU.
+    every BatchNorm. Initial weights are drawn from torch's global generator on the CPU. Raises UserError for an
+    architecture that cannot be built.
     """
 
     def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int) -> None:
         super().__init__()
-        entry, *left = shapes(config, image_shape)
+        entry, *exits = shapes(config, image_shape)
         stem = config.stem
         self.config, self.channels, self.classes = config, image_shape[0], classes
         self.stem_activation = _ACTIVATIONS[stem.activation]
@@ -185,7 +189,7 @@ class BlockNetwork(nn.Module):
         )
         if self.stem is not None and stem.kind == "whiten":
             self.stem.weight.requires_grad_(False)
-        channels = [shape[0] for shape in (entry, *left)]
+        channels = [shape[0] for shape in (entry, *exits)]
         self.blocks = nn.ModuleList(
             MixedBlock(c, block, slots, config.batch_norm) for c, block in zip(channels, config.blocks, strict=False)
         )
@@ -198,8 +202,8 @@ class BlockNetwork(nn.Module):
 
     def forward(self, images: Tensor, slot: Tensor | None = None, stem_learns: bool = True) -> Tensor:
         """images: normalised (N, C, H, W) floats. slot: the microbatch's slot, an int64 tensor of shape (1,),
-        in training; None in evaluation. stem_learns: False once the stem's rate is 0 for good, which saves its
-        gradient. Returns the logits (N, classes)."""
+        in training; None in evaluation. stem_learns: False once the stem's rate stays 0, which saves the computation of
+        its gradient. Returns the logits (N, classes)."""
         x = images
         if self.stem is not None:
             x = self.stem_activation(self.stem(x))
@@ -209,17 +213,18 @@ class BlockNetwork(nn.Module):
             x = block(x, slot)
         logits: Tensor = self.output(x)
         if self.stem is not None and not stem_learns:
-            # DDP waits for a gradient of every parameter: here it is 0
+            # DDP waits for a gradient of every parameter: give the stem's a zero one
             logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
         return logits
 
     def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
-        """Operations of the forward and backward pass of one image of that size."""
+        """Floating-point operations of the forward and backward pass of one image of that size in pixels."""
         return training_flops(self.config, (self.channels, height, width), self.classes, stem_learns)
 
 
 def _dirac(convolution: nn.Conv2d) -> None:
-    """Make as many output channels as there are input channels copies of them; the rest stay random."""
+    """Initialise as many output channels as there are input channels to copies of these; the rest stay random. Grouped
+    kernels are changed only where input and output channels are equal in number."""
     weight = convolution.weight.data
     if convolution.groups == 1:
         nn.init.dirac_(weight[: weight.shape[1]])
@@ -230,14 +235,14 @@ def _dirac(convolution: nn.Conv2d) -> None:
 @torch.no_grad()
 def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
     """Set a `whiten` stem's kernels to the eigenvectors of the patches' covariance, scaled to unit variance,
-    each once with either sign (tysam-code/hlb-CIFAR10; Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1).
+    each with both signs (tysam-code/hlb-CIFAR10; Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1).
 
-    images: normalised (N, C, H, W) floats. Computed in float64.
+    images: normalised (N, C, H, W) floats. eps: added to the eigenvalues. Computed in float64.
     """
     kernel = stem.kernel_size[0]
     products = torch.zeros(len(stem.weight) // 2, len(stem.weight) // 2, dtype=torch.float64)
     count = 0
-    for part in images.split(100):  # all at once spend ten times as long in page faults
+    for part in images.split(100):  # in parts, since all at once take ten times as long in page faults
         patches = F.unfold(part.double(), kernel)  # (N, values, patches)
         products += torch.bmm(patches, patches.transpose(1, 2)).sum(0)
         count += len(patches) * patches.shape[2]
@@ -247,8 +252,8 @@ def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
-    """Which of the optimizer's groups a parameter of a BlockNetwork belongs to, by its name and shape:
-    `stem`, `mixing`, `output`, `kernels` (of the blocks' convolutions) or `norms` (scales and biases)."""
+    """The optimizer's group of a BlockNetwork's parameter, by its name and shape: `stem`, `mixing`, `output`, `kernels`
+    (of the blocks' convolutions) or `norms` (scales and biases)."""
     if name.startswith("stem."):
         return "stem"
     if name.startswith("output."):
@@ -264,12 +269,12 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all weights and BatchNorm rows: equal exactly when they are."""
-    found = hashlib.sha256()
+    """SHA-256 in hex of the names and bytes of all weights and BatchNorm rows."""
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -1,4 +1,4 @@
-"""An architecture on paper: the shapes of its images, whether it can be built, and its FLOPs."""
+"""Shapes and FLOPs of an architecture, and a check that it can be built, without torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dist_train.errors import UserError
 
 
 def convolved(size: int, kernel: int, dilation: int, stride: int, padding: int) -> int:
+    """The side of a convolution's output in pixels. size: the side of its input in pixels."""
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def padding_of(conv: Convolution, where: str = "convolution") -> int:
-    """The zeros on each side of an image, in pixels. where: names the convolution in the message. Raises UserError
-    where no padding keeps the size."""
+    """The zeros on each side of an image, in pixels. where: the convolution's name in messages. Raises UserError where
+    no padding keeps the image size."""
     if conv.padding != "same":
         return conv.padding
     reach = conv.dilation * (conv.kernel - 1)
@@ -28,10 +29,10 @@ def padding_of(conv: Convolution, where: str = "convolution") -> int:
 
 
 def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Check an architecture on paper.
+    """The (C, H, W) of the input of block 1, and of the output of every block.
 
-    image_shape: (C, H, W) of the input. Returns the (C, H, W) of the images that enter B1, and that leave
-    B1..BK. Raises UserError, naming block and convolution, for an architecture that cannot be built.
+    image_shape: (C, H, W) of the network's input. Raises UserError, with the numbers of block and convolution, for an
+    architecture that cannot be built.
     """
     channels, height, width = image_shape
     stem = config.stem
@@ -44,7 +45,7 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
                 f"model.stem: kernel = {stem.kernel} leaves nothing of an image of "
                 f"{image_shape[1]}x{image_shape[2]} pixels; make it smaller"
             )
-    found = [(channels, height, width)]
+    image_shapes = [(channels, height, width)]
     for number, block in enumerate(config.blocks, 1):
         sizes: list[tuple[int, ...]] = []
         for position, conv in enumerate(block.convolutions, 1):
@@ -75,38 +76,40 @@ def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple
                 f"{sizes[0][0]}x{sizes[0][1]} pixels; make it smaller"
             )
         channels = block.channels
-        found.append((channels, height, width))
-    return found
+        image_shapes.append((channels, height, width))
+    return image_shapes
 
 
 def summed(block: Block, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The (C, H, W) of the images that a block sums, and only then pools, from that of its input."""
+    """The (C, H, W) of the outputs of a block's convolutions, before pooling. shape: (C, H, W) of the block's input."""
     conv, (_, height, width) = block.convolutions[0], shape
-    how = conv.kernel, conv.dilation, conv.stride, padding_of(conv)
-    return block.channels, convolved(height, *how), convolved(width, *how)
+    geometry = conv.kernel, conv.dilation, conv.stride, padding_of(conv)
+    return block.channels, convolved(height, *geometry), convolved(width, *geometry)
 
 
 def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) -> list[list[int]]:
-    """Floating-point operations of one image's forward pass, by the formula: two for each multiply-add.
+    """Floating-point operations of one image's forward pass in convolutions and linear layers, two for each
+    multiply-add.
 
-    Returns those of the stem, of each block and of the output block, in order: one number for each convolution or
-    fully connected layer, a block's convolutions first and then its mixing.
+    image_shape: (C, H, W). Returns those of the stem, of each block and of the output block, in order: one number for
+    each convolution or linear layer, a block's convolutions first and then its mixing. Raises UserError as `shapes`.
     """
     stem = config.stem
-    before = [image_shape, *shapes(config, image_shape)]
-    found = [[2 * math.prod(before[1]) * image_shape[0] * stem.kernel**2] if stem.kind != "none" else []]
-    for shape, block in zip(before[1:], config.blocks, strict=False):
-        of_block = []
+    inputs = [image_shape, *shapes(config, image_shape)]
+    layers = [[2 * math.prod(inputs[1]) * image_shape[0] * stem.kernel**2] if stem.kind != "none" else []]
+    for shape, block in zip(inputs[1:], config.blocks, strict=False):
+        convolutions = []
         for conv in block.convolutions:
-            of_block.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
-        found.append([*of_block, 2 * shape[0] * len(of_block)])
-    widths = [before[-1][0], *config.output.hidden, classes]
-    return [*found, [2 * a * b for a, b in itertools.pairwise(widths)]]
+            convolutions.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
+        layers.append([*convolutions, 2 * shape[0] * len(convolutions)])
+    widths = [inputs[-1][0], *config.output.hidden, classes]
+    return [*layers, [2 * a * b for a, b in itertools.pairwise(widths)]]
 
 
 def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int, stem_learns: bool) -> int:
-    """Operations of one image's forward and backward pass. A layer's backward pass takes as many again for the
-    gradient of its weights, and for that of its input where something before it learns."""
+    """Floating-point operations of one image's forward and backward pass. In the backward pass a layer takes as many as
+    in the forward pass for the gradient of its weights, and as many for that of its input, which is computed only where
+    an earlier layer learns."""
     learns = stem_learns and config.stem.kind != "none"
     stem, first, *rest = map(sum, flops(config, image_shape, classes))
     return (2 if learns and config.stem.kind == "conv" else 1) * stem + (3 if learns else 2) * first + 3 * sum(rest)

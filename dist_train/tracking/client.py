@@ -1,4 +1,4 @@
-"""Rank 0's end of the W&B process: how it is started, told about the run, and ended."""
+"""Rank 0's client of the W&B process: starts it, sends it messages, and ends it."""
 
 from __future__ import annotations
 
@@ -14,72 +14,73 @@ from dist_train.runs.layout import WANDB
 from dist_train.tracking import messages
 from dist_train.tracking.messages import Artifact, Begin, End, Message, encode
 
-CLOSE_TIMEOUT = messages.INIT_TIMEOUT + messages.FINISH_TIMEOUT + 10.0  # seconds `close` waits at the very most
+CLOSE_TIMEOUT = messages.INIT_TIMEOUT + messages.FINISH_TIMEOUT + 10.0  # seconds that `close` waits at most
 _WORKER = "dist_train.tracking.worker"
 
 
 def process(first: Begin) -> dict[str, Any]:
-    """Arguments for `subprocess` to start a run's process, which reads its messages, a line each."""
+    """Arguments of subprocess.Popen for a run's W&B process, which reads messages from its standard input."""
     return {
         "args": [sys.executable, "-m", _WORKER],
         "env": {
-            "WANDB_ERROR_REPORTING": "false",  # else even an offline run calls home, and waits for it
+            "WANDB_ERROR_REPORTING": "false",  # otherwise even an offline run connects to W&B, and waits
             "WANDB_SILENT": "true",
-            "WANDB_DATA_DIR": str(Path(first.run_dir, WANDB)),  # where what is to be uploaded waits
-            **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a sweep agent's helper
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process can import
+            "WANDB_DATA_DIR": str(Path(first.run_dir, WANDB)),  # for files that wait for their upload
+            **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a sweep agent's
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # so that it imports the same modules
         },
-        "start_new_session": True,  # Ctrl-C is for rank 0, which then ends this one
+        "start_new_session": True,  # no Ctrl-C: rank 0 receives it, and ends this process
     }
 
 
 class WandbRun:
-    """Rank 0's end of the run's process. No method raises, and none but `close` waits."""
+    """Rank 0's connection to the run's W&B process. No method raises, and only `close` waits."""
 
     @classmethod
     def start(cls, first: Begin) -> WandbRun | None:
-        """Start the W&B process of a run; None when its mode is auto and the environment says WANDB_MODE=disabled."""
+        """Start the W&B process of a run; None when its mode is `auto` and WANDB_MODE is `disabled`, or when it
+        cannot be started, which is reported on stderr."""
         if first.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
             return None
         try:
-            started = subprocess.Popen(**process(first), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+            worker = subprocess.Popen(**process(first), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
         except OSError as error:
-            tell(f"W&B: not started ({error})")
+            report(f"W&B: not started ({error})")
             return None
-        return cls(started, first)
+        return cls(worker, first)
 
-    def __init__(self, started: subprocess.Popen[bytes], first: Begin) -> None:
-        assert started.stdin is not None
-        self._process, self._pipe, self._torn = started, started.stdin, False
-        self._where = Path(first.run_dir, WANDB)
+    def __init__(self, worker: subprocess.Popen[bytes], first: Begin) -> None:
+        assert worker.stdin is not None
+        self._process, self._pipe, self._torn = worker, worker.stdin, False
+        self._folder = Path(first.run_dir, WANDB)
         self._send(first)
         os.set_blocking(self._pipe.fileno(), False)
 
-    def summarize(self, summary: dict[str, Any], pictures: Sequence[Path], evaluation: Path) -> None:
-        """Hand over what there is at the end of a run that is done; evaluation: the path of `evaluation.json`."""
-        self._send(messages.summary(summary, pictures, evaluation))
+    def summarize(self, summary: dict[str, Any], plots: Sequence[Path], evaluation: Path) -> None:
+        """Send the results of a run that is done. plots, evaluation: paths of the plots and of `evaluation.json`."""
+        self._send(messages.summary(summary, plots, evaluation))
 
     def artifact(self, checkpoint: Path) -> None:
-        """Hand over the path of a checkpoint; in any thread."""
+        """Send the path of a checkpoint to keep as an artifact; in any thread."""
         self._send(Artifact(str(checkpoint.absolute())))
 
     def close(self, exit_code: int) -> None:
-        """End the run, and wait for that for `CLOSE_TIMEOUT` seconds at most."""
+        """End the W&B run, and wait for that at most `CLOSE_TIMEOUT` seconds. exit_code: of rank 0."""
         self._send(End(exit_code))
         with contextlib.suppress(OSError):
             self._pipe.close()
         try:
             self._process.wait(CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # wandb's own helper sees that, and ends too
+            self._process.kill()  # wandb's service process then ends, too
             self._process.wait()
-            tell(f"W&B: stopped, it did not come to an end; what it has: {self._where}")
+            report(f"W&B: stopped, it did not finish in time; its files: {self._folder}")
 
     def _send(self, message: Message) -> None:
         data = encode(message)
-        with contextlib.suppress(OSError):  # it has ended, and has said why
+        with contextlib.suppress(OSError):  # the process has ended, after a message on stderr
             if not self._torn:
-                sent = self._pipe.write(data)  # None or a part where the process hangs and the pipe is full
+                sent = self._pipe.write(data)  # None, or fewer bytes, where the process hangs and the pipe is full
                 self._torn = sent is not None and sent < len(data)
 
 
@@ -88,7 +89,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def tell(sentence: str) -> None:
-    """Print a sentence to stderr, over a progress bar."""
-    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress bar comes back by itself
+def report(sentence: str) -> None:
+    """Print a sentence to stderr, in place of a progress bar."""
+    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # tqdm draws the progress bar again
     print(f"{wipe}{sentence}", file=sys.stderr, flush=True)

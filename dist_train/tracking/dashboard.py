@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 NAME = "Block networks"
 BLOCKS = 6  # of the default preset
-_RUNS = 100  # drawn at most where runs are compared
-_GPUS = 8  # of rank 0's host that W&B's own samples are drawn for
+_RUNS = 100  # the most runs in a panel that compares runs
+_GPUS = 8  # the most GPUs of rank 0's host in a panel of W&B's own system metrics
 
 
 def workspace(project: str, entity: str = "", name: str = NAME, blocks: int = BLOCKS) -> Workspace:
-    """The definition; no server is asked. blocks: how many get a panel of their own. Raises UserError."""
+    """The definition of the workspace, made without a server. blocks: the number of blocks with a panel of their mixing
+    coefficients. Raises UserError for a name that W&B does not accept."""
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.reports.v2 import interface as wr
 
-    def steps(title: str, key: str, **others: Any) -> Any:
-        return wr.LinePlot(title=title, x="step", y=[f"train/{key}"], **others)
+    def steps(title: str, key: str, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x="step", y=[f"train/{key}"], **options)
 
-    def epochs(title: str, *keys: str, **others: Any) -> Any:
-        return wr.LinePlot(title=title, x="epoch", y=[f"eval/{key}" for key in keys], **others)
+    def epochs(title: str, *keys: str, **options: Any) -> Any:
+        return wr.LinePlot(title=title, x="epoch", y=[f"eval/{key}" for key in keys], **options)
 
     def ranks(title: str, key: str) -> Any:
         return wr.LinePlot(title=title, x="elapsed_seconds", metric_regex=f"^ranks/{key}/rank[0-9]+$")
@@ -38,7 +39,7 @@ def workspace(project: str, entity: str = "", name: str = NAME, blocks: int = BL
         return wr.LinePlot(title=title, x="RelativeTime(Process)", y=[*y])
 
     def chart(key: str, kind: str, fields: dict[str, str], title: str) -> Any:
-        """A chart of W&B's over a table that it was logged with, as it is asked for by the SDK itself."""
+        """A custom chart over the table that `wandb.plot` logged with it, with the query that wandb itself uses."""
         table = {"summaryTable": {"tableKey": f"evaluation/{key}_table"}}
         query = {"id": None, "name": None, "_defaultColorIndex": None, **table}
         return wr.CustomChart(query=query, chart_name=kind, chart_fields=fields, chart_strings={"title": title})
@@ -113,28 +114,29 @@ def workspace(project: str, entity: str = "", name: str = NAME, blocks: int = BL
         ],
     }
     wide, closed = ("The end",), ("Sweeps", "System")
-    made = []
+    section_views = []
     for title, panels in sections.items():
-        for number, panel in enumerate(panels):  # else random, and no definition like another
+        for number, panel in enumerate(panels):  # by default random: equal definitions would differ
             panel._id = _short(f"{title}/{number}")
-        across = 2 if title in wide else 3
-        layout = ws.SectionLayoutSettings(columns=across, rows=-(-len(panels) // across))  # all on one page
-        made.append(ws.Section(name=title, panels=panels, is_open=title not in closed, layout_settings=layout))
+        columns = 2 if title in wide else 3
+        layout = ws.SectionLayoutSettings(columns=columns, rows=-(-len(panels) // columns))  # no second page
+        section_views.append(ws.Section(name=title, panels=panels, is_open=title not in closed, layout_settings=layout))
     first = ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_seconds", "mfu")
     pinned = ws.RunsetSettings(pinned_columns=[f"summary:{key}" for key in first])
     try:
-        return ws.Workspace(entity=entity, project=project, name=name, sections=made, runset_settings=pinned)
+        return ws.Workspace(entity=entity, project=project, name=name, sections=section_views, runset_settings=pinned)
     except ValueError:
-        raise UserError(f"--name {name}: W&B takes no emoji in names; write it in plain letters") from None
+        raise UserError(f"--name {name}: W&B accepts no emoji in names; write it in plain letters") from None
 
 
 def _short(text: str) -> str:
+    """Eleven hexadecimal digits of the text's SHA-256, for W&B's ids."""
     return hashlib.sha256(text.encode()).hexdigest()[:11]
 
 
 def save(view: Workspace) -> str:
-    """Save the workspace, in place of one of the same name that this saved before, and return its address. Without an
-    entity it is the account's own. Raises UserError."""
+    """Save the workspace, replacing an earlier one of the same name, and return its address. Without an entity it
+    belongs to the user's default one. Raises UserError without a login, and when W&B does not accept the workspace."""
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     import wandb
     from wandb_workspaces.workspaces.internal import View
@@ -145,14 +147,14 @@ def save(view: Workspace) -> str:
     try:
         view.entity = view.entity or settings.entity or wandb.Api().default_entity or ""
         key = _short(f"{view.entity}/{view.project}/{view.name}")
-        view._internal_name = f"nw-{key}-v"  # what W&B calls a saved view
-        with suppress(ValueError):  # there is none yet
+        view._internal_name = f"nw-{key}-v"  # W&B's naming scheme of saved views
+        with suppress(ValueError):  # there is no earlier one
             view._internal_id = View.from_name(view.entity, view.project, key).id
         view.save()  # type: ignore[no-untyped-call]
         return str(view.url)
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{settings.base_url} did not take a workspace for project {view.entity}/{view.project} ({said}); mend the "
-            f"login, --entity or --project, or print the definition with --json"
+            f"{settings.base_url} did not accept a workspace for project {view.entity}/{view.project} ({reason}); fix "
+            f"the login, --entity or --project, or print the definition with --json"
         ) from None

@@ -1,4 +1,4 @@
-"""What rank 0 tells the W&B process of its run: typed messages, each a line of JSON on its standard input."""
+"""The messages from rank 0 to the W&B process of its run, each a line of JSON on that process's standard input."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from dist_train.config.settings import RecordConfig
 from dist_train.runs.layout import METRICS, SAMPLES
 
-INIT_TIMEOUT = 5.0  # seconds for the server to answer before the run goes offline
-FINISH_TIMEOUT = 15.0  # seconds for what is still to upload at the end
+INIT_TIMEOUT = 5.0  # seconds to wait for the server before the run continues offline
+FINISH_TIMEOUT = 15.0  # seconds for uploads at the end of the run
 
 
 @dataclass(frozen=True)
 class Begin:
-    """The first message: which run this is.
+    """The first message, which describes the run.
 
-    run_dir: the run folder, absolute. mode: of RecordConfig. settings: of wandb.Settings. config: shown with the run.
+    run_dir: the run folder, absolute. mode: `record.wandb`. settings: of wandb.Settings. config: shown with the run.
     branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products on all ranks, NaN
-    for no MFU. seen: bytes of each file, by its path in the run folder, that the W&B run has already. samples: whether
-    the ranks sample themselves.
+    for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already. samples: whether
+    each rank samples its system metrics.
     """
 
     run_dir: str
@@ -34,30 +34,30 @@ class Begin:
     config: dict[str, Any]
     branches: list[list[str]]
     matrix_rate: float
-    seen: dict[str, int]
+    sent: dict[str, int]
     samples: bool
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A checkpoint that W&B is to keep. path: absolute."""
+    """A checkpoint to keep as an artifact. path: absolute."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What there is at the end of a run that is done. summary: of summary.json. pictures: absolute paths of the plots.
-    evaluation: of evaluation.json, None where it is missing."""
+    """The results of a run that is done. summary: content of summary.json. plots: absolute paths. evaluation: absolute
+    path of evaluation.json, None where it is missing."""
 
     summary: dict[str, Any]
-    pictures: list[str]
+    plots: list[str]
     evaluation: str | None
 
 
 @dataclass(frozen=True)
 class End:
-    """The last message. exit_code: of rank 0."""
+    """The last message, with the exit code of rank 0."""
 
     exit_code: int
 
@@ -67,13 +67,13 @@ _KINDS = {kind.__name__: kind for kind in (Begin, Artifact, Summary, End)}
 
 
 def encode(message: Message) -> bytes:
-    """The message as a line."""
+    """The message as a line of JSON."""
     fields = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
     return json.dumps({"kind": type(message).__name__, **fields}, default=str).encode() + b"\n"
 
 
 def decode(line: bytes) -> Message:
-    """The message of a line that `encode` wrote."""
+    """The message in a line that `encode` returned."""
     fields = json.loads(line)
     message: Message = _KINDS[fields.pop("kind")](**fields)
     return message
@@ -91,22 +91,22 @@ def begin(
     """The first message of a run.
 
     Args:
-        run_dir: the run folder, with a `metrics.jsonl`. Files go to its `wandb/`, with the run's id: a restart or a
-            move continues the W&B run.
-        config: the configuration to show, of values that JSON has.
+        run_dir: the run folder, with a `metrics.jsonl`. Its `wandb/` holds W&B's files and the run's id, so that a
+            restart, also of a moved folder, resumes the W&B run.
+        record: the settings of W&B.
+        config: shown with the run; JSON values.
         branches: for each block the names of its convolutions.
-        offset: bytes of `metrics.jsonl` that a run which is resumed has sent; the lines after them are sent as they
-            come.
-        matrix_rate: floating-point operations a second of matrix products on all ranks; NaN for no MFU.
+        offset: bytes of `metrics.jsonl` that a resumed run has logged already; only the lines after them are logged.
+        matrix_rate: FLOP/s of matrix products on all ranks together; NaN for no MFU.
     """
     run_dir = run_dir.absolute()
     samples = {str(path.relative_to(run_dir)): path.stat().st_size for path in run_dir.glob(SAMPLES)}
     settings = {
         "project": record.project,
         "run_name": record.name or run_dir.resolve().name,
-        **({"run_group": record.group} if record.group else {}),  # unset, the environment's count
+        **({"run_group": record.group} if record.group else {}),  # without it, wandb takes WANDB_RUN_GROUP
         **({"run_tags": list(record.tags)} if record.tags else {}),
-        "resume": "allow",  # never with step=: W&B drops the rows of a step that is replayed
+        "resume": "allow",  # rows are logged without step=, since W&B would drop those of a replayed step
         "root_dir": str(run_dir),
         "console": "off",
         "silent": True,
@@ -115,7 +115,7 @@ def begin(
         "finish_timeout": FINISH_TIMEOUT,
         "finish_timeout_raises": True,
         "x_stats_pid": os.getpid(),
-        "x_transaction_log_flush_interval": 1.0,  # a killed run loses a second, not fifteen
+        "x_transaction_log_flush_interval": 1.0,  # a killed run loses the rows of 1 s instead of 15 s
     }
     return Begin(
         run_dir=str(run_dir),
@@ -124,12 +124,12 @@ def begin(
         config=config,
         branches=[list(names) for names in branches],
         matrix_rate=matrix_rate,
-        seen={METRICS: offset, **samples},
+        sent={METRICS: offset, **samples},
         samples=record.system == "all",
     )
 
 
-def summary(values: dict[str, Any], pictures: Sequence[Path], evaluation: Path) -> Summary:
-    """The message at the end of a run that is done. evaluation: the path of `evaluation.json`, which need not exist."""
-    paths = [str(picture.absolute()) for picture in pictures]
+def summary(values: dict[str, Any], plots: Sequence[Path], evaluation: Path) -> Summary:
+    """The message with the results of a finished run. evaluation: path of an `evaluation.json`, if there is one."""
+    paths = [str(plot.absolute()) for plot in plots]
     return Summary(values, paths, str(evaluation.absolute()) if evaluation.exists() else None)

@@ -1,14 +1,14 @@
-"""The run in Weights & Biases: a process beside rank 0 that reads the record and passes it on.
+"""The W&B process of a run, beside rank 0: reads the run folder's metrics and logs them to W&B.
 
-A process of its own, because wandb's calls can block for good (`log` too, once wandb's helper hangs), and
-because a row costs a third of a millisecond of Python, which rank 0 needs to launch its kernels. Rank 0 only
-tells it where the record is, which checkpoints to keep, the summary, and the end. If rank 0 dies, it brings the run
-to its end.
+A separate process, because wandb's calls can block forever (`log` too, once wandb's service process hangs), and
+because a row takes a third of a millisecond of Python, which rank 0 needs to launch its kernels. Rank 0 only sends
+messages: where the run folder is, which checkpoints to keep, the summary, and the end. If rank 0 dies, this process
+finishes the W&B run as failed.
 
 W&B gets `train/*` against `step`; `eval/*` and, of each convolution's mixing coefficient over the test images,
 `mixing/block1/conv2_1x1_mean` and `_std` against `epoch`; where all ranks sample themselves `ranks/cpu_percent/rank0`
-and so on against `elapsed_seconds`; at the end `plots/*` and `evaluation/*`. The axes are values of their own, so
-that rows which come twice, after a restart, lie on each other.
+and so on against `elapsed_seconds`; at the end `plots/*` and `evaluation/*`. The axes are logged as metrics, so that a
+row which is logged twice, after a restart, is the same point in a chart.
 """
 
 from __future__ import annotations
@@ -35,69 +35,72 @@ from urllib.parse import urlsplit
 from dist_train.errors import PREEMPTED
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
-from dist_train.tracking.client import first_line, tell
+from dist_train.tracking.client import first_line, report
 from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
 
-POLL = 0.5  # seconds between two looks at the record
+POLL = 0.5  # seconds between two reads of the metrics
 
 
 def main() -> int:
-    """The process: begin the run that the first message describes, pass its record on until a message says that it is
-    over or rank 0 is gone, and end it.
+    """Start the W&B run that the first message describes, log its metrics until a message ends it or rank 0 dies, and
+    finish it.
 
-    Prints where the run is. Returns 0; 1 when it did not come to its end, or not online as it was to, and says so.
+    Prints the run's address or folder. Returns the exit code: 0, or 1 when the run was not finished, or is offline
+    although `record.wandb` is online; the reason is on stderr.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process; rank 0 decides what follows
+        signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process, but rank 0 ends this one
     messages = _messages()
     first = next(message for message in messages if message is not None)
     assert isinstance(first, Begin)
     received: list[Message] = []
-    where = Path(first.run_dir, WANDB)
+    folder = Path(first.run_dir, WANDB)
     for attempt in (1, 2):
         try:
-            run, place = _follow(first, received, messages)
-            print(place)
+            run, location = _follow(first, received, messages)
+            print(location)
             return int(first.mode == "online" and run.offline)
         except TimeoutError:
-            tell(f"W&B: not all was uploaded in time; later: wandb sync --include-online {where}/run-*")
+            report(f"W&B: not all was uploaded in time; later: wandb sync --include-online {folder}/run-*")
             break
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             if attempt == 2:
-                tell(f"W&B: stopped, {reason}; training and its record go on")
-            else:  # wandb's helper heeds the signals that are ignored here, and takes what it has not written with it
-                tell(f"W&B: begun again after {reason}")
+                report(f"W&B: stopped, {reason}; training continues, with its metrics in the run folder")
+            else:  # a stop signal ends wandb's service process, which does not ignore it, with unwritten rows
+                report(f"W&B: restarted after {reason}")
                 _tear_down()
                 time.sleep(1.0)  # wandb's folders are named by the second
     return 1
 
 
 def _follow(first: Begin, received: list[Message], messages: Iterator[Message | None]) -> tuple[Any, str]:
-    """Begin the run, pass on its metrics and the messages, end it. Returns it and where it is.
+    """Start the run, log its metrics, handle the messages, and finish it. Returns the run and its address or folder.
 
-    received: the messages after the first so far, which are passed on first; new ones are added to it.
+    received: earlier messages after the first, of an attempt that failed; they are handled first, and new ones are
+    appended.
     """
-    exit_code = 1  # unless rank 0 sends another, it has died
-    run, place, new = _begin(first)
-    record = _Record(replace(first, seen={}) if new else first)
-    for message in itertools.chain([*received], _kept(messages, received)):
-        record.pass_on(run)
+    exit_code = 1  # of a rank 0 that dies without an End message
+    run, location, new = _begin(first)
+    reader = _RunFolderReader(replace(first, sent={}) if new else first)
+    for message in itertools.chain([*received], _appending(messages, received)):
+        reader.log_new_rows(run)
         if isinstance(message, Artifact):
-            _keep(run, Path(message.path))
+            _log_checkpoint(run, Path(message.path))
         elif isinstance(message, Summary):
             _summarize(run, message)
         elif isinstance(message, End):
             exit_code = message.exit_code
             break
-    record.pass_on(run)
+    reader.log_new_rows(run)
     if exit_code == PREEMPTED:
-        run.mark_preempting()  # it is then shown as preempted, not as failed
+        run.mark_preempting()  # W&B would otherwise show it as failed
     run.finish(exit_code=exit_code)
-    return run, place
+    return run, location
 
 
-def _kept(messages: Iterator[Message | None], received: list[Message]) -> Iterator[Message | None]:
+def _appending(messages: Iterator[Message | None], received: list[Message]) -> Iterator[Message | None]:
+    """The messages, each of which is also appended to `received`."""
     for message in messages:
         if message is not None:
             received.append(message)
@@ -105,29 +108,29 @@ def _kept(messages: Iterator[Message | None], received: list[Message]) -> Iterat
 
 
 def _messages() -> Iterator[Message | None]:
-    """What rank 0 sends, None where it is silent for `POLL` seconds; ends when rank 0 is gone."""
+    """Messages of rank 0, None after each `POLL` seconds without one; ends when rank 0 has ended."""
     text, parent = b"", os.getppid()
     while os.getppid() == parent:  # a forked data loader may keep the pipe open
         if not select.select([sys.stdin], [], [], POLL)[0]:
             yield None
             continue
-        received = os.read(sys.stdin.fileno(), 65536)
-        if not received:
+        data = os.read(sys.stdin.fileno(), 65536)
+        if not data:
             return
-        *lines, text = (text + received).split(b"\n")
+        *lines, text = (text + data).split(b"\n")
         yield from map(decode, lines)
 
 
 def _begin(first: Begin) -> tuple[Any, str, bool]:
-    """The run, where it is, and whether it is a new one, which has had nothing of the record."""
+    """Start the run. Returns it, its address or folder, and whether it is new, so that all rows are to be logged."""
     import wandb
-    from wandb.sdk import wandb_setup  # wandb.setup would start the helper, and wait for good if that dies
+    from wandb.sdk import wandb_setup  # wandb.setup would start the service process, and wait forever if that dies
 
-    where = Path(first.run_dir, WANDB)
+    folder = Path(first.run_dir, WANDB)
     known = {key: value for key, value in first.settings.items() if key in wandb.Settings.model_fields}
     new = "run_id" in known
     if not new:
-        known["run_id"], new = _run_id(where / "run_id")
+        known["run_id"], new = _run_id(folder / "run_id")
 
     def begin(mode: str) -> Any:
         return wandb.init(config=first.config, settings=wandb.Settings(**known, mode=mode))
@@ -135,18 +138,18 @@ def _begin(first: Begin) -> tuple[Any, str, bool]:
     if _online(first.mode, wandb_setup.singleton().settings):
         try:
             run = begin("online")
-            tell(f"W&B: {run.url}")
+            report(f"W&B: {run.url}")
             return _with_axes(run), str(run.url), new
         except wandb.errors.Error as error:
-            tell(f"W&B: no online run ({first_line(error)}), going on offline")
-            _tear_down()  # else the id counts as in use
+            report(f"W&B: no online run ({first_line(error)}), continuing offline")
+            _tear_down()  # otherwise wandb reports the id as in use
     run = begin("offline")
-    tell(f"W&B: offline run in {where}; upload it with: wandb sync {where}/offline-run-*")
+    report(f"W&B: offline run in {folder}; upload it with: wandb sync {folder}/offline-run-*")
     return _with_axes(run), str(run.settings.sync_dir), new
 
 
 def _tear_down() -> None:
-    """End wandb's helper, if it is still there."""
+    """End wandb's service process, if it is alive."""
     import wandb
 
     with contextlib.suppress(Exception, SystemExit):
@@ -154,6 +157,7 @@ def _tear_down() -> None:
 
 
 def _with_axes(run: Any) -> Any:
+    """The run, with the horizontal axis of each kind of metrics defined."""
     for axis in ("step", "epoch", "elapsed_seconds"):
         run.define_metric(axis, hidden=True)
     for kind, axis in (("train", "step"), ("eval", "epoch"), ("mixing", "epoch"), ("ranks", "elapsed_seconds")):
@@ -162,17 +166,18 @@ def _with_axes(run: Any) -> Any:
 
 
 def _online(mode: str, settings: Any) -> bool:
+    """Whether to start an online run. mode: of RecordConfig. settings: wandb's. A missing login is reported."""
     if mode == "offline" or (mode == "auto" and settings.mode != "online"):
         return False
     if logged_in(settings):
         return True
-    if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb itself would ask for a key, and wait for it
-        tell(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
+    if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb.init would prompt for a key and wait
+        report(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
     return False
 
 
 def logged_in(settings: Any) -> bool:
-    """Whether wandb would find a key without asking for one."""
+    """Whether wandb has an API key or a token, so that it does not prompt for one. settings: wandb's."""
     if settings.api_key or settings.identity_token_file:
         return True
     try:
@@ -183,41 +188,42 @@ def logged_in(settings: Any) -> bool:
 
 
 def _run_id(path: Path) -> tuple[str, bool]:
-    """The run's id, which the run folder keeps, and whether it is a new one there."""
-    kept = path.read_text().strip() if path.exists() else ""
-    # a sweep's agent chooses it, and waits for this run
+    """The W&B run's id, and whether it is new. path: of the file in the run folder that stores the id."""
+    stored = path.read_text().strip() if path.exists() else ""
+    # a sweep's agent chooses the id, and waits for the run that has it
     agents = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
-    found = agents or kept or uuid.uuid4().hex[:12]
-    if found != kept:
+    run_id = agents or stored or uuid.uuid4().hex[:12]
+    if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found)
-    return found, found != kept
+        path.write_text(run_id)
+    return run_id, run_id != stored
 
 
-class _Record:
-    """What is new in a run folder, as rows."""
+class _RunFolderReader:
+    """Reads new lines of the metrics and samples in a run folder, and logs them as rows."""
 
     def __init__(self, first: Begin) -> None:
-        self._dir, self._first, self._seen = Path(first.run_dir), first, dict(first.seen)
-        self._began: float | None = None  # the time of rank 0's first sample
+        self._dir, self._first, self._offsets = Path(first.run_dir), first, dict(first.sent)
+        self._start: float | None = None  # Unix time of rank 0's first sample, in seconds
 
-    def pass_on(self, run: Any) -> None:
-        """Log all new lines that are whole."""
+    def log_new_rows(self, run: Any) -> None:
+        """Log all new complete lines."""
         for line in self._new_lines(METRICS):
             row = json.loads(line)
             if row["kind"] == "step":
                 run.log(_step_row(row, self._first.matrix_rate))
-            elif row["kind"] == "eval":  # digests of the weights are nothing to draw
+            elif row["kind"] == "eval":  # digests of the weights are not logged
                 run.log(_eval_row(row, self._first.branches))
-        self._began = self._began or (self._first_sample() if self._first.samples else None)
-        if self._began is None:
+        self._start = self._start or (self._first_sample() if self._first.samples else None)
+        if self._start is None:
             return
         for path in sorted(self._dir.glob(SAMPLES)):
             for line in self._new_lines(str(path.relative_to(self._dir))):
-                with contextlib.suppress(ValueError):  # torn by a kill, and the next start's first line behind it
-                    run.log(_sample_row(json.loads(line), path.stem.replace("-", ""), self._began))
+                with contextlib.suppress(ValueError):  # a kill may leave a torn line, joined to the next one
+                    run.log(_sample_row(json.loads(line), path.stem.replace("-", ""), self._start))
 
     def _first_sample(self) -> float | None:
+        """Unix time of rank 0's first sample in seconds, None where there is none."""
         with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open() as file:
             for line in file:
                 with contextlib.suppress(ValueError):
@@ -225,20 +231,23 @@ class _Record:
         return None
 
     def _new_lines(self, name: str) -> list[bytes]:
-        with (self._dir / name).open("rb") as file:  # opened anew: a network file system then asks for what is new
-            file.seek(self._seen.get(name, 0))
+        """The complete lines of a file since the last call."""
+        with (self._dir / name).open("rb") as file:  # opening makes a network file system look for new data
+            file.seek(self._offsets.get(name, 0))
             new = file.read()
         end = new.rfind(b"\n") + 1
-        self._seen[name] = self._seen.get(name, 0) + end
+        self._offsets[name] = self._offsets.get(name, 0) + end
         return new[:end].splitlines()
 
 
-def _sample_row(row: Row, rank: str, began: float) -> Row:
+def _sample_row(row: Row, rank: str, start: float) -> Row:
+    """W&B's row for a line of system/rank-N.jsonl. rank: such as `rank0`. start: Unix time of the first one."""
     values = {f"ranks/{key}/{rank}": value for key, value in row.items() if key not in ("time", "host")}
-    return {"elapsed_seconds": row["time"] - began, **values}
+    return {"elapsed_seconds": row["time"] - start, **values}
 
 
 def _step_row(row: Row, matrix_rate: float) -> Row:
+    """W&B's row for a step line of metrics.jsonl. matrix_rate: FLOP/s, NaN for no MFU."""
     values = {key: row[key] for key in ("epoch", "loss", "lr", "grad_norm", "images_per_second")}
     values["accuracy"] = row["correct"] / row["images"]
     if math.isfinite(matrix_rate):
@@ -247,25 +256,27 @@ def _step_row(row: Row, matrix_rate: float) -> Row:
 
 
 def _eval_row(row: Row, branches: list[list[str]]) -> Row:
-    others = ("kind", "step", "epoch", "coefficients")
-    values = {f"eval/{key}": value for key, value in row.items() if key not in others}
-    for block, (names, found) in enumerate(zip(branches, row["coefficients"], strict=False), 1):
-        for name, (mean, std) in zip(_in_order(names), found, strict=True):
+    """W&B's row for an eval line of metrics.jsonl. branches: for each block the names of its convolutions."""
+    not_metrics = ("kind", "step", "epoch", "coefficients")
+    values = {f"eval/{key}": value for key, value in row.items() if key not in not_metrics}
+    for block, (names, statistics) in enumerate(zip(branches, row["coefficients"], strict=False), 1):
+        for name, (mean, std) in zip(_keys(names), statistics, strict=True):
             values |= {f"mixing/block{block}/{name}_mean": mean, f"mixing/block{block}/{name}_std": std}
     return _without_none({"step": row["step"], "epoch": row["epoch"], **values})
 
 
-def _in_order(names: Sequence[str]) -> list[str]:
-    """A block's convolutions as W&B takes them in keys, without spaces: `conv1_3x3`, `conv2_3x3_d2`."""
+def _keys(names: Sequence[str]) -> list[str]:
+    """The convolutions of a block as parts of W&B's keys, without spaces: `conv1_3x3`, `conv2_3x3_d2`."""
     return [f"conv{position}_{name.replace(' ', '_')}" for position, name in enumerate(names, 1)]
 
 
 def _without_none(row: Row) -> Row:
-    return {key: value for key, value in row.items() if value is not None}  # was not finite
+    """The row without null, which stands in metrics.jsonl for a number that is not finite."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
-def _keep(run: Any, checkpoint: Path) -> None:
-    """Make a checkpoint a version of the run's artifact; its file may change or go from then on."""
+def _log_checkpoint(run: Any, checkpoint: Path) -> None:
+    """Make a checkpoint a version of the run's artifact; afterwards its file may be changed or removed."""
     import wandb
 
     step = step_of(checkpoint)
@@ -273,16 +284,16 @@ def _keep(run: Any, checkpoint: Path) -> None:
     try:
         artifact.add_file(str(checkpoint), skip_cache=True)
     except (OSError, ValueError):
-        tell(f"W&B: {checkpoint} is gone already, and not among the run's artifacts")
+        report(f"W&B: {checkpoint} no longer exists, and is not among the run's artifacts")
     else:
         run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
 def _summarize(run: Any, message: Summary) -> None:
+    """Log the plots, the last evaluation and the summary."""
     import wandb
 
-    pictures = [Path(picture) for picture in message.pictures]
-    row = {f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in pictures}
+    row = {f"plots/{Path(plot).stem}": wandb.Image(plot) for plot in message.plots}
     if message.evaluation:
         details = json.loads(Path(message.evaluation).read_text())
         row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
@@ -314,13 +325,13 @@ def _details(details: Row) -> dict[str, Any]:
         ]
         for image in details["wrong"]
     ]
-    names = [f"block{n}/{name}" for n, block in enumerate(blocks, 1) for name in _in_order(block["branches"])]
+    names = [f"block{n}/{name}" for n, block in enumerate(blocks, 1) for name in _keys(block["branches"])]
     by_class = [
         [name, *(value for block in blocks for value in block["by_class"][number])]
         for number, name in enumerate(classes)
     ]
     return {
-        # W&B's own chart, from the counts
+        # the chart of wandb.plot.confusion_matrix, made from the counts
         "confusion_matrix": wandb.plot_table(
             "wandb/confusion_matrix/v1",
             wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=counts),

@@ -257,5 +257,5 @@ def test_impossible_sizes_are_refused(digits: Path, phases: list[Smaller], words
 
 
 def test_a_shift_out_of_sight_is_refused(digits: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.translate = 32 .* use 31 at most"):
+    with pytest.raises(UserError, match=r"data\.translate = 32 .* use at most 31"):
         loaded(digits, translate=32)

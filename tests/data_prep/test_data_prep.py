@@ -323,7 +323,7 @@ def test_wrong_source(tmp_path: Path) -> None:
     out, source = tmp_path / "out", tmp_path / "source"
     refused(run("--source", source, "--out", out), f"--source {source} holds no folder cifar-10-batches-py")
     refused(run("--out", out, CIFAR10_DIR=str(source)), f"CIFAR10_DIR {source} holds no folder")
-    refused(run("--dataset", "digits", "--source", source, "--out", out), f"--source {source}", "leave it out")
+    refused(run("--dataset", "digits", "--source", source, "--out", out), f"--source {source}", "remove it")
     (source / "cifar-10-batches-py").mkdir(parents=True)
     (source / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"not a pickle")
     refused(run_here("--source", source, "--out", out), "data_batch_1 is missing or not the official file")

@@ -171,7 +171,7 @@ def test_a_test_part_of_the_folder_is_kept_and_what_is_no_image_left_out(
     (source / "train" / ".cache").mkdir()
     result = write(tmp_path / "out", source, 20)
     assert "shapes, 30 train and 10 test images" in result.stdout, result.stderr
-    assert "left out, as they are no images by their names: train/class00/notes.txt\n" in result.stderr
+    assert "skipped, since their names are not those of images: train/class00/notes.txt\n" in result.stderr
     assert set(data_prep.read_split(tmp_path / "out", "test")[1].tolist()) == {1}
 
 
@@ -217,7 +217,7 @@ def with_broken_files(source: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shutil.rmtree, ["is no folder"]),
+        (shutil.rmtree, ["is not a folder"]),
         (without_images, ["has no images for empty", "or remove the folder"]),
         (with_one_image, ["has a single image for single"]),
         (with_one_class, ["holds one class, class00", "two at least"]),
@@ -287,7 +287,7 @@ def test_the_trainer_says_what_to_do_about_its_data(shapes: Path, betons: Path, 
         prepare(DataConfig("shapes", str(out)))
     with pytest.raises(UserError, match=r"data\.image_size = 0: the images of shapes need a size"):
         manifest(DataConfig("shapes", str(out), source=str(shapes)))
-    with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a size of its own"):
+    with pytest.raises(UserError, match=r"data\.image_size = 20: digits has images of a fixed size"):
         prepare(DataConfig("digits", str(out), image_size=20))
     with pytest.raises(UserError, match=r"there is no data set; write it with python -m dist_train.data_prep") as said:
         manifest(DataConfig("shapes", str(out), source=str(shapes), image_size=24))

@@ -61,7 +61,7 @@ def test_the_script_that_comes_with_the_project() -> None:
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match=r"there is no Slurm here .* --local"):
+    with pytest.raises(UserError, match=r"there is no Slurm on this machine .* --local"):
         submit.train(["--preset", "digits"])
 
 

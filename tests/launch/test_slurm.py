@@ -295,7 +295,7 @@ def test_a_slurm_that_does_not_answer_is_no_end(lab: Lab, tmp_path: Path, monkey
 
 
 REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
-    ({"partition": "nope"}, [], "--partition nope: there is no such partition; there are far, gpu, main, urgent"),
+    ({"partition": "nope"}, [], "--partition nope: there is no such partition; choose one of far, gpu, main, urgent"),
     ({"partition": "gpu", "gpus_per_node": 3}, [], "--gpus-per-node 3: a node of partition gpu has 2 GPUs"),
     ({"nodes": 9}, [], "--nodes 9: train.microbatches = 8 gives work to no more than"),
     ({"nodes": 3, "gpus_per_node": 4}, [], "--nodes 3 with --gpus-per-node 4: train.microbatches = 8"),
@@ -324,7 +324,7 @@ def test_gpus_of_a_whole_node(lab: Lab) -> None:
     job = lab.sbatch(["--partition=gpu"], arguments)
     assert lab.cluster.ended(job) == "FAILED"
     assert lab.cluster.job(job)["ExitCode"] == "2:0"
-    assert "Slurm gave 2 GPUs of g1 to this job, but torch sees none there" in lab.log(job)
+    assert "Slurm gave 2 GPUs of g1 to this job, but torch finds none there" in lab.log(job)
     assert "Traceback" not in lab.log(job)
 
 
@@ -354,11 +354,11 @@ def test_a_node_without_the_run_folder(lab: Lab, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(node, "_MEET", 1.0)
     training = node.Training(lab.common, tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="does not see there what the job's first node wrote"):
-        training._meet(node.Place(1, 2, 1, "7.0"))
+    with pytest.raises(UserError, match="does not see the file that the job's first node wrote there"):
+        training._meet(node.JobNode(1, 2, 1, "7.0"))
     found = node.Training(lab.common, tmp_path / "shared")
-    meeting = found._meet(node.Place(0, 2, 1, "7.0"))
-    assert found._meet(node.Place(1, 2, 1, "7.0")) == meeting
+    meeting = found._meet(node.JobNode(0, 2, 1, "7.0"))
+    assert found._meet(node.JobNode(1, 2, 1, "7.0")) == meeting
 
 
 def test_stopped_before_its_ranks_have_begun(lab: Lab, tmp_path: Path) -> None:

@@ -182,14 +182,14 @@ def test_saving(tmp_path: Path) -> None:
         refused = run("--project", "mine", **account)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith(f"dist_train: {server.url} did not take a workspace for project somebody/mine (")
+    assert refused.stderr.startswith(f"dist_train: {server.url} did not accept a workspace for project somebody/mine (")
 
 
 def test_a_name_that_is_not_taken() -> None:
     done = run("--json", "--name", "\N{GRINNING FACE}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        "dist_train: --name \N{GRINNING FACE}: W&B takes no emoji in names; write it in plain"
+        "dist_train: --name \N{GRINNING FACE}: W&B accepts no emoji in names; write it in plain"
     )
     assert done.stderr.count("\n") == 1
 

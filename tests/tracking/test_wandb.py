@@ -378,7 +378,7 @@ def test_checkpoint_that_is_gone_is_skipped(tmp_path: Path, capfd: pytest.Captur
     recorder.close(0)
     (artifact,) = server.artifacts
     assert artifact["files"] == {"step-00000004.pt": b"weights"}
-    told = f"W&B: {checkpoints[0]} is gone already, and not among the run's artifacts"
+    told = f"W&B: {checkpoints[0]} no longer exists, and is not among the run's artifacts"
     assert told in capfd.readouterr().err.splitlines()
 
 
@@ -497,7 +497,7 @@ def test_hanging_process(
     else:
         os.kill(helper, signal.SIGKILL)
     told = capfd.readouterr().err
-    assert told == f"W&B: stopped, it did not come to an end; what it has: {tmp_path}/wandb\n"
+    assert told == f"W&B: stopped, it did not finish in time; its files: {tmp_path}/wandb\n"
     assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
 
 
@@ -510,7 +510,7 @@ def test_helper_that_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     train(recorder, 7, 12)
     recorder.close(errors.PREEMPTED)
     again, offline = capfd.readouterr().err.splitlines()
-    assert again.startswith("W&B: begun again after ")
+    assert again.startswith("W&B: restarted after ")
     assert offline.startswith("W&B: offline run in ")
     assert offline_rows(tmp_path, 1) == expected(tmp_path)
 
