@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.reports.diff import Record, compare
+from dist_train.reports.diff import ComparedRun, compare
 
 
 @command
@@ -22,6 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_a", metavar="RUN_A", type=Path, help="a run folder")
     parser.add_argument("run_b", metavar="RUN_B", type=Path, help="another run folder")
     options = parser.parse_args(arguments)
-    same, lines = compare(Record(options.run_a), Record(options.run_b))
+    same, lines = compare(ComparedRun(options.run_a), ComparedRun(options.run_b))
     print("\n".join(lines))
     return 0 if same else 1
