@@ -1,4 +1,4 @@
-"""The errors whose message is for the person who started the run, and the exit codes."""
+"""The errors whose message is for the user, and the exit codes."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-# Exit codes. The last is EX_TEMPFAIL of sysexits.h: the same command resumes.
+# Exit codes. PREEMPTED is EX_TEMPFAIL of sysexits.h: the same command resumes the run.
 DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
 
 _OUTCOMES = {DONE: "done", PREEMPTED: "preempted"}
 
 
 def outcome_of(code: int) -> str:
-    """How a training ended, by its exit code, in the word of its history: `done`, `preempted` or `failed`."""
+    """How a training with this exit code ended, as in `history.jsonl`: `done`, `preempted` or `failed`."""
     return _OUTCOMES.get(code, "failed")
 
 
 def code_of(outcome: str) -> int:
-    """A training's exit code by how it ended; FAILED for all but `done` and `preempted`."""
+    """The exit code of a training with this outcome; FAILED for all but `done` and `preempted`."""
     return next((code for code, word in _OUTCOMES.items() if word == outcome), FAILED)
 
 
 @dataclass
 class Outcome:
-    """How a run ends, known before its record is closed. detected_by: the ranks that detect the same bad input at this
-    point: all of this `node`, `all` of the run, or perhaps only `one`."""
+    """How a run ends, set before its files are closed. code: the exit code. reason: in words. detected_by: the ranks
+    that detect the same bad input at this point: all of this `node`, `all` of the run, or perhaps only `one`."""
 
     code: int = FAILED
     reason: str = ""
@@ -33,15 +33,15 @@ class Outcome:
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that names the setting, the value and the remedy. code: the exit code of
-    a command that ends with it."""
+    """Bad input. The message is one sentence with the setting, its value and the remedy. code: the exit code of a
+    command that fails with it."""
 
     code: ClassVar[int] = BAD_INPUT
 
 
 class DivergedError(ArithmeticError):
-    """The loss or a gradient stopped being finite. The message names the step and what is left intact; details: the
-    step and its microbatches with what is not finite, as JSON takes it. Raised on all ranks together."""
+    """The loss or a gradient is not finite. The message names the step and the last checkpoint; details: the step and
+    its microbatches with the values that are not finite, for JSON. Raised on all ranks together."""
 
     def __init__(self, message: str, details: dict[str, Any]) -> None:
         super().__init__(message)
@@ -49,8 +49,8 @@ class DivergedError(ArithmeticError):
 
 
 class LostPeerError(ConnectionError):
-    """Another rank died or hangs. The message names it and the step. reported_here: whether this rank is the one that
-    prints it."""
+    """Another rank died or hangs. The message names the rank and the step. reported_here: whether this rank is the one
+    that prints it."""
 
     def __init__(self, message: str, reported_here: bool = True) -> None:
         super().__init__(message)

@@ -1,12 +1,12 @@
-"""Submit one training, or an array of them over seeds and settings, to Slurm through submitit; or run it here.
+"""Submit one training, or an array of them over seeds and settings, to Slurm through submitit; or run them here.
 
     dist-train submit --nodes 2 --preset block94 epochs=12
     dist-train submit --seeds 0-4 --grid optim.kernels.lr=0.12,0.24 --at-most 4 --wait
     dist-train submit --sweep dist_train/examples/sweep.yaml --at-most 4
     dist-train submit --local --preset digits
 
-Whatever is not listed below is for python -m dist_train.main, as is. Options that are not given are those of
-slurm/train.sh. In Python:
+All other arguments are passed on to python -m dist_train.main. The defaults of the options are those of slurm/train.sh.
+In Python:
 
     from dist_train.launch import submit
     job = submit.train(["--preset", "block94", "epochs=12"], nodes=2)
@@ -42,22 +42,22 @@ from dist_train.reports import table
 from dist_train.runs import layout
 from dist_train.runs.run import Run
 
-_POLL = 2.0  # seconds between two looks at a job
-_FORGOTTEN = 5  # looks at a job that Slurm does not know until it counts as ended
+_POLL = 2.0  # seconds between two polls of a job
+_FORGOTTEN = 5  # consecutive polls in which Slurm does not know a job, after which it counts as ended
 _PRINTABLE = re.compile(r"[ -~]+")
-# what a sweep's file may say here; all else (early_terminate, run_cap, ...) is for W&B's server
-_SWEEP = {"command", "description", "entity", "method", "metric", "name", "parameters", "program", "project"}
+# keys of a W&B sweep's file that an array supports; others (early_terminate, run_cap, ...) require W&B's server
+_SWEEP_KEYS = {"command", "description", "entity", "method", "metric", "name", "parameters", "program", "project"}
 
 
 class JobError(RuntimeError):
-    """A job ended without the training being done. The message has its state and the end of its log."""
+    """A job ended before its training was done. The message has the state of the job and the end of its log."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a job asks of the cluster; what is None is as slurm/train.sh says.
+    """The options of a job; those that are None are those of slurm/train.sh.
 
-    gpus_per_node, cpus_per_node: of each node; without either, whole nodes. time: as Slurm writes it. more: any other
+    gpus_per_node, cpus_per_node: of each node; without either, whole nodes. time: in Slurm's format. more: any other
     option of sbatch, by long name, True where it has no value.
     """
 
@@ -71,7 +71,7 @@ class Options:
     more: dict[str, str | bool] | None = None
 
     def sbatch(self) -> dict[str, str | bool]:
-        """All options by sbatch's names, those of slurm/train.sh included. Raises UserError."""
+        """All options by their long names of sbatch, those of slurm/train.sh included. Raises UserError."""
         given = {
             "nodes": self.nodes,
             "gpus-per-node": self.gpus_per_node,
@@ -81,22 +81,23 @@ class Options:
             "time": self.time,
             "job-name": self.job_name,
         }
-        found = cluster.options()
+        options = cluster.options()
         if self.gpus_per_node is not None or self.cpus_per_node is not None:
-            found.pop("exclusive", None)
-        found |= {name: str(value) for name, value in given.items() if value is not None} | (self.more or {})
-        for name, value in found.items():
+            options.pop("exclusive", None)
+        options |= {name: str(value) for name, value in given.items() if value is not None} | (self.more or {})
+        for name, value in options.items():
             if not isinstance(value, bool) and not _PRINTABLE.fullmatch(value):
                 raise UserError(f"--{name} {value!r}: an option of sbatch is one line of printable characters")
         for name in ("nodes", "gpus-per-node", "cpus-per-task"):
-            if name in found and not str(found[name]).isdigit():
-                raise UserError(f"--{name} {found[name]}: give a whole number")
-        return found
+            if name in options and not str(options[name]).isdigit():
+                raise UserError(f"--{name} {options[name]}: give a whole number")
+        return options
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training gave. Accuracies are fractions from 0 to 1, of the last epoch; summary: all of summary.json."""
+    """The results of a training. Accuracies are fractions from 0 to 1, after the last epoch. summary: all of
+    summary.json."""
 
     run_dir: Path
     test_accuracy: float
@@ -107,13 +108,12 @@ class Result:
 
     @classmethod
     def read(cls, run_dir: Path) -> Result:
-        """Raises UserError for a run that is not done."""
+        """The results in a run folder. Raises UserError for a run that is not done."""
         run = Run(run_dir)
         run.need(layout.SUMMARY)
-        keys = ("test_accuracy", "train_seconds", "weights_sha256")
-        found = {key: run.summary[key] for key in keys}
+        required = {key: run.summary[key] for key in ("test_accuracy", "train_seconds", "weights_sha256")}
         return cls(
-            run_dir=run_dir, test_accuracy_tta=run.summary.get("test_accuracy_tta"), summary=run.summary, **found
+            run_dir=run_dir, test_accuracy_tta=run.summary.get("test_accuracy_tta"), summary=run.summary, **required
         )
 
 
@@ -127,7 +127,7 @@ class Job:
     handle: submitit.Job[str]
 
     def state(self) -> str:
-        """In Slurm's words (PENDING, RUNNING, COMPLETED, ...), "" for one that Slurm has forgotten."""
+        """In Slurm's words (PENDING, RUNNING, COMPLETED, ...), "" for a job that Slurm no longer knows."""
         if isinstance(self.handle, submitit.SlurmJob):
             return cluster.state(self.id)
         if not self.handle.done():
@@ -143,9 +143,9 @@ class Job:
         return state
 
     def result(self) -> Result:
-        """Wait for the end, and read what came out. Raises JobError, and UserError for a damaged summary."""
+        """Wait for the end, and read the results. Raises JobError, and UserError for a damaged summary."""
         state = self.wait()
-        # not submitit's own result: it takes the loss of a node for the end, although Slurm starts the job again
+        # submitit's own result takes the loss of a node for the end of the job, although Slurm starts the job again
         if state in ("COMPLETED", "") and Run(self.run_dir).done:
             return Result.read(self.run_dir)
         tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
@@ -156,7 +156,7 @@ class Job:
 def train(arguments: Sequence[str], *, local: bool = False, **options: Any) -> Job:
     """Submit one training, and return at once.
 
-    arguments: of `python -m dist_train.main`. local: on this machine instead of Slurm. options: fields of Options.
+    arguments: of `python -m dist_train.main`. local: run on this machine instead of Slurm. options: fields of Options.
     Raises UserError before anything is submitted."""
     return _submit([("", list(arguments))], Options(**options), local, 1)[0]
 
@@ -164,20 +164,21 @@ def train(arguments: Sequence[str], *, local: bool = False, **options: Any) -> J
 def array(members: dict[str, Sequence[str]], *, at_most: int = 0, local: bool = False, **options: Any) -> list[Job]:
     """Submit several trainings as one array, and return at once; with `local`, when the last has begun.
 
-    members: for each its name and arguments, which name no --run-dir: that is the name, in the array's folder. at_most:
-    how many run at a time, 0 for all. options: fields of Options. Raises UserError before anything is submitted."""
+    members: the arguments of each by its name, without --run-dir: the run folder is the name, in the array's folder.
+    at_most: the number of members that run at a time, 0 for all. options: fields of Options. Raises UserError before
+    anything is submitted."""
     return _submit([(name, list(arguments)) for name, arguments in members.items()], Options(**options), local, at_most)
 
 
 def members(
     arguments: Sequence[str], seeds: str, grid: Sequence[str], sweep: Path | None = None
 ) -> dict[str, Sequence[str]]:
-    """The members of an array: every value of every parameter of a W&B sweep's file and of every KEY=V1,V2,... of the
-    grid, with every seed. Raises UserError."""
+    """The members of an array, the arguments of each by its name: all combinations of the values of the parameters in a
+    W&B sweep's file, of the KEY=V1,V2,... of the grid, and of the seeds. Raises UserError."""
     fixed, axes = _sweep(sweep) if sweep else ([], [])
     for axis in grid:
-        key, found, values = axis.partition("=")
-        if not found or not values:
+        key, equals, values = axis.partition("=")
+        if not equals or not values:
             raise UserError(f"--grid {axis}: write it as KEY=VALUE,VALUE,...")
         axes.append((key, values.split(",")))
     if seeds:
@@ -188,28 +189,28 @@ def members(
         if name in named or len(dict(chosen)) < len(chosen):
             raise UserError(
                 f"--sweep, --grid, --seeds: two members would be called {name}, or a setting has two values in it; "
-                f"leave out what is there twice"
+                f"remove the duplicate"
             )
         named[name] = [*fixed, *arguments, *(f"{key}={value}" for key, value in chosen)]
     return named
 
 
 def _sweep(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Of a W&B sweep's file the arguments that all members share, and the settings with their values, as W&B's agent
-    would pass them on. Raises UserError, also for a sweep that takes W&B's server."""
+    """The arguments in a W&B sweep's file that all members share, and the settings with their values, as W&B's agent
+    would pass them on. Raises UserError, also for a sweep that requires W&B's server."""
     remedy = "or have W&B's server choose, with wandb sweep and wandb agent"
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"--sweep {path}: cannot be read ({error.strerror}); name a W&B sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--sweep {path}: not valid YAML ({' '.join(str(error).split())}); mend that line") from None
+        raise UserError(f"--sweep {path}: not valid YAML ({' '.join(str(error).split())}); fix that line") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("parameters"), dict):
         raise UserError(f"--sweep {path}: has no parameters; write them as parameters: {{KEY: {{values: [V, V]}}}}")
     if tree.get("method") != "grid":
         raise UserError(f"--sweep {path}: method = {tree.get('method')}: an array is a grid; write grid, {remedy}")
-    if others := sorted(map(str, tree.keys() - _SWEEP)):
-        raise UserError(f"--sweep {path}: {others[0]}: an array knows no such thing; leave it out, {remedy}")
+    if unsupported := sorted(map(str, tree.keys() - _SWEEP_KEYS)):
+        raise UserError(f"--sweep {path}: {unsupported[0]}: not supported by an array; remove it, {remedy}")
     fixed = _arguments(path, tree)
     if "project" in tree:
         fixed.append(f"record.project={tree['project']}")
@@ -221,13 +222,15 @@ def _sweep(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
         elif given.keys() - {"distribution"} == {"values"} and isinstance(given["values"], list) and given["values"]:
             axes.append((str(key), [str(value) for value in given["values"]]))
         else:
-            said = f"has {', '.join(map(str, given))}" if given else "has no values"
-            raise UserError(f"--sweep {path}: parameters.{key} {said}: write values: [V, V] and nothing else, {remedy}")
+            fault = f"has {', '.join(map(str, given))}" if given else "has no values"
+            raise UserError(
+                f"--sweep {path}: parameters.{key} {fault}: write values: [V, V] and nothing else, {remedy}"
+            )
     return fixed, axes
 
 
 def _arguments(path: Path, tree: dict[str, Any]) -> list[str]:
-    """The trainer's arguments in the command of a W&B sweep's file. Raises UserError."""
+    """The trainer's arguments in the command of a W&B sweep's file, without the parameters. Raises UserError."""
     command, trainer = tree.get("command"), "dist_train.main"
     words = [str(word) for word in command] if isinstance(command, list) else []
     words = [str(tree.get("program")) if word == "${program}" else word for word in words]
@@ -236,28 +239,30 @@ def _arguments(path: Path, tree: dict[str, Any]) -> list[str]:
             f"--sweep {path}: command = {shlex.join(words)}: it must start {trainer}, and end with "
             f"${{args_no_hyphens}}, which stands for the parameters as key=value"
         )
-    found = words[words.index(trainer) + 1 : -1]
-    if macros := [word for word in found if "${" in word]:
-        raise UserError(f"--sweep {path}: command: {macros[0]} stands for nothing here; write it out")
-    return found
+    arguments = words[words.index(trainer) + 1 : -1]
+    if macros := [word for word in arguments if "${" in word]:
+        raise UserError(f"--sweep {path}: command: {macros[0]} is not supported by an array; write its value")
+    return arguments
 
 
 def _numbers(text: str) -> list[int]:
-    found: list[int] = []
+    """The seeds in a list such as 0-4 or 0,2,5. Raises UserError."""
+    numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
             raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All that is to be submitted, checked."""
+    """A submission that has been checked. sbatch: options by long name. at_most: members that run at a time, 0 for
+    all."""
 
     trainings: list[Training]
-    folder: Path  # of submitit's files; may hold %j or %A
+    folder: Path  # of submitit's files; may contain %j or %A
     sbatch: dict[str, str | bool]
     local: bool
     at_most: int
@@ -269,13 +274,13 @@ class _Plan:
         common = {"signal_delay_s": int(delay[1]) if delay else 120, "stderr_to_stdout": True}
         if self.local:
             executor: submitit.Executor = submitit.LocalExecutor(self.folder)
-            executor.update_parameters(timeout_min=timeout, gpus_per_node=_gpus_here(self.sbatch), **common)
+            executor.update_parameters(timeout_min=timeout, gpus_per_node=_local_gpus(self.sbatch), **common)
             return executor
         # one log for all nodes, in place of submitit's one for each
         log = str(submitit.core.utils.JobPaths(self.folder).stdout).replace("%t", "0")
         if len(self.trainings) > 1:
             log = log.replace("%j", "%A_%a")
-        # as often as it takes: each start goes on where the last one stopped
+        # requeued after any number of timeouts, because each start resumes where the last one stopped
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=10**6)
         options.pop("open-mode", None)
         executor.update_parameters(
@@ -292,23 +297,23 @@ class _Plan:
         return executor
 
 
-def _gpus_here(sbatch: dict[str, str | bool]) -> int:
+def _local_gpus(sbatch: dict[str, str | bool]) -> int:
     return int(sbatch.get("gpus-per-node", gpus_here()))
 
 
 def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> _Plan:
-    """Check everything. named: the members' names and arguments; a single training has the name "". Raises
+    """Check a submission. named: the members' names and arguments; a single training has the name "". Raises
     UserError."""
     sbatch = options.sbatch()
     nodes, gpus = int(sbatch.get("nodes", 1)), int(sbatch.get("gpus-per-node", 0))
-    given = {trainer_parser().parse_intermixed_args(arguments).run_dir for _, arguments in named}
+    run_dirs = {trainer_parser().parse_intermixed_args(arguments).run_dir for _, arguments in named}
     name = as_name(str(sbatch.get("job-name", "train")))
     if local:
         default = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     else:
         default = Path("runs") / f"{name}-{'%A' if len(named) > 1 else '%j'}"
-    folder = given.pop() or default
-    if given:
+    folder = run_dirs.pop() or default
+    if run_dirs:
         raise UserError("--run-dir: the members of an array share one; give it once")
     trainings = []
     for member, arguments in named:
@@ -316,18 +321,18 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
         if nodes * max(gpus, 1) > settings.train.microbatches:
             raise UserError(
                 f"--nodes {nodes}{f' with --gpus-per-node {gpus}' * bool(gpus)}: train.microbatches = "
-                f"{settings.train.microbatches} gives work to no more than that many ranks; ask for less, or raise "
+                f"{settings.train.microbatches} gives work to no more than that many ranks; request fewer, or raise "
                 f"train.microbatches"
             )
         trainings.append(Training(arguments, folder / member, group=bool(member)))
     if local:
         if nodes > 1:
-            raise UserError(f"--nodes {nodes}: --local is one machine; leave it out")
+            raise UserError(f"--nodes {nodes}: --local is one machine; remove --nodes")
     else:
         limit = cluster.minutes(str(sbatch.get("time", "0")))
         cpus = int(sbatch.get("cpus-per-task", 0))
-        there = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
-        cluster.check_shared(folder, there)
+        candidates = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
+        cluster.check_shared(folder, candidates)
     return _Plan(trainings, (folder / "slurm").absolute(), sbatch, local, at_most)
 
 
@@ -341,7 +346,7 @@ def _start(plan: _Plan) -> list[Job]:
     try:
         if plan.local:
             group = plan.folder.parent
-            _expect(plan, group)
+            _write_members(plan, group)
             for training in plan.trainings:
                 while plan.at_most and sum(not job.handle.done() for job in jobs) >= plan.at_most:
                     time.sleep(_POLL / 10)
@@ -351,16 +356,16 @@ def _start(plan: _Plan) -> list[Job]:
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refuses the job: {str(error).strip().splitlines()[-1]}") from None
     jobs = [_job(handle, training) for handle, training in zip(handles, plan.trainings, strict=True)]
-    _expect(plan, jobs[0].run_dir.parent)
+    _write_members(plan, jobs[0].run_dir.parent)
     return jobs
 
 
-def _expect(plan: _Plan, group: Path) -> None:
-    """Note the members, so that the table knows which are missing."""
+def _write_members(plan: _Plan, group: Path) -> None:
+    """Write the names and arguments of an array's members, from which the table knows the missing ones."""
     if any(training.group for training in plan.trainings):
         group.mkdir(parents=True, exist_ok=True)
-        expected = {training.run_dir.name: training.arguments for training in plan.trainings}
-        write_atomic(group / layout.MEMBERS, (json.dumps(expected, indent=1) + "\n").encode())
+        members = {training.run_dir.name: training.arguments for training in plan.trainings}
+        write_atomic(group / layout.MEMBERS, (json.dumps(members, indent=1) + "\n").encode())
 
 
 def _job(handle: submitit.Job[str], training: Training) -> Job:
@@ -369,54 +374,55 @@ def _job(handle: submitit.Job[str], training: Training) -> Job:
     return Job(handle.job_id, run_dir, handle.paths.stdout, handle)
 
 
-def parser() -> argparse.ArgumentParser:
-    described = Parser(
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         "submit",
         __doc__,
-        epilog=f"slurm/train.sh is that of the current folder, or else {cluster.SCRIPT};\n"
-        f'for one to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
+        epilog=f"slurm/train.sh is read from the current folder, else from {cluster.SCRIPT};\n"
+        f'for a copy to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
     )
-    add = described.add_argument
+    add = parser.add_argument
     add("--nodes", metavar="N", type=int)
-    add("--gpus-per-node", metavar="N", type=int, help="without it and the next, whole nodes")
+    add("--gpus-per-node", metavar="N", type=int, help="(default: whole nodes)")
     add("--cpus-per-node", metavar="N", type=int)
     add("--partition", metavar="NAME")
     add("--account", metavar="NAME")
-    add("--time", metavar="LIMIT", help="minutes, H:M:S or D-H:M:S; at the limit a job is saved, queued, and goes on")
+    add("--time", metavar="LIMIT", help="minutes, H:M:S or D-H:M:S; at the limit a job is saved, requeued and resumed")
     add("--job-name", metavar="NAME", help="also of the run folder: runs/NAME-JOB unless --run-dir is given")
-    add("--sbatch", metavar="NAME[=VALUE]", action="append", default=[], help="any other option of sbatch's")
+    add("--sbatch", metavar="NAME[=VALUE]", action="append", default=[], help="any other option of sbatch")
     add("--seeds", metavar="LIST", default="", help="an array over seeds: 0-4 or 0,2,5")
     add("--grid", metavar="KEY=V,V", action="append", default=[], help="an array over a setting's values; repeatable")
     add("--sweep", metavar="FILE", type=Path, help="an array over a W&B sweep's file, of method grid, without W&B")
     add("--at-most", metavar="M", type=int, default=0, help="members that run at a time (default: all; --local: 1)")
     add("--wait", action="store_true", help="wait for the end, and print the accuracy or the table")
     add("--local", action="store_true", help="on this machine, without Slurm")
-    add("--dry-run", action="store_true", help="check all, print what would be submitted, submit nothing")
-    return described
+    add("--dry-run", action="store_true", help="check and print what would be submitted, submit nothing")
+    return parser
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    args, arguments = parser().parse_known_args(arguments)
+    args, arguments = _parser().parse_known_args(arguments)
     more: dict[str, str | bool] = {}
     for option in args.sbatch:
-        name, given, value = option.lstrip("-").partition("=")
-        more[name] = value if given else True
+        name, equals, value = option.lstrip("-").partition("=")
+        more[name] = value if equals else True
     names = ("nodes", "gpus_per_node", "cpus_per_node", "partition", "account", "time", "job_name")
     options = Options(**{name: getattr(args, name) for name in names}, more=more)
     named = members(arguments, args.seeds, args.grid, args.sweep)
     at_most = args.at_most or (1 if args.local else 0)
     plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
     if args.dry_run:
-        print(_described(plan))
+        print(_dry_run(plan))
         return DONE
     jobs = _start(plan)
-    _follow(jobs, plan)
-    return _finish(jobs, plan.trainings[0].group) if args.wait or args.local else DONE
+    _print_submitted(jobs, plan)
+    return _wait(jobs, plan.trainings[0].group) if args.wait or args.local else DONE
 
 
-def _described(plan: _Plan) -> str:
+def _dry_run(plan: _Plan) -> str:
+    """The commands of a submission, and for Slurm its job script."""
     lines = []
     for training in plan.trainings:
         lines += [shlex.join(["dist_train.main", *training.arguments, "--run-dir", str(training.run_dir)])]
@@ -428,7 +434,8 @@ def _described(plan: _Plan) -> str:
     return "\n".join([executor._make_submission_file_text(executor._submitit_command_str, ""), "", *lines])
 
 
-def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
+def _print_submitted(jobs: Sequence[Job], plan: _Plan) -> None:
+    """Print the job's number and folder, and the commands for its log, state and table."""
     first, slurm = jobs[0], not plan.local
     number = first.id.split("_")[0]
     array = len(jobs) > 1
@@ -443,8 +450,8 @@ def _follow(jobs: Sequence[Job], plan: _Plan) -> None:
         print(f"its table: dist-train table {shlex.quote(str(folder))}", flush=True)
 
 
-def _finish(jobs: Sequence[Job], is_array: bool) -> int:
-    """Wait for all, and print what came out. Returns the exit code."""
+def _wait(jobs: Sequence[Job], is_array: bool) -> int:
+    """Wait for all jobs, and print their results. Returns the exit code."""
     code = DONE
     for job in jobs:
         try:

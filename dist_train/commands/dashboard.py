@@ -1,10 +1,10 @@
-"""The W&B workspace of a project: panels for what its runs log, kept here instead of clicked together.
+"""The W&B workspace of a project: panels for what its runs log, defined in code.
 
     dist-train dashboard
-    dist-train dashboard --project mine --entity team --blocks 9
+    dist-train dashboard --project my-project --entity team --blocks 9
 
-Saving needs a login (wandb login). The same command again brings the workspace of that name up to date, and undoes
-what was changed by hand in its sections.
+Saving needs a login (wandb login). The same command again updates the workspace of that name, and undoes manual changes
+in its sections.
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ from dist_train.errors import DONE
 from dist_train.tracking.dashboard import BLOCKS, NAME, save, workspace
 
 
-def parser() -> argparse.ArgumentParser:
-    described = Parser("dashboard", __doc__)
-    add = described.add_argument
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("dashboard", __doc__)
+    add = parser.add_argument
     add("--project", default=RecordConfig().project, help="W&B project (default: %(default)s)")
-    add("--entity", metavar="E", default="", help="whose project it is (default: the account's own)")
+    add("--entity", metavar="E", default="", help="W&B user or team of the project (default: the account's own)")
     add("--name", default=NAME, help="name of the workspace (default: %(default)s)")
-    add("--blocks", metavar="N", type=int, default=BLOCKS, help="blocks with a panel (default: %(default)s, block94's)")
+    add(
+        "--blocks",
+        metavar="N",
+        type=int,
+        default=BLOCKS,
+        help="number of blocks with a panel (default: %(default)s, as block94 has)",
+    )
     add("--json", action="store_true", help="print the definition and save nothing; needs no account")
-    return described
+    return parser
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    args = parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     view = workspace(args.project, args.entity, args.name, args.blocks)
     if args.json:
         print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))

@@ -1,10 +1,10 @@
-"""An architecture as a table and as a picture.
+"""Shows an architecture as a table, and draws it.
 
     dist-train describe block94
     dist-train describe mine.toml model.blocks.0.channels=96 --picture mine.svg
 
-Described is a preset, a TOML file or a run folder, with settings over it as the trainer takes them. FLOPs are those of
-the convolutions and linear layers in the forward pass of one image, two for each multiply-add.
+The architecture is that of a preset, a TOML file or a run folder, with settings over it as the trainer takes them.
+FLOPs are those of the convolutions and linear layers in the forward pass of one image, two for each multiply-add.
 """
 
 from __future__ import annotations
@@ -44,19 +44,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("describe", __doc__)
     parser.add_argument("what", metavar="PRESET|FILE", help="a preset, a TOML file, or a run folder")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings over it")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings over those of the preset or the file"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON in place of the table")
     form.add_argument("--markdown", action="store_true", help="print Markdown in place of the table")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="draw it, as .svg, .png or .pdf")
+    parser.add_argument(
+        "--picture", metavar="FILE", type=Path, help="draw the architecture to this .svg, .png or .pdf file"
+    )
     parser.add_argument(
         "--image-size",
         metavar="N|HxW",
         type=_size,
-        help="height and width of the images in pixels (default: as the data set has)",
+        help="height and width of the images in pixels (default: those of the data set)",
     )
     parser.add_argument(
-        "--classes", metavar="N", type=positive, help="how many there are (default: as the data set has)"
+        "--classes", metavar="N", type=positive, help="number of classes (default: those of the data set)"
     )
     options = parser.parse_intermixed_args(arguments)
     picture: Path | None = options.picture
@@ -65,14 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     name, settings = _resolve(options.what, options.settings)
     image_shape, classes = images(settings.data, options.image_size, options.classes)
     architecture = settings.model, image_shape, classes
-    shown = text(*architecture)
-    for smaller in settings.data.smaller:
+    table = text(*architecture)
+    for smaller in settings.data.smaller:  # raises UserError for images that the network cannot take
         layers(settings.model, (3, smaller.size, smaller.size), classes)
     if picture:
         try:
             write_atomic(picture, image_bytes(figure(*architecture, name), picture.suffix))
         except OSError as error:
-            raise UserError(f"--picture {picture}: cannot be written ({error.strerror}); name another") from None
+            raise UserError(f"--picture {picture}: cannot be written ({error.strerror}); name another file") from None
     if options.json:
         rows = [asdict(row) for row in layers(*architecture)]
         head = {"name": name, "image_shape": image_shape, "classes": classes}
@@ -80,12 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.markdown:
         print(markdown(*architecture), end="")
     else:
-        print(f"{name}: images of {shape_text(image_shape)}, {classes} classes\n\n{shown}", end="")
+        print(f"{name}: images of {shape_text(image_shape)}, {classes} classes\n\n{table}", end="")
         if picture:
             print(f"picture: {picture}")
     return DONE
 
 
-def _size(words: str) -> tuple[int, int]:
-    height, _, width = words.partition("x")
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
     return positive(height), positive(width or height)

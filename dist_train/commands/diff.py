@@ -1,11 +1,10 @@
-"""Says whether two runs are the same bits and, if not, where they first part.
+"""Compares two runs bit by bit, and prints where they first differ.
 
     dist-train diff RUN_A RUN_B
 
-Compared are, exactly, what both record of a step: its loss, correct count and learning rate, the weights after it
-(by their digests, or by the checkpoints of both), its evaluation; and the final weights. Of an unfinished run what
-is there is compared. Values are named in the order of the arguments. Exit code: 0 the same, as far as both go;
-1 different; 2 bad input.
+It compares every step that both runs have: its loss, correct count and learning rate, the weights after it (by their
+digests, or by the checkpoints of both) and its evaluation; and the final weights. The runs need not be finished. Values
+are printed in the order of the arguments. Exit code: 0 the same in all that both have; 1 different; 2 bad input.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.reports.diff import Record, compare
+from dist_train.reports.diff import ComparedRun, compare
 
 
 @command
@@ -21,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("diff", __doc__)
     parser.add_argument("run_a", metavar="RUN_A", type=Path, help="a run folder")
-    parser.add_argument("run_b", metavar="RUN_B", type=Path, help="another")
+    parser.add_argument("run_b", metavar="RUN_B", type=Path, help="another run folder")
     options = parser.parse_args(arguments)
-    same, lines = compare(Record(options.run_a), Record(options.run_b))
+    same, lines = compare(ComparedRun(options.run_a), ComparedRun(options.run_b))
     print("\n".join(lines))
     return 0 if same else 1

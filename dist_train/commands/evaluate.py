@@ -3,7 +3,7 @@
     dist-train evaluate runs/block94-seed0-1a2b3c4d
     torchrun --nproc_per_node=4 -m dist_train evaluate CHECKPOINT --split holdout
 
-Of a run's last checkpoint it gives the metrics of the run itself.
+The metrics of a run's last checkpoint are equal to those of the run itself.
 """
 
 from __future__ import annotations
@@ -35,42 +35,52 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("evaluate", __doc__)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder, or an exported safetensors")
-    add("--split", choices=("test", "holdout", "train"), default="test", help="on which images (default: %(default)s)")
+    add(
+        "--split",
+        choices=("test", "holdout", "train"),
+        default="test",
+        help="the images to evaluate on (default: %(default)s)",
+    )
     add("--tta", choices=get_args(Tta), help="test-time augmentation (default: the run's)")
     add("--data", metavar="DIR", help="folder of the betons (default: the run's)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: %(default)s)")
-    add("--json", action="store_true", help="print all of it as JSON, as in a run's evaluation.json")
-    add("--write", action="store_true", help="write it to evaluation.json of the run folder, for its report")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="the device to compute on (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print JSON in the format of a run's evaluation.json")
+    add("--write", action="store_true", help="write evaluation.json in the run folder, for its report")
     args = parser.parse_args(arguments)
 
     if args.write and (not is_run(args.checkpoint) or args.split != "test"):
-        raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; leave --write out")
+        raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; remove --write")
     trained = load(args.checkpoint, "cpu")
     t, config = trained.config.train, trained.config.data
     config = dataclasses.replace(config, dir=args.data or config.dir)
-    found = manifest(config)
-    if (found.classes, found.image_shape) != (trained.classes, trained.image_shape):
+    dataset = manifest(config)
+    if (dataset.classes, dataset.image_shape) != (trained.classes, trained.image_shape):
         raise UserError(
             f"--data {config.folder}: its classes or its image size are not those that {args.checkpoint} was trained "
             f"on; name the folder of {trained.dataset}"
         )
-    with join_ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
-        data = Data(config, found, here, t.batch_size, t.microbatches, t.seed)
+    with join_ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
+        data = Data(config, dataset, ranks, t.batch_size, t.microbatches, t.seed)
         if not len(data.indices[args.split]):
             raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
-        model = trained.network.to(here.device)
+        model = trained.network.to(ranks.device)
         tta = args.tta or trained.config.evaluate.tta
-        evaluation = evaluate(model, data, args.split, here, autocast(here.device, t.precision), tta)
-        if here.main:
+        evaluation = evaluate(model, data, args.split, ranks, autocast(ranks.device, t.precision), tta)
+        if ranks.main:
             details = evaluation.details(data, trained.step)
             if args.write:
                 write_evaluation(args.checkpoint, details)
-            print(json.dumps(details) if args.json else described(details))
+            print(json.dumps(details) if args.json else as_text(details))
     return DONE
 
 
-def described(details: dict[str, Any]) -> str:
-    """`evaluation.json` in words and as a table of the classes, for the terminal."""
+def as_text(details: dict[str, Any]) -> str:
+    """The contents of an `evaluation.json` for the terminal: the metrics, and a table of the classes."""
 
     images, confusion = details["images"], np.array(details["confusion"])
     low, high = proportion(int(confusion.trace()), images)

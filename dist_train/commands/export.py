@@ -1,8 +1,8 @@
-"""Makes files of a trained network that can be used elsewhere, and a model card that describes them.
+"""Exports a trained network to files that can be used elsewhere, with a model card.
 
     dist-train export runs/block94-seed0-1a2b3c4d
 
-CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a model.safetensors. Written are:
+CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a model.safetensors. The files are:
 
     model.safetensors  the weights, with configuration and classes in the metadata; dist_train.load reads it
     model.pt2          torch.export: float32 images (N, C, H, W) from 0 to 1, any N, to logits
@@ -10,9 +10,9 @@ CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a mod
     config.toml        the configuration, without the folders of this machine
     README.md          the model card
 
-Each is read back, and its logits compared with those of the network, on test images where the run's betons are there
-and else on random ones. Exit code: 0 done; 1 a file's logits differ, or one that was asked for could not be made;
-2 bad input.
+Each file with the network is read back, and its logits are compared with those of the checkpoint: on test images where
+the run's betons exist, else on random ones. Exit code: 0 done; 1 a file's logits differ, or a format named by --format
+could not be written; 2 bad input.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ from dist_train.runs.layout import EXPORT, run_of
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    described = Parser("export", __doc__)
-    described.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of the network")
-    described.add_argument("--format", nargs="+", choices=FILES, help="what to write (default: all)")
-    described.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to (default: export, in the run folder or beside the checkpoint)"
+    parser = Parser("export", __doc__)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder or a model.safetensors"
     )
-    options = described.parse_args(arguments)
+    parser.add_argument("--format", nargs="+", choices=FILES, help="formats to write (default: all)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder to write to (default: export, in the run folder or beside the checkpoint)",
+    )
+    options = parser.parse_args(arguments)
     formats, code = [*dict.fromkeys(options.format or FILES)], DONE
 
     network = load(options.checkpoint, "cpu")

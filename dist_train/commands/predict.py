@@ -1,13 +1,13 @@
-"""Says what is in pictures.
+"""Classifies pictures.
 
     dist-train predict runs/block94-seed0-1a2b3c4d cat.jpg photos/ --top 3
     find photos -name '*.jpg' | dist-train predict CHECKPOINT - --json
     curl -s URL | dist-train predict CHECKPOINT -
 
 CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or an exported model.safetensors. IMAGE is a
-picture of any size and kind; or a folder, of which all pictures are taken, sorted by path, with those of its
-folders; or - for what comes on standard input: one picture if it begins like one, else paths, one a line. A picture is
-scaled until its shorter side fits, and the middle is taken; of an animation it is the first frame. Results come a
+picture of any size and kind; or a folder, for all pictures in it and its subfolders, sorted by path; or - for standard
+input, which is one picture if it begins like one, else a list of paths, one a line. A picture is scaled until its
+shorter side fits, and cropped to its middle; an animation is represented by its first frame. Results are printed a
 batch at a time. Exit code: 0 done; 1 pictures that could not be read, named on stderr; 2 bad input.
 """
 
@@ -35,8 +35,8 @@ from dist_train.data_prep.images import SUFFIXES
 from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.inference.trained_network import TrainedNetwork, load, read_image
 
-_KINDS = (*SUFFIXES, ".gif")  # of a folder's files, by their names
-_BAR = 24  # characters of the longest
+_KINDS = (*SUFFIXES, ".gif")  # suffixes of pictures in a folder
+_BAR = 24  # characters of the bar for probability 1
 
 
 class _Piped(io.BytesIO):
@@ -46,18 +46,18 @@ class _Piped(io.BytesIO):
 
 
 Source = str | _Piped | UserError
-Answer = list[tuple[str, float]]
+Answer = list[tuple[str, float]]  # classes and probabilities, the likeliest first
 
 
 def sources(images: Iterable[str]) -> Iterator[Source]:
-    """Every picture that the command line names, as it is found; an error for a folder without any."""
+    """Every picture that the arguments name, lazily; in place of a folder without pictures, its error."""
     for name in images:
         if name == "-":
             yield from _standard_input()
         elif Path(name).is_dir():
-            found = sorted(filter(_is_picture, Path(name).rglob("*")))
-            yield from map(str, found)
-            if not found:
+            paths = sorted(filter(_is_picture, Path(name).rglob("*")))
+            yield from map(str, paths)
+            if not paths:
                 yield UserError(f"{name}: holds no pictures ({', '.join(_KINDS)})")
         else:
             yield name
@@ -70,7 +70,7 @@ def _is_picture(path: Path) -> bool:
 def _standard_input() -> Iterator[Source]:
     stream = cast(io.BufferedReader, sys.stdin.buffer)
     head = stream.peek(16)[:16]
-    # every kind of picture but these has a byte 0 there, which no path has
+    # A path has no zero byte. All kinds of pictures have one among the first 16 bytes, except for GIF and PNM.
     if not head or b"\0" in head or re.match(rb"GIF8[79]a|P[1-6]\s", head):
         yield _Piped(stream.read())
     else:
@@ -80,7 +80,8 @@ def _standard_input() -> Iterator[Source]:
 def results(
     network: TrainedNetwork, pictures: Iterator[Source], batch: int, top: int, tta: Tta
 ) -> Iterator[tuple[str, Answer] | UserError]:
-    """Each picture's name and likeliest classes with their probabilities, in order, or why it cannot be read."""
+    """Each picture's name and its `top` likeliest classes with their probabilities, in order; in place of one that
+    cannot be read, its error. batch: pictures in one forward pass."""
 
     def read(source: Source) -> npt.NDArray[np.uint8] | UserError:
         if isinstance(source, UserError):
@@ -91,18 +92,20 @@ def results(
             return error
 
     with ThreadPoolExecutor() as pool:
-        while some := list(islice(pictures, batch)):
-            found = list(pool.map(read, some))
-            answers = iter(network.predict([pixels for pixels in found if not isinstance(pixels, UserError)], top, tta))
-            for source, pixels in zip(some, found, strict=True):
+        while chunk := list(islice(pictures, batch)):
+            decoded = list(pool.map(read, chunk))
+            answers = iter(
+                network.predict([pixels for pixels in decoded if not isinstance(pixels, UserError)], top, tta)
+            )
+            for source, pixels in zip(chunk, decoded, strict=True):
                 if isinstance(pixels, UserError):
                     yield pixels
                 else:
                     yield (source if isinstance(source, str) else _Piped.name), next(answers)
 
 
-def shown(name: str, answer: Answer, width: int) -> str:
-    """An answer for the terminal. width: of the classes' column."""
+def as_text(name: str, answer: Answer, width: int) -> str:
+    """An answer for the terminal. width: characters of the column with the classes."""
     if len(answer) == 1:
         return f"{name}: {answer[0][0]} ({100 * answer[0][1]:.2f} %)"
     rows = [f"    {cls:{width}}  {100 * p:6.2f} %  {'█' * round(_BAR * p)}".rstrip() for cls, p in answer]
@@ -112,41 +115,43 @@ def shown(name: str, answer: Answer, width: int) -> str:
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    described = Parser("predict", __doc__)
-    described.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder or a model.safetensors")
-    described.add_argument("images", metavar="IMAGE", nargs="+", help="a picture, a folder of them, or -")
-    described.add_argument("--top", metavar="N", type=positive, default=5, help="classes shown of each (default: 5)")
-    described.add_argument(
+    parser = Parser("predict", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder or a model.safetensors")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture, a folder of them, or -")
+    parser.add_argument(
+        "--top", metavar="N", type=positive, default=5, help="classes printed for each picture (default: 5)"
+    )
+    parser.add_argument(
         "--tta",
         choices=("none", "mirror", "shift"),
         default="none",
         help="average over the mirrored picture too, or over shifted ones as well (default: none)",
     )
-    described.add_argument(
+    parser.add_argument(
         "--json",
         action="store_true",
         help='print lines of {"image": ..., "predictions": [{"class": ..., "probability": ...}, ...]}',
     )
-    described.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    described.add_argument(
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    parser.add_argument(
         "--batch", metavar="N", type=positive, default=64, help="pictures computed at a time (default: 64)"
     )
-    options = described.parse_args(arguments)
-    for number in (signal.SIGPIPE, signal.SIGINT):  # end quietly, like other commands, when `| head` has enough
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGPIPE, signal.SIGINT):  # exit quietly when `| head` closes the pipe, or at Ctrl-C
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for any file's name
-    warnings.simplefilter("ignore")  # Pillow's, of pictures that it reads all the same
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names need not be valid text
+    warnings.simplefilter("ignore")  # Pillow warns of flaws in pictures that it can read
 
     network = load(options.checkpoint, options.device)
     code, width = DONE, max(map(len, network.classes))
-    for found in results(network, sources(options.images), options.batch, options.top, options.tta):
-        if isinstance(found, UserError):
-            say(str(found))
+    for result in results(network, sources(options.images), options.batch, options.top, options.tta):
+        if isinstance(result, UserError):
+            say(str(result))
             code = FAILED
         elif options.json:
-            name, answer = found
+            name, answer = result
             predictions = [{"class": cls, "probability": p} for cls, p in answer]
             print(json.dumps({"image": name, "predictions": predictions}), flush=True)
         else:
-            print(shown(*found, width), flush=True)
+            print(as_text(*result, width), flush=True)
     return code

@@ -3,7 +3,7 @@
     dist-train report RUN... [--out report.html] [--title "What it is about"]
 
 RUN is a run folder, or a folder of run folders as an array of jobs makes it. Runs that differ only in the seed are one
-row of the table, as in `dist-train table`. A run need not be finished: the page says what is missing.
+row of the table, as in `dist-train table`. Runs need not be finished: the page lists what is missing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, or a folder of run folders")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(default: %(default)s)")
     parser.add_argument("--title", metavar="TEXT", default="", help="(default: the runs' names)")
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(given)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
-    text = page(options.runs, options.title, ["dist-train", "report", *given]).encode()
+    text = page(options.runs, options.title, ["dist-train", "report", *arguments]).encode()
     try:
         write_atomic(out, text)
     except OSError as error:

@@ -3,7 +3,7 @@
     dist-train table GROUP
 
 GROUP is a folder of run folders, as an array of jobs makes it. Runs that differ in more than the seed get a row for
-each of their configurations. What has not finished is named, and the table made of the rest.
+each of their configurations. Unfinished runs are listed below the table, which has the results of the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_train.reports.table import write
 @command
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    described = Parser("table", __doc__)
-    described.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
-    print(write(described.parse_args(arguments).group), end="")
+    parser = Parser("table", __doc__)
+    parser.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
+    print(write(parser.parse_args(arguments).group), end="")
     return DONE

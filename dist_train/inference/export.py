@@ -29,12 +29,13 @@ from dist_train.runs.run import Run
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 _TOLERANCE = 1e-4  # of the largest logit
-_IMAGES = 256
-_PARTS = (1, 8)  # where these are cut into batches
+_IMAGES = 256  # to compare the logits on
+_PARTS = (1, 8)  # indices at which the images are split into batches, whose sizes differ
 
 
 def as_safetensors(network: TrainedNetwork) -> bytes:
-    """The weights and, row by row, the BatchNorm statistics: bit for bit those of the training."""
+    """A safetensors file with the weights and all rows of the BatchNorm statistics, the same bits as in the
+    checkpoint."""
     weights = {name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}
     return save(weights, {"format": "pt", **stamp(network)})
 
@@ -43,7 +44,7 @@ def as_graph(network: TrainedNetwork) -> ExportedProgram:
     """The graph from float32 images (N, C, H, W) from 0 to 1, any N, to logits."""
     network = deepcopy(network)
     for module in network.modules():
-        if isinstance(module, BatchNorm):  # some runtimes take only constants for these
+        if isinstance(module, BatchNorm):  # some runtimes accept only constant statistics: average the rows in advance
             module.rows_mean, module.rows_var = module.rows_mean.mean(0, True), module.rows_var.mean(0, True)
     height, width, channels = network.image_shape
     with torch.no_grad():
@@ -53,20 +54,20 @@ def as_graph(network: TrainedNetwork) -> ExportedProgram:
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # has paths of this machine
     return program
 
 
 def as_torch(network: TrainedNetwork, program: ExportedProgram) -> bytes:
-    """The graph as `torch.export.load` takes it, with the `stamp` as extra files."""
+    """A file of the graph for `torch.export.load`, with the `stamp` as extra files."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files=stamp(network))
     return file.getvalue()
 
 
 def as_onnx(network: TrainedNetwork, program: ExportedProgram) -> bytes:
-    """The graph as ONNX, with the `stamp` as metadata."""
-    made = torch.onnx.export(
+    """An ONNX file of the graph, with the `stamp` as metadata."""
+    exported = torch.onnx.export(
         program,
         input_names=["images"],
         output_names=["logits"],
@@ -74,16 +75,16 @@ def as_onnx(network: TrainedNetwork, program: ExportedProgram) -> bytes:
         dynamo=True,
         verbose=False,
     )
-    assert made is not None
-    for node in made.model.graph:
-        node.metadata_props.clear()  # likewise
-    made.model.metadata_props.update(stamp(network))
-    content: bytes = made.model_proto.SerializeToString()
+    assert exported is not None
+    for node in exported.model.graph:
+        node.metadata_props.clear()  # has paths of this machine
+    exported.model.metadata_props.update(stamp(network))
+    content: bytes = exported.model_proto.SerializeToString()
     return content
 
 
 def reader(path: Path) -> Callable[[Tensor], Tensor]:
-    """The network in an exported file: float32 images (N, C, H, W) from 0 to 1 to logits."""
+    """The function that an exported file computes: float32 images (N, C, H, W) from 0 to 1 to logits (N, classes)."""
     if path.suffix == ".safetensors":
         return load(path, "cpu").logits
     if path.suffix == ".pt2":
@@ -100,16 +101,17 @@ def reader(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def images_to_compare(network: TrainedNetwork) -> tuple[Tensor, str]:
-    """(N, C, H, W) from 0 to 1, and what they are: test images where the run's betons are there, else random ones."""
+    """Float32 images (N, C, H, W) from 0 to 1, and their description: test images where the run's betons exist, else
+    random ones."""
     with contextlib.suppress(data_prep.DataError):
         folder = network.config.data.folder
-        found = data_prep.check(folder)
-        if found.splits["test"].content_sha256 == network.content_sha256.get("test"):
+        manifest = data_prep.check(folder)
+        if manifest.splits["test"].content_sha256 == network.content_sha256.get("test"):
             pixels = torch.from_numpy(data_prep.read_split(folder, "test")[0][:_IMAGES])
             return pixels.permute(0, 3, 1, 2) / 255, f"{len(pixels)} test images of {network.dataset}"
     height, width, channels = network.image_shape
     noise = torch.rand(_IMAGES, channels, height, width, generator=torch.Generator().manual_seed(0))
-    return noise, f"{_IMAGES} images of random pixels, as the test images of {network.dataset} were not there"
+    return noise, f"{_IMAGES} images of random pixels, as the test images of {network.dataset} were not available"
 
 
 def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -118,21 +120,22 @@ def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
-    """Write the files and the card into the folder `out`, and a line for each to stdout.
+    """Write the files and the model card into the folder `out`, and print a line for each file.
 
-    run_dir: of the run that trained the network, None where that is not known. Returns what is wrong with those that
-    failed the comparison; they are removed again. Raises OSError, and UserError before anything is written.
+    formats: keys of FILES. run_dir: of the run that trained the network, None where that is not known. Returns a
+    sentence for each file that failed the comparison; these files are removed. Raises OSError, and UserError before
+    anything is written.
     """
     results = Results.of(network, Run(run_dir) if run_dir else None)
-    images, which = images_to_compare(network)
+    images, description = images_to_compare(network)
     expected = _logits(network.logits, images)
     largest = expected.abs().max().item()
-    network = copy(network)  # the files have nothing of this machine
+    network = copy(network)  # the files must not have paths of this machine
     data = replace(network.config.data, dir="", source="")
     network.config = replace(network.config, data=data, record=RecordConfig())
 
     print(f"{'file':17}  {'bytes':>10}  largest difference  same answers", flush=True)
-    checks, wrong = [], []
+    checks, failures = [], []
     program = cache(lambda: as_graph(network))
     contents: dict[str, Callable[[], bytes]] = {
         "safetensors": lambda: as_safetensors(network),
@@ -144,27 +147,27 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
         with _quiet():
             content = contents[name]()
             write_atomic(path, content)
-            found = _logits(reader(path), images)
-        difference = (found - expected).abs().max().item()
-        same = int((found.argmax(1) == expected.argmax(1)).sum())
+            logits = _logits(reader(path), images)
+        difference = (logits - expected).abs().max().item()
+        same = int((logits.argmax(1) == expected.argmax(1)).sum())
         print(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}", flush=True)
         if difference <= _TOLERANCE * largest:
             checks.append(Check(path.name, len(content), hashlib.sha256(content).hexdigest(), difference, same))
         else:
             path.unlink()
-            wrong.append(
+            failures.append(
                 f"{path}: its logits differ by {difference:.2g} where they are up to {largest:.2g}, more than one in "
                 f"{1 / _TOLERANCE:,.0f}; it is removed"
             )
     write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
-    write_atomic(out / "README.md", card(network, results, Checked(len(images), which, largest, checks)).encode())
-    print(f"compared on {which}, with logits of up to {largest:.3g}; described in {out / 'README.md'}", flush=True)
-    return wrong
+    write_atomic(out / "README.md", card(network, results, Checked(len(images), description, largest, checks)).encode())
+    print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / 'README.md'}", flush=True)
+    return failures
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks, which are about torch and not about the network."""
+    """Silence the exporters' warnings, which are about torch and not about the network."""
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""The model card: what an exported network is, how good, how it was made and checked, how to use it, and its limits."""
+"""The model card of an exported network: its results, use, limits, data, architecture, training, checks and licence."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.run import Run
 
-_ENVIRONMENT = {"code": "digest of dist_train's code", "threads": "CPU threads", "instructions": "CPU instructions"}
-
-
-# Of a data set: what it is, what its makers and its users found wrong with it, and on what terms it comes.
+_LABELS = {"code": "digest of dist_train's code", "threads": "CPU threads", "instructions": "CPU instructions"}
+# by data set: a description, the known limits, the licence terms
 _DATA = {
     "cifar10": (
         "CIFAR-10 (Krizhevsky 2009, *Learning Multiple Layers of Features from Tiny Images*): 60,000 colour "
@@ -51,8 +49,8 @@ _DATA = {
 
 @dataclass(frozen=True)
 class Check:
-    """A file that was read back and compared with the network it was made from. size: bytes. difference: the largest
-    between two logits. same: images with the same answer."""
+    """The comparison of a file with the network that it was exported from. size: in bytes. difference: the largest
+    between two logits. same: the number of images with the same answer."""
 
     file: str
     size: int
@@ -63,25 +61,27 @@ class Check:
 
 @dataclass(frozen=True)
 class Checked:
-    """On what: `images` many, `which` in words; the largest logit of any of them."""
+    """The comparison of all files. images: the number of images. description: of the images, in words. largest_logit:
+    the largest magnitude of a logit."""
 
     images: int
-    which: str
+    description: str
     largest_logit: float
     checks: Sequence[Check]
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run's folder tells of a network: its summary and its last evaluation, each empty where it is missing, or
-    is of other weights."""
+    """The results of a network in its run folder: the summary and the last evaluation, each empty where it is missing
+    or belongs to other weights."""
 
     summary: dict[str, Any]
     evaluation: dict[str, Any]
 
     @classmethod
     def of(cls, network: TrainedNetwork, run: Run | None) -> Results:
-        """run: that trained the network, None where it is not known. Raises UserError."""
+        """The results of a network. run: that trained it, None where that is not known. Raises UserError for damaged
+        files."""
         summary, evaluation = (run.summary, run.evaluation or {}) if run else ({}, {})
         return cls(
             summary if summary.get("weights_sha256") == stamp(network)["weights_sha256"] else {},
@@ -90,7 +90,7 @@ class Results:
 
 
 def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
-    """README.md of an export, Markdown with front matter. Only files that were checked are described."""
+    """The README.md of an export, in Markdown with front matter. Only the checked files are described."""
     digest = stamp(network)["weights_sha256"]
     summary, evaluation = results.summary, results.evaluation
     height, width, channels = network.image_shape
@@ -98,14 +98,14 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
     about, biases, terms = _DATA.get(
         network.dataset,
         (
-            f"{name}, images of its own that dist_train was given in folders, one for each class.",
-            ["Nothing is known here about how they were collected, and so about what is rare among them."],
+            f"{name}, a data set that was read from folders of images, one for each class.",
+            ["How they were collected, and so what is rare among them, is not known."],
             "What may be done with a network trained on these images depends on the terms of the images.",
         ),
     )
     size = totals(network.config.model, (channels, height, width), len(network.classes))
     parts = {
-        "": f"{_sorts(network)} A block network: every block mixes several convolutions of the same input, with "
+        "": f"{_purpose(network)} A block network: every block mixes several convolutions of the same input, with "
         f"weights that a small layer computes from each image. {size['parameters']:,} parameters, {size['flops']:,} "
         f"floating-point operations an image; trained for {network.step:,} steps.",
         "Results": _results(network, summary, evaluation),
@@ -114,30 +114,31 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             f"Every picture is given one of these {len(network.classes)} classes, also one that shows none of them. A "
             f"high probability is no sign that it does.",
             f"It sees {width}x{height} pixels: of a larger picture the middle, scaled down.",
-            "The figures are for pictures like those of the test set, from one training with one seed. Other cameras, "
+            "The metrics are for pictures like those of the test set, from one training with one seed. Other cameras, "
             "places and times, and pictures that are meant to mislead, were not tested.",
             "It was made for research on training. Do not let it decide anything about people, or where a wrong answer "
             "does harm.",
             *biases,
         ),
-        "Data": f"{about} The network was given the training images only, normalised by their mean and standard "
+        "Data": f"{about} The network was trained on the training images only, normalised by their mean and standard "
         f"deviation; classes: {', '.join(network.classes)}.",
         "Architecture": markdown(network.config.model, (channels, height, width), len(network.classes)),
         "Training": _training(network, summary),
         "How it was checked": _checked(network, checked),
-        "The same weights, bit for bit": _again(network, digest),
-        "Licence": f"dist_train is under the MIT licence, and so are these files unless whoever publishes them says "
+        "The same weights, bit for bit": _reproduction(network, digest),
+        "Licence": f"dist_train is under the MIT licence, and so are these files unless their publisher states "
         f"otherwise. {terms}",
     }
     sections = [f"## {title}\n\n{text}" if title else text for title, text in parts.items()]
-    front = yaml.safe_dump(_front(network, evaluation), sort_keys=False, allow_unicode=True)
+    front_matter = yaml.safe_dump(_front(network, evaluation), sort_keys=False, allow_unicode=True)
     return (
-        "\n\n".join([f"---\n{front}---", f"# {name}, classified by a block network", *map(str.strip, sections)]) + "\n"
+        "\n\n".join([f"---\n{front_matter}---", f"# {name}, classified by a block network", *map(str.strip, sections)])
+        + "\n"
     )
 
 
 def _front(network: TrainedNetwork, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What Hugging Face and others read of a card."""
+    """The front matter of the card, in the format of Hugging Face."""
     front: dict[str, Any] = {
         "license": "mit",
         "library_name": "dist_train",
@@ -160,32 +161,32 @@ def _front(network: TrainedNetwork, evaluation: dict[str, Any]) -> dict[str, Any
     return front
 
 
-def _sorts(network: TrainedNetwork) -> str:
+def _purpose(network: TrainedNetwork) -> str:
     height, width, _ = network.image_shape
-    few = f": {', '.join(network.classes)}" if len(network.classes) <= 20 else ""
-    return f"Sorts colour images of {width}x{height} pixels into {len(network.classes)} classes{few}."
+    names = f": {', '.join(network.classes)}" if len(network.classes) <= 20 else ""
+    return f"Classifies colour images of {width}x{height} pixels into {len(network.classes)} classes{names}."
 
 
 def _results(network: TrainedNetwork, summary: dict[str, Any], evaluation: dict[str, Any]) -> str:
     if not evaluation:
-        return "There is no record of an evaluation of these weights. `dist-train evaluate` makes one."
+        return "There is no evaluation of these weights; `dist-train evaluate` makes one."
     images, tta = evaluation["images"], network.config.evaluate.tta
     views = {"mirror": "mirrored views", "shift": "mirrored and shifted views"}.get(tta, "several views of an image")
-    found = [("test set", images, evaluation["accuracy"], evaluation["loss"])]
+    results = [("test set", images, evaluation["accuracy"], evaluation["loss"])]
     if "accuracy_tta" in evaluation:
-        found.append((f"the same, averaged over {views}", images, evaluation["accuracy_tta"], evaluation["loss_tta"]))
+        results.append((f"the same, averaged over {views}", images, evaluation["accuracy_tta"], evaluation["loss_tta"]))
     if "val_accuracy" in summary:
         held_out = network.config.data.holdout
-        found.append(("held out of the training set", held_out, summary["val_accuracy"], summary["val_loss"]))
-    rows = [[name, f"{count:,}", *_share(accuracy, count), f"{loss:.4f}"] for name, count, accuracy, loss in found]
+        results.append(("held out of the training set", held_out, summary["val_accuracy"], summary["val_loss"]))
+    rows = [[name, f"{count:,}", *_share(accuracy, count), f"{loss:.4f}"] for name, count, accuracy, loss in results]
     text = _table(["images of", "images", "accuracy", "95 % interval", "loss"], rows)
 
     precision = network.config.train.precision
-    computed = "Computed in float32" if precision == "fp32" else f"Computed in {precision}, as in training"
-    fp32 = "" if precision == "fp32" else " The files here compute in float32, which may change a few answers."
+    arithmetic = "Computed in float32" if precision == "fp32" else f"Computed in {precision}, as in training"
+    fp32 = "" if precision == "fp32" else " The exported files compute in float32, which may change a few answers."
     text += (
-        f"\n{computed}, at the end: nothing was chosen by the test set during the run. Intervals are Wilson's, for "
-        f"drawing other test images.{fp32}\n\n"
+        f"\n{arithmetic}, at the end: nothing was chosen by the test set during the run. Intervals are Wilson's, for "
+        f"the choice of the test images.{fp32}\n\n"
     )
     classes = []
     others = often_taken_for(evaluation)
@@ -197,7 +198,7 @@ def _results(network: TrainedNetwork, summary: dict[str, Any], evaluation: dict[
     calibration = evaluation["calibration"]
     confidence = sum(part["count"] * part["confidence"] for part in calibration["bins"] if part["count"]) / images
     return text + (
-        f"\nThe answers are given with {100 * confidence:.1f} % of confidence on average, where "
+        f"\nThe mean confidence of the answers is {100 * confidence:.1f} %, where "
         f"{100 * evaluation['accuracy']:.1f} % are right; expected calibration error "
         f"{100 * calibration['ece']:.1f} % ({len(calibration['bins'])} bins)."
     )
@@ -216,20 +217,22 @@ def _training(network: TrainedNetwork, summary: dict[str, Any]) -> str:
         "batch": f"{t.batch_size:,} images in {t.microbatches} microbatches",
         "precision": t.precision,
         "seed": t.seed,
-        "images": ", ".join(augmented) or "as they are",
+        "augmentation": ", ".join(augmented) or "none",
     }
     if summary:
         facts["computed by"] = f"{summary['device']}, {summary['world_size']} rank{'s' * (summary['world_size'] > 1)}"
         facts["time"] = f"{summary['train_seconds']:,.1f} s, {summary['images_per_second']:,.0f} images/s"
         facts["commit"] = summary["git_commit"] or "none"
     for environment in network.environments:
-        facts |= {_ENVIRONMENT.get(key, key): value for key, value in environment.items()}
-    several = len(network.environments) - 1
-    moved = f"\nThe run went on in another environment {several} time{'s' * (several > 1)}; the last one is given.\n"
-    text = _table(["", ""], [[name, str(value)] for name, value in facts.items()]) + moved * (several > 0)
+        facts |= {_LABELS.get(key, key): value for key, value in environment.items()}
+    moves = len(network.environments) - 1
+    note = f"\nThe run was resumed in another environment {moves} time{'s' * (moves > 1)}; the last one is given.\n"
+    text = _table(["", ""], [[name, str(value)] for name, value in facts.items()]) + note * (moves > 0)
     toml = config.to_toml(network.config).strip()
-    whole = f"<details><summary>The whole configuration (config.toml)</summary>\n\n```toml\n{toml}\n```\n\n</details>"
-    return f"{text}\n{whole}"
+    configuration = (
+        f"<details><summary>The whole configuration (config.toml)</summary>\n\n```toml\n{toml}\n```\n\n</details>"
+    )
+    return f"{text}\n{configuration}"
 
 
 def _checked(network: TrainedNetwork, checked: Checked) -> str:
@@ -244,13 +247,13 @@ def _checked(network: TrainedNetwork, checked: Checked) -> str:
         for check in checked.checks
     ]
     return (
-        f"Each file was read back and given {checked.which}, in batches of several sizes; its logits, of up to "
+        f"Each file was read back and given {checked.description}, in batches of several sizes; its logits, of up to "
         f"{checked.largest_logit:.3g}, were compared with those of the network in the trainer's own code.\n\n"
         + _table(["file", "bytes", "largest difference", "same answers", "SHA-256"], rows)
     )
 
 
-def _again(network: TrainedNetwork, digest: str) -> str:
+def _reproduction(network: TrainedNetwork, digest: str) -> str:
     size = network.image_shape[0] if network.dataset not in data_prep.DATASETS else 0
     write = data_prep.command(network.dataset, network.config.data.folder, image_size=size)
     environment = network.environments[-1]
@@ -270,44 +273,44 @@ def _again(network: TrainedNetwork, digest: str) -> str:
 
 def _use(network: TrainedNetwork, files: Sequence[str]) -> str:
     height, width, channels = network.image_shape
-    opened = f'image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({width}, {height}))'
+    open_image = f'image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({width}, {height}))'
     snippets = {
         "model.safetensors": (
             "the weights, with the configuration and the classes in its metadata; for dist_train",
             "from dist_train import load\n\n"
             'network = load("model.safetensors")  # a torch.nn.Module\n'
-            'print(network.predict("image.png", top=3))  # also many paths, PIL images, arrays or tensors, of any size',
+            'print(network.predict("image.png", top=3))  # also a list of paths, PIL images, arrays or tensors',
         ),
         "model.pt2": (
             f"a graph of torch.export, written by torch {torch.__version__.partition('+')[0]}; needs torch alone",
             "import json\n\nimport numpy as np\nimport torch\nfrom PIL import Image, ImageOps\n\n"
-            'carried = {"classes": ""}\n'
-            'network = torch.export.load("model.pt2", extra_files=carried).module()\n'
-            'classes = json.loads(carried["classes"])\n'
-            f"{opened}\n"
+            'metadata = {"classes": ""}\n'
+            'network = torch.export.load("model.pt2", extra_files=metadata).module()\n'
+            'classes = json.loads(metadata["classes"])\n'
+            f"{open_image}\n"
             "images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255\n"
             "probabilities = network(images).softmax(1)[0]\n"
             "print(classes[probabilities.argmax()], probabilities.max().item())",
         ),
         "model.onnx": (
-            "for ONNX Runtime and whatever else reads ONNX; the classes are in its metadata",
+            "for ONNX Runtime and other software that reads ONNX; the classes are in its metadata",
             "import json\n\nimport numpy as np\nimport onnxruntime\nfrom PIL import Image, ImageOps\n\n"
             'session = onnxruntime.InferenceSession("model.onnx")\n'
             'classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])\n'
-            f"{opened}\n"
+            f"{open_image}\n"
             "images = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255\n"
             '(logits,) = session.run(["logits"], {"images": images})\n'
             "print(classes[logits[0].argmax()])",
         ),
     }
-    told = "\n\n".join(
+    usage = "\n\n".join(
         f"**{file}**: {words}.\n\n```python\n{code}\n```" for file, (words, code) in snippets.items() if file in files
     )
     graphs = (
         f"The graphs take `images`, float32 RGB from 0 to 1 of shape (N, {channels}, {height}, {width}), any N, "
         f"and give `logits`, float32 (N, {len(network.classes)}). The images' normalisation is inside.\n\n"
     )
-    return (graphs if {"model.pt2", "model.onnx"} & {*files} else "") + told
+    return (graphs if {"model.pt2", "model.onnx"} & {*files} else "") + usage
 
 
 def _share(accuracy: float, images: int) -> list[str]:

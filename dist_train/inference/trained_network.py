@@ -1,4 +1,4 @@
-"""A trained network to be used, from a checkpoint, a run folder or an exported file:
+"""Loads and uses a trained network from a checkpoint, a run folder or an exported file:
 
     from dist_train import load
 
@@ -41,12 +41,12 @@ _REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
 
 
 class TrainedNetwork(nn.Module):
-    """A network with all that it takes to use it. It computes in float32, deterministic on a CPU, unless it is moved to
-    another dtype or used within torch.autocast.
+    """A trained network with its normalisation and its classes. It computes in float32, deterministic on a CPU, unless
+    it is moved to another dtype or used within torch.autocast.
 
-    classes: their names, in the order of the logits. image_shape: (H, W, C) of what it was trained on. dataset: the
-    name of that. content_sha256: of its splits' pixels and labels. config: of the run. step: steps that it was trained
-    for. environments: that the run has had.
+    classes: their names, in the order of the logits. image_shape: (H, W, C) of the training images. dataset: the
+    name of the data set. content_sha256: of the pixels and labels of each split, by its name. config: of the run. step:
+    the number of training steps. environments: those that the run has had, in order.
     """
 
     mean: Tensor
@@ -63,12 +63,13 @@ class TrainedNetwork(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Floats from 0 to 1, (N, C, H, W), to logits (N, classes). Nothing is checked; gradients flow."""
+        """Floats from 0 to 1, (N, C, H, W), to logits (N, classes). The input is not checked; gradients are
+        computed."""
         logits: Tensor = self.network((images - self.mean) / self.std)
         return logits
 
     def logits(self, images: Pixels, tta: Tta = "none") -> Tensor:
-        """The scores before softmax: (N, classes) float32, on the network's device.
+        """The logits: (N, classes) float32, on the network's device.
 
         images: uint8 (N, H, W, C), or floats from 0 to 1 (N, C, H, W), of the size of `image_shape`; the network
         normalises them itself. tta: `mirror` averages over mirrored views, `shift` over shifted ones too. Raises
@@ -81,21 +82,21 @@ class TrainedNetwork(nn.Module):
     ) -> list[list[tuple[str, float]]]:
         """For each image the `top` likeliest classes and their probabilities, the likeliest first.
 
-        images: one or many paths, PIL images, or arrays or tensors as `logits` takes them, which may also be single
-        images and, as uint8, grey (H, W) or of two or four channels, the last of them alpha. Those of another size
-        than the network's are scaled until the shorter side fits, and the middle is taken; transparent parts are
-        white. Raises UserError for a file that cannot be read, ValueError as `logits` does.
+        images: one path, PIL image, array or tensor, or a sequence of them. Arrays and tensors are as `logits` takes
+        them, may also be single images and, as uint8, grey (H, W) or of two or four channels, the last of them alpha.
+        Images of another size than the network's are scaled until the shorter side fits, and cropped to their middle;
+        transparent parts are white. Raises UserError for a file that cannot be read, ValueError as `logits` does.
         """
         if top < 1:
             raise ValueError(f"top = {top}: ask for 1 class at least")
-        found: list[list[tuple[str, float]]] = []
-        pictures = list(_each(images))
+        predictions: list[list[tuple[str, float]]] = []
+        pictures = list(_separated(images))
         for start in range(0, len(pictures), _BATCH):
-            some = [self._normalised(self._prepared(picture)[None]) for picture in pictures[start : start + _BATCH]]
-            best = self._scores(torch.cat(some), tta).softmax(1).topk(min(top, len(self.classes)))
+            batch = [self._normalised(self._prepared(picture)[None]) for picture in pictures[start : start + _BATCH]]
+            best = self._scores(torch.cat(batch), tta).softmax(1).topk(min(top, len(self.classes)))
             rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found += [[(self.classes[c], p) for c, p in zip(*row, strict=True)] for row in rows]
-        return found
+            predictions += [[(self.classes[c], p) for c, p in zip(*row, strict=True)] for row in rows]
+        return predictions
 
     @torch.no_grad()
     def _scores(self, x: Tensor, tta: Tta) -> Tensor:
@@ -107,14 +108,14 @@ class TrainedNetwork(nn.Module):
         """(N, C, H, W) as the network takes it, on its device."""
         x = _tensor(images)
         height, width, channels = self.image_shape
-        whole = x.dtype == torch.uint8
-        expected = (height, width, channels) if whole else (channels, height, width)
-        if x.shape[1:] != expected or not (whole or x.is_floating_point()):
+        is_uint8 = x.dtype == torch.uint8
+        expected = (height, width, channels) if is_uint8 else (channels, height, width)
+        if x.shape[1:] != expected or not (is_uint8 or x.is_floating_point()):
             raise ValueError(
                 f"images are {_described(x)}: this network takes uint8 (N, {height}, {width}, {channels}) or floats "
                 f"from 0 to 1 (N, {channels}, {height}, {width}); predict takes any size"
             )
-        if whole:  # in the trainer's order of operations, for the same bits
+        if is_uint8:  # in the trainer's order of operations, for the same bits
             nchw = x.to(self.mean.device).permute(0, 3, 1, 2).to(self.mean.dtype)
             return nchw * (1 / (255 * self.std)) + -self.mean / self.std
         return (_checked(x).to(self.mean) - self.mean) / self.std
@@ -144,22 +145,22 @@ def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "cuda"] = 
     """Read a trained network, ready for evaluation.
 
     path: a checkpoint, a run folder, of which the newest whole checkpoint is taken, or a `model.safetensors` that
-    `dist-train export` wrote; verified by their SHA-256. device: `auto` takes a GPU where there is one. Only
-    reads, and runs no code from the file. Raises UserError.
+    `dist-train export` wrote; verified by their SHA-256. device: `auto` takes a GPU where there is one. Nothing is
+    written, and no code from the file is run. Raises UserError for a file that is missing, damaged or of another kind.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: torch finds no GPU here; use cpu, or auto")
-    found = Path(path)
-    if found.is_dir():
-        found = _newest(found)
-    elif not found.exists():
-        raise UserError(f"{found}: there is no such file; {_REMEDY}")
-    elif layout.checksum_path(found).exists() and (why := wrong(found)):
-        raise UserError(f"{found} {why}: it is damaged; name another checkpoint of the run, or a copy of it")
-    read, weights_sha256 = _read(found)
-    return _built(read, weights_sha256, found).to(device)
+        raise UserError("device = cuda: torch finds no GPU on this machine; use cpu, or auto")
+    file = Path(path)
+    if file.is_dir():
+        file = _newest(file)
+    elif not file.exists():
+        raise UserError(f"{file}: there is no such file; {_REMEDY}")
+    elif layout.checksum_path(file).exists() and (why := wrong(file)):
+        raise UserError(f"{file} {why}: it is damaged; name another checkpoint of the run, or a copy of it")
+    contents, weights_sha256 = _read(file)
+    return _built(contents, weights_sha256, file).to(device)
 
 
 def predict(
@@ -169,24 +170,25 @@ def predict(
     tta: Tta = "none",
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> list[list[tuple[str, float]]]:
-    """`load` and `TrainedNetwork.predict` in one, for a network that is used once."""
+    """`TrainedNetwork.predict` of a network that is loaded for this call: see there and `load`."""
     return load(path, device).predict(images, top, tta)
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO | Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """One picture as (size, size, 3), as data_prep makes them from folders of images. Raises UserError."""
+    """One picture as RGB (size, size, 3), scaled and cropped as data_prep does with folders of images. Raises UserError
+    for one that cannot be read."""
     try:
         if isinstance(source, Image.Image):
-            source.load()  # `square` may otherwise have it decoded smaller
+            source.load()  # else `square` may decode it at a smaller size
             return square(source, size)
         with Image.open(source) as image:
             return square(image, size)
-    except Exception as error:  # Pillow's decoders raise all sorts, also SyntaxError
+    except Exception as error:  # Pillow's decoders raise many types, among them SyntaxError
         name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "an image")
         raise UserError(f"{name}: cannot be read ({unreadable(error)})") from error
 
 
-def _each(images: Picture | Sequence[Picture]) -> Iterator[Picture]:
+def _separated(images: Picture | Sequence[Picture]) -> Iterator[Picture]:
     if isinstance(images, str | os.PathLike | Image.Image) or (
         isinstance(images, np.ndarray | Tensor) and images.ndim < 4
     ):
@@ -196,7 +198,7 @@ def _each(images: Picture | Sequence[Picture]) -> Iterator[Picture]:
 
 
 def _tensor(images: Pixels) -> Tensor:
-    # copied: torch takes no negative strides, and warns of arrays that cannot be written
+    # copied, because torch rejects negative strides and warns of read-only arrays
     return images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, order="C"))
 
 
@@ -213,7 +215,7 @@ def _described(x: Tensor) -> str:
 
 
 def stamp(network: TrainedNetwork) -> dict[str, str]:
-    """What an exported file carries besides the weights, in the form that all kinds of them take."""
+    """The metadata of an exported file, all that using the network requires besides the weights: strings by name."""
     return {
         "dataset": network.dataset,
         "classes": json.dumps(network.classes),
@@ -229,7 +231,7 @@ def stamp(network: TrainedNetwork) -> dict[str, str]:
 
 
 def _newest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run, whose folder is left as it is."""
+    """The newest whole checkpoint of a run. Unlike `checkpoint.newest`, it does not rename damaged ones."""
     for path in reversed(layout.checkpoints(layout.checkpoint_folder(run_dir))):
         if not (why := wrong(path)):
             return path
@@ -238,52 +240,56 @@ def _newest(run_dir: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[Checkpoint, str | None]:
-    """What a checkpoint holds, or an exported file as far as it holds the same, and the SHA-256 that the weights should
-    have, None where the file does not say."""
+    """The contents of a checkpoint or an exported file, and the expected SHA-256 of the weights, None where the file
+    has none."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                found, weights_sha256 = _unstamped(file.metadata() or {}, model)
+                contents, weights_sha256 = _from_stamp(file.metadata() or {}, model)
         else:
-            found, weights_sha256 = checkpoint.read(path), None
+            contents, weights_sha256 = checkpoint.read(path), None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
-    except Exception:  # torch raises all sorts
+    except Exception:  # torch and safetensors raise many types
         raise UserError(
-            f"{path}: is damaged, or none of dist_train's files (code in a file is never run); {_REMEDY}"
+            f"{path}: is damaged, or not a file of dist_train (code in a file is never run); {_REMEDY}"
         ) from None
-    if found.config is None or found.data is None:
-        raise UserError(f"{path}: is of an earlier version, which left out the configuration; train the network again")
-    return found, weights_sha256
+    if contents.config is None or contents.data is None:
+        raise UserError(
+            f"{path}: is of an earlier version, which did not save the configuration; train the network again"
+        )
+    return contents, weights_sha256
 
 
-def _unstamped(stamped: dict[str, str], model: dict[str, Tensor]) -> tuple[Checkpoint, str]:
-    """A checkpoint without the optimizers' state from a `stamp` and the weights, and the SHA-256 that these should
-    have."""
+def _from_stamp(stamped: dict[str, str], model: dict[str, Tensor]) -> tuple[Checkpoint, str]:
+    """A checkpoint, without the optimizers' state, from a `stamp` and the weights; and the expected SHA-256 of
+    these."""
     data = {key: json.loads(stamped[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
-    found = Checkpoint(
+    contents = Checkpoint(
         step=json.loads(stamped["step"]),
         model=model,
         environments=json.loads(stamped["environments"]),
         config=stamped["config"],
         data=DataDescription.from_dict({"dataset": stamped["dataset"], **data}),
     )
-    return found, stamped["weights_sha256"]
+    return contents, stamped["weights_sha256"]
 
 
-def _built(read: Checkpoint, weights_sha256: str | None, path: Path) -> TrainedNetwork:
-    assert read.config is not None
-    assert read.data is not None
+def _built(contents: Checkpoint, weights_sha256: str | None, path: Path) -> TrainedNetwork:
+    assert contents.config is not None
+    assert contents.data is not None
     try:
-        settings = parse(read.config)
-        height, width, channels = read.data.image_shape
-        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and at once replaced
+        settings = parse(contents.config)
+        height, width, channels = contents.data.image_shape
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the initial weights, which are replaced, must not change the caller's random state
             network = BlockNetwork(
-                settings.model, (channels, height, width), len(read.data.classes), settings.train.microbatches
+                settings.model, (channels, height, width), len(contents.data.classes), settings.train.microbatches
             )
-        network.load_state_dict(read.model)
-        trained = TrainedNetwork(network, settings, read.data, read.step, read.environments)
+        network.load_state_dict(contents.model)
+        trained = TrainedNetwork(network, settings, contents.data, contents.step, contents.environments)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         raise UserError(
             f"{path}: does not fit this version of dist_train; use the one that it was trained with"

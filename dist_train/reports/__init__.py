@@ -1,1 +1,1 @@
-"""What is made of finished runs: tables, plots, pages, comparisons."""
+"""Tables, plots, HTML pages and comparisons of runs."""

@@ -12,14 +12,14 @@ from dist_train.errors import UserError
 from dist_train.model.shapes import flops, padding_of, shapes, summed, training_flops
 
 Shape = tuple[int, int, int]
-KNOWN = {"cifar10": ((32, 32), 10), "digits": ((32, 32), 10)}  # size and classes that a data set's name implies
-LETTERS = {"d": "dilation", "g": "groups", "s": "stride", "p": "padding"}
+KNOWN = {"cifar10": ((32, 32), 10), "digits": ((32, 32), 10)}  # by data set: height and width, number of classes
+LETTERS = {"d": "dilation", "g": "groups", "s": "stride", "p": "padding"}  # in the names of convolutions
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the table. part: `input`, `stem`, `block 1` to `block K`, `output`. shape: of what it gives for one
-    image. learned: how many of the parameters are. flops: of one image's forward pass."""
+    """A row of the table. part: `input`, `stem`, `block 1` to `block K`, `output`. shape: of its output for one
+    image. learned: the number of its parameters that are trained. flops: of the forward pass of one image."""
 
     part: str
     name: str
@@ -30,44 +30,44 @@ class Layer:
 
 
 def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
-    """The layers from the input to the logits; a block's are its convolutions, its mixing, and in one row what
-    follows the sum. image_shape: (C, H, W). Raises UserError for an architecture that cannot be built."""
-
-    entry, *left = shapes(model, image_shape)
-    of_stem, *of_blocks, of_output = flops(model, image_shape, classes)
+    """The layers from the input to the logits; those of a block are its convolutions, its mixing, and in one row the
+    operations from the sum on. image_shape: (C, H, W). Raises UserError for an architecture that cannot be built."""
+    entry, *outputs = shapes(model, image_shape)
+    stem_flops, *block_flops, output_flops = flops(model, image_shape, classes)
     rows = [Layer("input", "", image_shape)]
     if model.stem.kind != "none":
         kernels, bias = entry[0] * image_shape[0] * model.stem.kernel**2, entry[0]
         learned = bias if model.stem.kind == "whiten" else kernels + bias
-        rows.append(Layer("stem", stem_text(model), entry, kernels + bias, learned, of_stem[0]))
+        rows.append(Layer("stem", stem_text(model), entry, kernels + bias, learned, stem_flops[0]))
     scale = model.batch_norm.scale
     for number, block in enumerate(model.blocks):
-        before, after = [entry, *left][number : number + 2]
-        part, channels, (*of_branches, of_mixing) = f"block {number + 1}", block.channels, of_blocks[number]
-        inside, behind = channels * (block.norm == "branch"), channels * (block.norm == "post")
-        for position, (conv, work) in enumerate(zip(block.convolutions, of_branches, strict=True), 1):
+        before, after = [entry, *outputs][number : number + 2]
+        part, channels, (*branch_flops, mixing_flops) = f"block {number + 1}", block.channels, block_flops[number]
+        branch_norm, post_norm = channels * (block.norm == "branch"), channels * (block.norm == "post")
+        for position, (conv, conv_flops) in enumerate(zip(block.convolutions, branch_flops, strict=True), 1):
             count = channels * (before[0] // conv.groups * conv.kernel**2 + conv.bias)
             name = ", ".join(
                 [f"a{position} * {conv.name} p{padding_of(conv)}{' bias' * conv.bias}", *branch_text(block)]
             )
             shape = summed(block, before)
-            rows.append(Layer(part, name, shape, count + 2 * inside, count + (1 + scale) * inside, work))
-        count = (before[0] + 1) * len(of_branches)
+            rows.append(
+                Layer(part, name, shape, count + 2 * branch_norm, count + (1 + scale) * branch_norm, conv_flops)
+            )
+        count = (before[0] + 1) * len(branch_flops)
         name = ", ".join(["a = averages", *mixing_text(block, before[0])])
-        rows.append(Layer(part, name, (len(of_branches),), count, count, of_mixing))
-        rows.append(Layer(part, ", ".join(["sum", *sum_text(block)]), after, 2 * behind, (1 + scale) * behind))
-    widths = [left[-1][0], *model.output.hidden, classes]
-    for position, (name, work) in enumerate(zip(output_text(model, widths), of_output, strict=True)):
-        bias = position + 1 < len(of_output) or model.output.bias
+        rows.append(Layer(part, name, (len(branch_flops),), count, count, mixing_flops))
+        rows.append(Layer(part, ", ".join(["sum", *sum_text(block)]), after, 2 * post_norm, (1 + scale) * post_norm))
+    widths = [outputs[-1][0], *model.output.hidden, classes]
+    for position, (name, layer_flops) in enumerate(zip(output_text(model, widths), output_flops, strict=True)):
+        bias = position + 1 < len(output_flops) or model.output.bias
         count = (widths[position] + bias) * widths[position + 1]
-        rows.append(Layer("output", name, (widths[position + 1],), count, count, work))
+        rows.append(Layer("output", name, (widths[position + 1],), count, count, layer_flops))
     return rows
 
 
 def totals(model: ModelConfig, image_shape: Shape, classes: int) -> dict[str, int]:
-    """parameters, learned, bytes (of the parameters in float32), flops (forward), and for the forward and backward
-    pass training_flops, and training_flops_stem_fixed once the stem no longer learns; all per image."""
-
+    """By name: parameters, learned (of them), bytes (of the parameters in float32); and per image flops (of the forward
+    pass), training_flops (forward and backward) and training_flops_stem_fixed (when the stem no longer learns)."""
     rows = layers(model, image_shape, classes)
     parameters = sum(row.parameters for row in rows)
     return {
@@ -81,7 +81,7 @@ def totals(model: ModelConfig, image_shape: Shape, classes: int) -> dict[str, in
 
 
 def text(model: ModelConfig, image_shape: Shape, classes: int) -> str:
-    """The table for a terminal, and the totals."""
+    """The table and the totals for a terminal."""
     rows = _cells(layers(model, image_shape, classes))
     lines = [[f"{part}  {name}".rstrip() if part else f"  {name}", *numbers] for part, name, *numbers in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -97,7 +97,7 @@ def text(model: ModelConfig, image_shape: Shape, classes: int) -> str:
 
 
 def markdown(model: ModelConfig, image_shape: Shape, classes: int) -> str:
-    """The same as a Markdown table and a list."""
+    """The table and the totals as a Markdown table and list."""
     header, *rows = _cells(layers(model, image_shape, classes))
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     lines += [[f"**{part}**" if part else "", name.replace("*", "\\*"), *numbers] for part, name, *numbers in rows]
@@ -107,27 +107,27 @@ def markdown(model: ModelConfig, image_shape: Shape, classes: int) -> str:
 
 def _cells(rows: list[Layer]) -> list[list[str]]:
     """The table as header, rows and total: part, layer, output, parameters, share, FLOPs, share."""
-    whole = Layer("total", "", (), sum(row.parameters for row in rows), 0, sum(row.flops for row in rows))
+    total = Layer("total", "", (), sum(row.parameters for row in rows), 0, sum(row.flops for row in rows))
 
-    def cells(row: Layer) -> list[str]:
-        found = [row.part, row.name, shape_text(row.shape)]
-        for mine, all_ in ((row.parameters, whole.parameters), (row.flops, whole.flops)):
-            found += [f"{mine:,}", percent(mine / all_, 1)] if mine else ["", ""]
-        return found
+    def row_cells(row: Layer) -> list[str]:
+        cells = [row.part, row.name, shape_text(row.shape)]
+        for number, of in ((row.parameters, total.parameters), (row.flops, total.flops)):
+            cells += [f"{number:,}", percent(number / of, 1)] if number else ["", ""]
+        return cells
 
     table = [["part", "layer", "output", "parameters", "%", "FLOPs", "%"]]
     for part, group in itertools.groupby(rows, lambda row: row.part):
-        of_part = list(group)
-        if len(of_part) > 1:
-            parameters, flops = sum(row.parameters for row in of_part), sum(row.flops for row in of_part)
-            table.append(cells(Layer(part, "", of_part[-1].shape, parameters, 0, flops)))
-            of_part = [replace(row, part="") for row in of_part]
-        table += map(cells, of_part)
-    return [*table, cells(whole)]
+        part_rows = list(group)
+        if len(part_rows) > 1:
+            parameters, flops = sum(row.parameters for row in part_rows), sum(row.flops for row in part_rows)
+            table.append(row_cells(Layer(part, "", part_rows[-1].shape, parameters, 0, flops)))
+            part_rows = [replace(row, part="") for row in part_rows]
+        table += map(row_cells, part_rows)
+    return [*table, row_cells(total)]
 
 
 def _remarks(model: ModelConfig, image_shape: Shape, classes: int) -> list[str]:
-    """The totals in words, and what the letters mean."""
+    """The totals in words, and the meaning of the letters."""
     n = totals(model, image_shape, classes)
     training = f"{n['training_flops']:,}"
     if n["training_flops_stem_fixed"] != n["training_flops"]:
@@ -141,6 +141,7 @@ def _remarks(model: ModelConfig, image_shape: Shape, classes: int) -> list[str]:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape such as 64 x 31 x 31."""
     return " x ".join(map(str, shape))
 
 
@@ -149,6 +150,7 @@ def _activation(name: str) -> list[str]:
 
 
 def stem_text(model: ModelConfig) -> str:
+    """The stem's convolution and what follows it, in order."""
     stem = model.stem
     stride = f" s{stem.stride}" if stem.stride > 1 else ""
     fixed = ["fixed whitening"] if stem.kind == "whiten" else []
@@ -157,13 +159,13 @@ def stem_text(model: ModelConfig) -> str:
 
 
 def branch_text(block: Block) -> list[str]:
-    """What follows a convolution in its branch, in order."""
+    """The operations after a convolution in its branch, in order."""
     norm = ["norm"] if block.norm == "branch" else []
     return norm + (_activation(block.activation) if block.activate == "branch" else [])
 
 
 def mixing_text(block: Block, channels: int) -> list[str]:
-    """What makes the coefficients of the channel averages, in order."""
+    """The operations from the channel averages to the coefficients, in order."""
     kind: list[str] = [block.coefficients] if block.coefficients != "raw" else []
     if block.coefficients == "softmax" and block.temperature != 1:
         kind = [f"softmax T{block.temperature:g}"]
@@ -171,7 +173,7 @@ def mixing_text(block: Block, channels: int) -> list[str]:
 
 
 def sum_text(block: Block) -> list[str]:
-    """What follows a block's sum, in order."""
+    """The operations after a block's sum, in order."""
     pool = [f"{block.pool_kind} pool {block.pool}"] if block.pool != 1 else []
     return [
         *(pool if block.pool_at == "sum" else []),
@@ -183,21 +185,23 @@ def sum_text(block: Block) -> list[str]:
 
 
 def output_text(model: ModelConfig, widths: list[int]) -> list[str]:
-    """The linear layers of the output block, each with what follows it."""
+    """The linear layers of the output block, each with the operations after it. widths: of its input and of each
+    layer's output."""
     output = model.output
-    behind = _activation(output.activation) + ([f"dropout {output.dropout:g}"] if output.dropout else [])
-    names = [", ".join([f"FC {a} -> {b}", *behind]) for a, b in itertools.pairwise(widths)]
+    after = _activation(output.activation) + ([f"dropout {output.dropout:g}"] if output.dropout else [])
+    names = [", ".join([f"FC {a} -> {b}", *after]) for a, b in itertools.pairwise(widths)]
     names[-1] = names[-1].partition(",")[0]
     return [f"averages, {names[0]}", *names[1:]]
 
 
 def percent(share: float, digits: int) -> str:
+    """A share from 0 to 1 in percent, with this number of decimals; smaller ones such as <0.1."""
     least = 10.0**-digits
     return f"{100 * share:.{digits}f}" if 100 * share >= least / 2 else f"<{least:g}"
 
 
 def short(number: int) -> str:
-    """Three digits, such as 2.16 M."""
+    """A number with three digits and the prefix of a unit, such as 2.16 M."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
@@ -205,23 +209,23 @@ def short(number: int) -> str:
 
 
 def images(data: DataConfig, size: tuple[int, int] | None, classes: int | None) -> tuple[Shape, int]:
-    """(C, H, W) of the images and the number of classes: those given, else of the betons, else as the settings and
-    the data set's name imply. Raises UserError."""
+    """(C, H, W) of the images and the number of classes: those given, else those of the betons, else those that the
+    settings or the data set's name imply. Raises UserError where they are unknown."""
     manifest = data.folder / MANIFEST
     if not (size and classes) and manifest.exists():
         try:
-            found = json.loads(manifest.read_text())
-            height, width, _ = found["image_shape"]
-            size, classes = size or (height, width), classes or len(found["classes"])
+            contents = json.loads(manifest.read_text())
+            height, width, _ = contents["image_shape"]
+            size, classes = size or (height, width), classes or len(contents["classes"])
         except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{manifest}: is not that of a data set; give --image-size and --classes") from None
+            raise UserError(f"{manifest}: is not the manifest of a data set; give --image-size and --classes") from None
     if data.image_size:
         size = size or (data.image_size, data.image_size)
     if data.dataset in KNOWN:
         size, classes = size or KNOWN[data.dataset][0], classes or KNOWN[data.dataset][1]
     if size is None or classes is None:
         raise UserError(
-            f"data.dataset = {data.dataset}: {data.folder} does not hold it yet, and the name does not tell how large "
-            f"its images are and of how many classes; give --image-size and --classes"
+            f"data.dataset = {data.dataset}: {data.folder} does not hold it yet, and the name does not imply "
+            f"the size of its images and the number of classes; give --image-size and --classes"
         )
     return (3, *size), classes

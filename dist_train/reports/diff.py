@@ -1,4 +1,4 @@
-"""Whether two runs are the same bits and, if not, where they first differ."""
+"""Compares two runs bit by bit, and finds where they first differ."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dist_train.runs.run import Run
 from dist_train.runs.trees import leaves
 
 
-class Record:
-    """What of a run can be compared, by step. Raises UserError for a folder without a finished step."""
+class ComparedRun:
+    """The values of a run that are compared, by step. Raises UserError for a folder without a finished step."""
 
     def __init__(self, folder: Path) -> None:
         self.run, self.folder = Run(folder), folder
@@ -35,22 +35,23 @@ class Record:
         return read_checksum(self.checkpoints[step]) if step in self.checkpoints else None
 
     def tensor_digests(self, step: int) -> dict[str, str] | None:
-        """Of the checkpoint after `step`. None, and a line on stderr, where it cannot be read."""
-        from dist_train.runs import checkpoint  # imports torch, for seconds, which two equal runs need not
+        """The digests of the checkpoint after `step`, by tensor. None, and a line on stderr, where it cannot be
+        read."""
+        from dist_train.runs import checkpoint  # imports torch, which takes seconds and is not needed for equal runs
 
         path = self.checkpoints[step]
         try:
             if why := checkpoint.wrong(path):
                 raise ValueError(f"it {why}")
             return checkpoint.tensor_digests(checkpoint.read(path))
-        except Exception as error:  # a running run has removed it, or another version wrote it
+        except Exception as error:  # an unfinished run may have removed it, another version may have written it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(f"{path} is not compared ({reason})")
             return None
 
 
-class Parting(NamedTuple):
-    """Evidence that two runs differ. The least of several is the earliest."""
+class Difference(NamedTuple):
+    """A difference between two runs. The least of several is the earliest."""
 
     step: int
     phase: int  # 0: the step itself, 1: the weights after it, 2: the final weights, 3: the evaluation
@@ -58,8 +59,9 @@ class Parting(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The last step after which the weights were seen to be equal, and the first after which they were not, 0 for
-    none, with the names of the tensors that differ then: none if only the digest of the final weights tells."""
+    """The comparison of the weights. equal: the last step after which they were compared and equal, 0 for none.
+    different: the first after which they differ, 0 for none. names: the tensors that differ after that, empty where
+    only the digests of the final weights could be compared."""
 
     equal: int
     different: int
@@ -67,6 +69,7 @@ class Weights(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """What differs: the weights, or only the optimizer state."""
         return "optimizer state" if self.names and self.names[0].startswith("optimizers.") else "weights"
 
     def __str__(self) -> str:
@@ -77,67 +80,68 @@ class Weights(NamedTuple):
                 where += f" and {others} other{'s' * (others > 1)}"
             return f"{self.kind}: first seen different at step {self.different} ({before}){where}"
         if self.equal:
-            return f"weights: equal at step {self.equal}, the last that tells of them in both runs"
+            return f"weights: equal at step {self.equal}, the last with digests or a checkpoint in both runs"
         return "weights: not compared, no step has digests or a checkpoint in both runs"
 
 
-def compare(a: Record, b: Record) -> tuple[bool, list[str]]:
-    """Whether all that both runs have is equal, and the lines to say so: the verdict first."""
+def compare(a: ComparedRun, b: ComparedRun) -> tuple[bool, list[str]]:
+    """Whether all that both runs have is equal, and the lines to print, the verdict first."""
     common = min(a.last, b.last)
-    shorter, longer = sorted((a, b), key=lambda record: record.last)
+    shorter, longer = sorted((a, b), key=lambda run: run.last)
     weights = _weights(a, b)
-    found = [*_rows(a.steps, b.steps, 0, "at"), *_rows(a.evals, b.evals, 3, "at the evaluation after")]
+    differences = [*_rows(a.steps, b.steps, 0, "at"), *_rows(a.evals, b.evals, 3, "at the evaluation after")]
     if weights.names:
-        found.append(Parting(weights.different, 1, f"in the {weights.kind} after step {weights.different}"))
+        differences.append(Difference(weights.different, 1, f"in the {weights.kind} after step {weights.different}"))
     elif weights.different:
         words = f"in the final weights, after step {weights.different}: {a.final} and {b.final}"
-        found.append(Parting(weights.different, 2, words))
+        differences.append(Difference(weights.different, 2, words))
     if shorter.last < longer.last and shorter.run.done:
-        words = f"at step {common + 1}: {longer.folder} has it, {shorter.folder} is finished before it"
-        found.append(Parting(common + 1, 0, words))
-    if found:
-        first = min(found)
+        words = f"at step {common + 1}: {longer.folder} has it, {shorter.folder} is finished before"
+        differences.append(Difference(common + 1, 0, words))
+    if differences:
+        first = min(differences)
         lines = [f"different: first {first.words}", str(weights)]
         if weights.equal + 1 < first.step <= common:
             lines.append(
-                f"to see more: they part between step {weights.equal} and step {first.step}; train both again, in new "
-                f"run folders, with record.digest_every=1"
+                f"to see more: they first differ between step {weights.equal} and step {first.step}; train both again, "
+                f"in new run folders, with record.digest_every=1"
             )
         return False, [*lines, *_settings(a.run, b.run), *_environment(a.run, b.run, first.step)]
     evals = len(a.evals.keys() & b.evals.keys())
-    counted = f"{evals} evaluation{'s' * (evals != 1)}"
+    evaluations = f"{evals} evaluation{'s' * (evals != 1)}"
     if a.final and b.final:
-        return True, [f"same: {common} steps, {counted}, final weights {a.final}"]
+        return True, [f"same: {common} steps, {evaluations}, final weights {a.final}"]
     ends = f"{shorter.folder} ends there so far" if shorter.last < longer.last else "neither has a later one"
-    return True, [f"same up to step {common}, with {counted}: {ends}", str(weights)]
+    return True, [f"same up to step {common}, with {evaluations}: {ends}", str(weights)]
 
 
-def _rows(a: dict[int, Row], b: dict[int, Row], phase: int, where: str) -> Iterator[Parting]:
-    """The first of the lines of both that differ, if any."""
+def _rows(a: dict[int, Row], b: dict[int, Row], phase: int, where: str) -> Iterator[Difference]:
+    """The first difference between the lines of both runs, if any. a, b: lines by step."""
     for step in sorted(a.keys() & b.keys()):
         names = [name for name in _differing(a[step], b[step]) if name != "images_per_second"]
         if names:
             values = [f"{name} {a[step].get(name)!r} and {b[step].get(name)!r}" for name in names]
-            yield Parting(step, phase, f"{where} step {step}: {', '.join(values)}")
+            yield Difference(step, phase, f"{where} step {step}: {', '.join(values)}")
             return
 
 
-def _weights(a: Record, b: Record) -> Weights:
-    """Compare the weights after every step that tells of them in both runs, up to the first that differ."""
+def _weights(a: ComparedRun, b: ComparedRun) -> Weights:
+    """Compare the weights after every step with digests or a checkpoint in both runs, up to the first difference."""
     equal = 0
     for step in sorted(a.steps.keys() & b.steps.keys()):
-        told = step in a.digests and step in b.digests
-        names = _differing(a.digests[step], b.digests[step]) if told else []
-        sums = a.checksum(step), b.checksum(step)
-        if not names and None not in sums:
-            # Equal files need no reading; others may still hold equal tensors. Digests of the weights do not tell
-            # of the optimizers.
-            mine, other = (a.tensor_digests(step), b.tensor_digests(step)) if sums[0] != sums[1] else ({}, {})
-            if mine is not None and other is not None:
-                told, names = True, _differing(mine, other)
+        compared = step in a.digests and step in b.digests
+        names = _differing(a.digests[step], b.digests[step]) if compared else []
+        checksums = a.checksum(step), b.checksum(step)
+        if not names and None not in checksums:
+            # Checkpoints have the optimizer state too, which the digests of the weights do not cover. Files with equal
+            # checksums need not be read; others may still have equal tensors.
+            equal_files = checksums[0] == checksums[1]
+            of_a, of_b = ({}, {}) if equal_files else (a.tensor_digests(step), b.tensor_digests(step))
+            if of_a is not None and of_b is not None:
+                compared, names = True, _differing(of_a, of_b)
         if names:
             return Weights(equal, step, names)
-        if told:
+        if compared:
             equal = step
     if a.last == b.last and a.final and b.final:
         return Weights(a.last, 0, []) if a.final == b.final else Weights(equal, a.last, [])
@@ -145,26 +149,27 @@ def _weights(a: Record, b: Record) -> Weights:
 
 
 def _differing(a: Row, b: Row) -> list[str]:
-    """The names under which two dicts have not the same, in the first one's order."""
+    """The keys whose values differ between two dicts, in the order of the first."""
     return [name for name in {**a, **b} if a.get(name) != b.get(name)]
 
 
 def _settings(a: Run, b: Run) -> Iterator[str]:
     """A line for each setting that differs and that the weights depend on."""
     try:
-        mine, other = a.settings, b.settings
+        settings_a, settings_b = a.settings, b.settings
     except UserError as error:
         yield f"settings: not compared; {error}"
         return
-    values = [dict(leaves(config.to_dict(settings))) for settings in (mine, other)]
-    for key in config.difference(mine, other):
+    values = [dict(leaves(config.to_dict(settings))) for settings in (settings_a, settings_b)]
+    for key in config.difference(settings_a, settings_b):
         yield f"setting: {key} is {values[0].get(key)!r} and {values[1].get(key)!r}"
 
 
 def _environment(a: Run, b: Run, before: int) -> Iterator[str]:
-    """A line for each thing around the runs that differs, between them or within one that was resumed."""
-    one, other = a.environment(before), b.environment(before)
-    for name in {**one, **other} if one and other else ():
-        values = [", then ".join(map(str, found.get(name, ["not recorded"]))) for found in (one, other)]
+    """A line for each part of the environment that differs between the runs. A run that was resumed may have several
+    values of it."""
+    of_a, of_b = a.environment(before), b.environment(before)
+    for name in {**of_a, **of_b} if of_a and of_b else ():
+        values = [", then ".join(map(str, environment.get(name, ["not recorded"]))) for environment in (of_a, of_b)]
         if values[0] != values[1]:
             yield f"environment: {name} is {values[0]} and {values[1]}"

@@ -1,4 +1,4 @@
-"""An architecture as a picture."""
+"""Draws an architecture as a diagram."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 
 
 PICTURES = (".svg", ".png", ".pdf")
-SIZE, LEADING = 8.2, 9.8  # of the picture's letters and lines, in points
+SIZE, LEADING = 8.2, 9.8  # font size and distance of lines, in points
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-_INK = "#010203"  # found again in the SVG that matplotlib writes; where it writes black it may write nothing
+_INK = "#010203"  # a placeholder that `svg` replaces: matplotlib may omit black, the default of SVG
 
 
 def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "", ink: str = "black") -> Figure:
-    """The network from top to bottom, narrow enough for a phone. name: for its head. ink: of lines and text."""
-
-    entry, *left = shapes(model, image_shape)
-    rows, whole = layers(model, image_shape, classes), totals(model, image_shape, classes)
+    """The network from top to bottom, narrow enough for a phone. image_shape: (C, H, W). name: the title; empty for
+    none. ink: the colour of lines and text. Raises UserError for an architecture that cannot be built."""
+    entry, *outputs = shapes(model, image_shape)
+    rows, total = layers(model, image_shape, classes), totals(model, image_shape, classes)
 
     def sizes(part: str) -> str:
         parameters, flops = (
             sum(getattr(row, key) for row in rows if row.part == part) for key in ("parameters", "flops")
         )
-        return f"{short(parameters)} parameters, {short(flops)} FLOPs ({percent(flops / whole['flops'], 0)} %)"
+        return f"{short(parameters)} parameters, {short(flops)} FLOPs ({percent(flops / total['flops'], 0)} %)"
 
     page = _Page(max(len(block.convolutions) for block in model.blocks), ink)
     if name:
-        shown = name if len(name) < 40 else f"{name[:38]}…"
-        page.write(page.left, page.y + 6, shown, size=10, weight="bold", ha="left")
+        title = name if len(name) < 40 else f"{name[:38]}…"
+        page.write(page.left, page.y + 6, title, size=10, weight="bold", ha="left")
         page.y += 15
-    size = f"{short(whole['parameters'])} parameters, {short(whole['flops'])} FLOPs per image"
+    size = f"{short(total['parameters'])} parameters, {short(total['flops'])} FLOPs per image"
     page.write(page.left, page.y + 5, size, ha="left")
     page.y += 20
     page.write(page.middle, page.y + 3, f"images: {shape_text(image_shape)}")
@@ -63,13 +63,13 @@ def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "",
         page.flow(12)
         with page.frame("stem", sizes("stem")):
             page.bar(stem_text(model), BLUE)
-    for number, (before, block) in enumerate(zip([entry, *left], model.blocks, strict=False), 1):
+    for number, (before, block) in enumerate(zip([entry, *outputs], model.blocks, strict=False), 1):
         page.flow(16, shape_text(before) if before != image_shape else "")
         with page.frame(f"block {number}", sizes(f"block {number}")):
             page.mixed(block, before[0], shape_text(summed(block, before)))
-    page.flow(16, shape_text(left[-1]))
+    page.flow(16, shape_text(outputs[-1]))
     with page.frame("output", sizes("output")):
-        for number, step in enumerate(output_text(model, [left[-1][0], *model.output.hidden, classes])):
+        for number, step in enumerate(output_text(model, [outputs[-1][0], *model.output.hidden, classes])):
             if number:
                 page.flow(5)
             page.bar(step.replace("->", "→"), BLUE)
@@ -82,11 +82,12 @@ def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "",
 
 
 def svg(model: ModelConfig, image_shape: Shape, classes: int, name: str = "") -> str:
-    """The picture as an `<svg>` element for an HTML page: as wide as there is room, lines and text in the page's
-    current colour, no background, no ids that another on the page could share."""
+    """The picture as an `<svg>` element for an HTML page: scaled to the width of its container, lines and text in the
+    page's current colour, no background, no ids that could clash with others on the page."""
     drawn = image_bytes(figure(model, image_shape, classes, name, _INK), ".svg", transparent=True).decode()
     drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<defs>.*?</defs>", "", drawn, count=1, flags=re.DOTALL)  # a style that would hold for all the page
+    # a style in <defs> would apply to the whole page
+    drawn = re.sub(r"<defs>.*?</defs>", "", drawn, count=1, flags=re.DOTALL)
     drawn = re.sub(r' id="[^"]*"', "", drawn).replace(_INK, "currentColor")
     box = re.search(r'viewBox="[^"]*"', drawn)
     assert box
@@ -99,7 +100,7 @@ def svg(model: ModelConfig, image_shape: Shape, classes: int, name: str = "") ->
 
 
 def image_bytes(drawn: Figure, suffix: str, transparent: bool = False) -> bytes:
-    """The same bytes for the same figure."""
+    """A figure as a file with one of the suffixes of PICTURES, the same bytes for the same figure."""
     import matplotlib
 
     dates = {".svg": ("Date", "Creator", "Format", "Type"), ".pdf": ("CreationDate",), ".png": ()}
@@ -112,23 +113,24 @@ def image_bytes(drawn: Figure, suffix: str, transparent: bool = False) -> bytes:
 
 class _Page:
     """A figure that grows downwards. Lengths are in points; y is the distance from its upper edge to where the next
-    thing comes."""
+    element is drawn."""
 
     left = 12.0
 
     def __init__(self, branches: int, ink: str) -> None:
-        """branches: of the block that has the most; more than six make the page wider than 300 points."""
-        self.figure = new_figure()  # first: it keeps matplotlib quiet
+        """branches: the largest number of convolutions in a block; more than six make the page wider than 300
+        points."""
+        self.figure = new_figure()  # before any import of matplotlib, whose warnings it silences
         from matplotlib.transforms import Affine2D
 
-        self.span = 33.0 * max(6, branches)  # what a block's branches share; its mixing comes right of them
+        self.span = 33.0 * max(6, branches)  # the width of all branches of a block; its mixing is drawn right of them
         self.middle, self.right = self.left + 6 + self.span / 2, self.left + 6 + self.span + 78
         self.y, self.ink = 8.0, ink
         self.points = Affine2D()
         self.transform = self.points + self.figure.dpi_scale_trans
 
     def finish(self) -> Figure:
-        """The figure, as high as what is on it."""
+        """The figure, with the height of its contents."""
         self.figure.set_size_inches((self.right + self.left) / 72, (self.y + 8) / 72)
         self.points.scale(1 / 72, -1 / 72).translate(0, (self.y + 8) / 72)
         return self.figure
@@ -170,18 +172,18 @@ class _Page:
         self.figure.add_artist(box)
 
     def flow(self, length: float, words: str = "", head: bool = False) -> None:
-        """The way down from one thing to the next, and what shape the images have on it."""
+        """A line down to the next element, with words beside it."""
         self.line((self.middle, self.y), (self.middle, self.y + length), head=head)
         self.write(self.middle + 5, self.y + length / 2, words, ha="left")
         self.y += length
 
     def bar(self, words: str, color: str) -> None:
-        """A box as wide as all branches."""
+        """A box as wide as all branches together."""
         self.y = self.box(self.middle, self.y, self.span, [words], color)
 
     @contextmanager
     def frame(self, title: str, sizes: str) -> Iterator[None]:
-        """A frame around what is drawn inside, which ends in its middle."""
+        """A frame around the elements that are drawn in the context."""
         top = self.y
         self.write(self.left + 6, top + 8.5, title, ha="left", size=9, weight="bold")
         self.write(self.right - 6, top + 8.5, sizes, ha="right", size=7.5)
@@ -192,7 +194,8 @@ class _Page:
         self._rectangle(self.left, top, *size, edgecolor=(self.ink, 0.4), facecolor="none")
 
     def mixed(self, block: Block, channels: int, summed: str) -> None:
-        """What is in a block: its branches side by side, its mixing right of them, the sum, and what follows."""
+        """The contents of a block: its branches side by side, its mixing right of them, the sum, and the operations
+        after it. channels: of its input. summed: the shape of the sum."""
         branches = len(block.convolutions)
         slot = self.span / branches
         xs = [self.left + 6 + slot * (number + 0.5) for number in range(branches)]
@@ -206,7 +209,7 @@ class _Page:
         averages = self.right - 36
         fc = mixing_text(block, channels)
         fc[0] = fc[0].replace("->", "→")
-        # the entry is led to all of them
+        # lines from the input to the branches and to the averages
         top = self.y + 10
         bottom = top + max(17 + LEADING * (2 + len(fc)), 4 + LEADING * max(map(len, lines)))
         self.line((min(xs[0], self.middle), self.y), (averages, self.y), head=False)
@@ -233,5 +236,5 @@ class _Page:
 
 
 def _shrinks(conv: Convolution) -> bool:
-    """Whether its padding is another than the one that keeps the size."""
+    """Whether the padding differs from the one that keeps the image size."""
     return 2 * padding_of(conv) != conv.dilation * (conv.kernel - 1)

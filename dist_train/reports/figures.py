@@ -1,7 +1,7 @@
-"""The figures of the report, as plotly's JSON. Numbers and words are made here, the page only draws and colours.
+"""The figures of the report, as plotly's JSON. The page draws them, and replaces the names of colours.
 
-A colour is a name in report.css such as `--c0`; `--c0 0.3` is three tenths of it over the page. A trace says in its
-`meta` which run and which entry of the legend it belongs to. All text goes through `_plain`: plotly reads it as HTML.
+A colour is a name in report.css such as `--c0`; `--c0 0.3` is that with an opacity of 0.3. The `meta` of a trace names
+its run and its entry of the legend. All text goes through `_plain`: plotly reads it as HTML.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
-from dist_train.reports.groups import Shown
+from dist_train.reports.groups import PageRun
 from dist_train.reports.plots import smooth
 from dist_train.reports.statistics import proportion
 from dist_train.runs.metrics import Row
 
 Values = npt.NDArray[np.float64]
-_POINTS = 6_000  # of one quantity in a figure, shared among the runs
-_FEW = 3  # runs whose single batches and bands can lie over each other and still be told apart
+_POINTS = 6_000  # of one quantity in a figure, of all runs together
+_FEW = 3  # the number of runs up to which overlapping lines of single batches and bands are drawn strongly
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _DOWN = {"autorange": "reversed"}
 _HIGH, _LOW = 320, 240  # pixels
-_WRITTEN = 20  # classes up to which a heat map's numbers stand in it
+_WRITTEN = 20  # the number of classes up to which a heat map has its numbers in the cells
 _ACCURACIES = (("test", "test", "--c1"), ("train", "train", "--c0"), ("val", "validation", "--c2"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """An entry of a figure's legend, a button that switches its lines. dash: one of plotly's, or `band` or `marker`."""
+    """An entry of a figure's legend, a button that shows and hides its lines. dash: one of plotly's, or `marker`."""
 
     key: str
     label: str
@@ -41,7 +41,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Figure:
-    """alt: what there is to see, in words. height: in pixels; 0: as high as wide."""
+    """A figure of the page. alt: its contents in words. traces, layout: plotly's. parts: its legend. height: in pixels;
+    0: as high as wide."""
 
     id: str
     title: str
@@ -53,33 +54,33 @@ class Figure:
     height: int = _HIGH
 
 
-def curves(runs: Sequence[Shown]) -> list[Figure]:
-    """What the runs recorded while training: loss, accuracies, and below them rate, speed and gradient. A quantity
-    that none of them has is left out."""
-    found = [
+def curves(runs: Sequence[PageRun]) -> list[Figure]:
+    """The metrics of the runs while training: loss, accuracies, learning rate, speed and gradient. A metric that no run
+    has is omitted."""
+    figures = [
         _by_batch(runs, "loss", "Training loss", "loss, mean over the batch"),
         _accuracy(runs),
         _by_batch(runs, "lr", "Learning rate", "rate of the kernels", smoothed=False),
         _by_batch(runs, "images_per_second", "Speed", "images per second", from_zero=True),
         _by_batch(runs, "grad_norm", "Gradient", "norm of the gradient"),
     ]
-    return [figure for figure in found if figure is not None]
+    return [figure for figure in figures if figure is not None]
 
 
 def _by_batch(
-    runs: Sequence[Shown], key: str, title: str, unit: str, *, smoothed: bool = True, from_zero: bool = False
+    runs: Sequence[PageRun], key: str, title: str, unit: str, *, smoothed: bool = True, from_zero: bool = False
 ) -> Figure | None:
-    """A quantity that every step has. The axis is logarithmic where the line falls below a tenth of its highest value,
+    """A metric of every step. The axis is logarithmic where the line falls below a tenth of its highest value,
     as in the plots of a run folder."""
     lines: list[Row] = []
-    batches: list[Row] = []  # behind all lines
-    alts, widths, thinned, gaps, without, spans = [], set(), set(), [], [], []
+    batches: list[Row] = []  # drawn behind all lines
+    alts, widths, thinned, gaps, not_recorded, spans = [], set(), set(), [], [], []
     most = min(1000, max(200, _POINTS // len(runs)))
     for number, (run, name, run_color) in enumerate(runs):
         values = _floats([row.get(key) for row in run.steps])
-        good = np.isfinite(values)
-        if not good.any():
-            without += [name] if run.steps else []
+        finite = np.isfinite(values)
+        if not finite.any():
+            not_recorded += [name] if run.steps else []
             continue
         width = max(5, len(values) // 60) if smoothed and len(values) >= 20 else 1
         mean = smooth(values, width)
@@ -107,22 +108,22 @@ def _by_batch(
                 "meta": {"run": number, "part": "mean"},
             }
         )
-        alts.append(f"{name} from {values[good][0]:.3g} to {mean[good][-1]:.3g}")
+        alts.append(f"{name} from {values[finite][0]:.3g} to {mean[finite][-1]:.3g}")
         thinned |= {every} if every > 1 else set()
-        if not good.all():
-            first = run.steps[int(np.argmin(good))]["step"]
-            gaps.append(f"{name} {int((~good).sum()):,} times, first in batch {first:,}")
+        if not finite.all():
+            first = run.steps[int(np.argmin(finite))]["step"]
+            gaps.append(f"{name} {int((~finite).sum()):,} times, first in batch {first:,}")
     if not lines:
         return None
-    parts, said = [], []
+    parts, caption = [], []
     if widths:
-        said.append(f"Smoothed over {_from_to(widths)} batches.")
+        caption.append(f"Smoothed over {_from_to(widths)} batches.")
         color = "--ink" if len(runs) > 1 else runs[0].color
         parts = [Part("mean", "smoothed", color), Part("each", "each batch", f"{color} 0.35")]
     if thinned:
-        said.append(f"Of more than {most:,} batches the lowest and highest of every {_from_to(thinned)} are drawn.")
-    said += [f"Not finite, and a gap: {_listed(gaps)}."] if gaps else []
-    said += [f"Not recorded by {_listed(without)}."] if without else []
+        caption.append(f"Of more than {most:,} batches the lowest and highest of every {_from_to(thinned)} are drawn.")
+    caption += [f"Not finite, and a gap: {_listed(gaps)}."] if gaps else []
+    caption += [f"Not recorded by {_listed(not_recorded)}."] if not_recorded else []
     layout = _layout("training batches", unit, "batch %{x:,}")
     least, low, high = (pick(ends) for pick, ends in zip((min, min, max), zip(*spans, strict=True), strict=True))
     if smoothed and not from_zero and least > 0 and low < high / 10:
@@ -130,10 +131,10 @@ def _by_batch(
     elif from_zero:
         layout["yaxis"]["rangemode"] = "tozero"
     alt, height = f"{title} by batch: {_listed(alts)}.", _HIGH if key == "loss" else _LOW
-    return Figure(key, title, alt, batches + lines, layout, " ".join(said), parts, height)
+    return Figure(key, title, alt, batches + lines, layout, " ".join(caption), parts, height)
 
 
-def _accuracy(runs: Sequence[Shown]) -> Figure | None:
+def _accuracy(runs: Sequence[PageRun]) -> Figure | None:
     several = len(runs) > 1
     traces, alts, present = [], [], set()
     for number, (run, name, run_color) in enumerate(runs):
@@ -184,36 +185,39 @@ def _accuracy(runs: Sequence[Shown]) -> Figure | None:
         parts.append(Part("tta", "test, with test-time augmentation", "--ink" if several else "--c1", "marker"))
     layout = _layout("epochs", "accuracy, %", "epoch %{x:.4~g}")
     layout["xaxis"]["rangemode"] = "tozero"
-    caption = "Train is while training: with augmentation and dropout, over the steps since the evaluation before."
+    caption = (
+        "Train accuracy is measured while training, with augmentation and dropout, over the steps since the previous "
+        "evaluation."
+    )
     alt = f"Accuracy by epoch; on the test set {_listed(alts)}."
     return Figure("accuracy", "Accuracy", alt, traces, layout, caption if "train" in present else "", parts)
 
 
-def coefficients(runs: Sequence[Shown]) -> list[Figure]:
+def coefficients(runs: Sequence[PageRun]) -> list[Figure]:
     """The mixing coefficients of each block over the epochs, a line for each of its convolutions."""
     several = len(runs) > 1
-    found = []
-    for block in range(max(len(shown.run.settings.model.blocks) for shown in runs)):
-        bands: list[Row] = []  # behind all lines
+    figures = []
+    for block in range(max(len(page_run.run.settings.model.blocks) for page_run in runs)):
+        bands: list[Row] = []  # drawn behind all lines
         lines: list[Row] = []
         labels: dict[int, dict[str, None]] = {}
         alts = []
         for number, (run, run_name, run_color) in enumerate(runs):
             if block >= len(run.settings.model.blocks):
                 continue
-            names = [each.name for each in run.settings.model.blocks[block].convolutions]
+            names = [conv.name for conv in run.settings.model.blocks[block].convolutions]
             rows = [row for row in run.evals if len(row.get("coefficients") or ()) > block]
             for branch, name in enumerate(names if rows else ()):
                 pairs = _floats([row["coefficients"][block][branch] for row in rows])
                 color = run_color if several else f"--c{branch % 7}"
-                shown = f"{run_name}, {name}" if several else name
-                band, line = _band([row["epoch"] for row in rows], pairs, shown, color, _DASHES[branch % 6])
+                line_name = f"{run_name}, {name}" if several else name
+                band, line = _band([row["epoch"] for row in rows], pairs, line_name, color, _DASHES[branch % 6])
                 band["fillcolor"] = f"{color} {0.15 if len(runs) <= _FEW else 0.05}"
                 band["meta"] = line["meta"] = {"run": number, "part": str(branch)}
                 bands.append(band)
                 lines.append(line)
                 labels.setdefault(branch, {})[name] = None
-                alts.append(f"{shown} {pairs[-1, 0]:.3g}")
+                alts.append(f"{line_name} {pairs[-1, 0]:.3g}")
         if lines:
             parts = [
                 Part(str(branch), " or ".join(names), "--ink" if several else f"--c{branch % 7}", _DASHES[branch % 6])
@@ -222,12 +226,13 @@ def coefficients(runs: Sequence[Shown]) -> list[Figure]:
             layout = _layout("epochs", "coefficient")
             layout["xaxis"]["rangemode"] = "tozero"
             alt = f"Mixing coefficients of block {block + 1} by epoch; at the end {_listed(alts)}."
-            found.append(Figure(f"block{block}", f"Block {block + 1}", alt, bands + lines, layout, "", parts, 220))
-    return found
+            figures.append(Figure(f"block{block}", f"Block {block + 1}", alt, bands + lines, layout, "", parts, 220))
+    return figures
 
 
 def _band(epochs: list[float], pairs: Values, name: str, color: str, dash: str) -> tuple[Row, Row]:
-    """One standard deviation about the means, and these as a line. pairs: (epochs, 2)."""
+    """The traces of a band, of one standard deviation about the means, and of a line through the means. pairs: (epochs,
+    2), mean and standard deviation."""
     mean, spread = pairs.T
     line: Row = {
         "type": "scatter",
@@ -240,18 +245,18 @@ def _band(epochs: list[float], pairs: Values, name: str, color: str, dash: str) 
         "marker": {"size": 4},
         "hovertemplate": "%{fullData.name}<br>epoch %{x:.4~g}: %{y:.3f} ± %{customdata:.3f}<extra></extra>",
     }
-    if len(epochs) == 1:  # a band of no width
+    if len(epochs) == 1:  # a band would have no width
         line["error_y"] = {"array": _numbers(spread), "thickness": 1.5, "width": 4}
-    good = np.isfinite(mean)
-    x = np.array(epochs)[good]
-    edge = np.concatenate(((mean + spread)[good], (mean - spread)[good][::-1]))
+    finite = np.isfinite(mean)
+    x = np.array(epochs)[finite]
+    edge = np.concatenate(((mean + spread)[finite], (mean - spread)[finite][::-1]))
     band = {"x": _numbers([*x, *x[::-1]]), "y": _numbers(edge), "fill": "toself"}
     return {"type": "scatter", "mode": "none", "hoverinfo": "skip", **band}, line
 
 
 def predictions(evaluation: Row, prefix: str) -> Row:
-    """What `evaluation.json` tells of the last evaluation: `blocks`, `confusion`, `classes` and `calibration` for
-    figures, and `wrong`. prefix: of the figures' ids."""
+    """The last evaluation for the page: the figures `blocks`, `confusion`, `classes` and `calibration`, the pictures of
+    `wrong` answers, and numbers. evaluation: of `evaluation.json`. prefix: of the figures' ids."""
     classes: list[str] = evaluation["classes"]
     confusion = np.array(evaluation["confusion"], dtype=np.int64)
     wrong = [
@@ -265,7 +270,7 @@ def predictions(evaluation: Row, prefix: str) -> Row:
         for image in evaluation["wrong"]
     ]
     return {
-        "many": len(classes) > _WRITTEN,
+        "many_classes": len(classes) > _WRITTEN,
         "split": evaluation["split"],
         "images": evaluation["images"],
         "errors": int(confusion.sum() - np.trace(confusion)),
@@ -279,17 +284,17 @@ def predictions(evaluation: Row, prefix: str) -> Row:
 
 
 def _depth(evaluation: Row) -> float:
-    """The largest difference between a class's mean coefficient and that of all images."""
+    """The largest difference between the mean of a coefficient over a class and its mean over all images."""
     blocks = evaluation["coefficients"]
     return max(float(np.abs(_floats(block["by_class"]) - _floats(block["mean"])).max()) for block in blocks)
 
 
 def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
-    """For each block the classes' mean coefficients, coloured by how they differ from the mean of all images."""
+    """For each block the mean coefficients of the classes, coloured by their difference from the mean of all images."""
     names, depth = evaluation["classes"], _depth(evaluation)
     for number, block in enumerate(evaluation["coefficients"]):
         values, mean = _floats(block["by_class"]), _floats(block["mean"])
-        apart = values - mean
+        difference = values - mean
         branches = [
             f"{name}, {n + 1}" if block["branches"].count(name) > 1 else name
             for n, name in enumerate(block["branches"])
@@ -298,7 +303,7 @@ def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
             "type": "heatmap",
             "x": list(map(_plain, branches)),
             "y": list(map(_plain, names)),
-            "z": [_numbers(row) for row in apart],
+            "z": [_numbers(row) for row in difference],
             "text": [[f"{value:.3f}" for value in row] for row in values],
             "customdata": [_numbers(mean)] * len(names),
             "zmin": -depth,
@@ -313,7 +318,7 @@ def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
         layout = _layout("", "")
         layout["xaxis"] = _categories(branches)
         layout["yaxis"] = _categories(names) | _DOWN
-        place = np.unravel_index(int(np.argmax(np.abs(apart))), apart.shape)
+        place = np.unravel_index(int(np.argmax(np.abs(difference))), difference.shape)
         alt = (
             f"Coefficients of block {number + 1} by class. Furthest from the mean of all images is "
             f"{names[place[0]]} in {branches[place[1]]}: {values[place]:.3f}, where the mean is {mean[place[1]]:.3f}."
@@ -326,7 +331,7 @@ def _confusion(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     diagonal = np.eye(len(names), dtype=bool)
     worst = max(float(share[~diagonal].max()), 1e-9) if len(names) > 1 else 1.0
-    both: Row = {
+    common: Row = {
         "type": "heatmap",
         "x": list(map(_plain, names)),
         "y": list(map(_plain, names)),
@@ -340,7 +345,7 @@ def _confusion(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
     }
     traces = [
         {
-            **both,
+            **common,
             "z": [_numbers(row) for row in np.where(mask, share, np.nan)],
             "text": [[f"{count:,}" if count else "" for count in row] for row in (mask * confusion).tolist()],
             "zmin": 0,
@@ -352,14 +357,14 @@ def _confusion(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
     layout = _layout("predicted class", "true class")
     layout["xaxis"] |= _categories(names, _WRITTEN)
     layout["yaxis"] |= _categories(names, _WRITTEN) | _DOWN
-    apart = np.where(diagonal, 0, confusion)
-    order = np.argsort(-apart, axis=None, kind="stable")[:5]
-    most = [
+    errors = np.where(diagonal, 0, confusion)
+    order = np.argsort(-errors, axis=None, kind="stable")[:5]
+    frequent = [
         f"{names[i]} for {names[j]} ({confusion[i, j]:,})"
         for i, j in (divmod(int(place), len(names)) for place in order)
-        if apart[i, j]
+        if errors[i, j]
     ]
-    caption = f"Most often mistaken: {_listed(most)}." if most else "No image was mistaken."
+    caption = f"Most often mistaken: {_listed(frequent)}." if frequent else "No image was mistaken."
     alt = f"Confusion matrix of {len(names)} classes. {caption}"
     return Figure(f"{prefix}-confusion", "Confusion matrix", alt, traces, layout, caption, height=0)
 
@@ -384,13 +389,13 @@ def _per_class(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
         "marker": {"color": "--c0", "size": 8},
         "hovertemplate": "%{customdata}<extra></extra>",
     }
-    all_ = 100 * right.sum() / max(int(counts.sum()), 1)
+    overall = 100 * right.sum() / max(int(counts.sum()), 1)
     layout = _layout("accuracy, %", "")
     layout["yaxis"] |= _categories([names[n] for n in order]) | _DOWN
-    ends_of_line = {"yref": "paper", "y0": 0, "y1": 1, "x0": all_, "x1": all_}
+    ends_of_line = {"yref": "paper", "y0": 0, "y1": 1, "x0": overall, "x1": overall}
     layout["shapes"] = [{"type": "line", **ends_of_line, "line": {"color": "--muted", "dash": "dot"}}]
     caption = (
-        f"With 95 % intervals of the {len(order)} classes, each for itself (Wilson); dotted: all images, {all_:.2f} %. "
+        f"With 95 % intervals (Wilson) of each of the {len(order)} classes; dotted: all images, {overall:.2f} %. "
         f"Best {names[order[0]]}, {middle[0]:.1f} %; worst {names[order[-1]]}, {middle[-1]:.1f} %."
     )
     height = 90 + (19 if len(names) <= _WRITTEN else 10) * len(names)
@@ -398,13 +403,13 @@ def _per_class(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
 
 
 def _calibration(evaluation: Row, prefix: str) -> Figure:
-    found = evaluation["calibration"]
-    bins = [each for each in found["bins"] if each["count"]]
+    calibration = evaluation["calibration"]
+    bins = [each for each in calibration["bins"] if each["count"]]
     counts = _floats([each["count"] for each in bins])
-    sure, right = (_floats([each[key] for each in bins]) for key in ("confidence", "accuracy"))
+    confidence, right = (_floats([each[key] for each in bins]) for key in ("confidence", "accuracy"))
     ends = np.array([proportion(round(a * n), int(n)) for a, n in zip(right, counts, strict=True)])
     share = counts / counts.sum()
-    width = 1 / len(found["bins"])
+    width = 1 / len(calibration["bins"])
     traces = [
         {
             "type": "scatter",
@@ -417,12 +422,12 @@ def _calibration(evaluation: Row, prefix: str) -> Figure:
         {
             "type": "scatter",
             "mode": "markers",
-            "x": _numbers(sure),
+            "x": _numbers(confidence),
             "y": _numbers(right),
             "error_y": _bars(right, ends),
             "customdata": counts.astype(int).tolist(),
             "marker": {"color": "--c0", "size": _numbers(5 + 13 * np.sqrt(share / share.max()))},
-            "hovertemplate": "%{customdata:,} images: sure of %{x:.1%}, right in %{y:.1%}<extra></extra>",
+            "hovertemplate": "%{customdata:,} images: confidence %{x:.1%}, accuracy %{y:.1%}<extra></extra>",
         },
         {
             "type": "bar",
@@ -439,30 +444,30 @@ def _calibration(evaluation: Row, prefix: str) -> Figure:
     layout["xaxis"] |= {"range": [0, 1.02], "tickformat": ".0%", "anchor": "y2"}
     layout["yaxis"] |= {"range": [0, 1.05], "tickformat": ".0%", "domain": [0.3, 1]}
     layout["yaxis2"] = {**_axis("images"), "domain": [0, 0.2], "tickformat": ".0%", "rangemode": "tozero", "nticks": 3}
-    average, accuracy = float((sure * share).sum()), float((right * share).sum())
-    lean = "more sure than right" if average > accuracy else "less sure than right"
+    average, accuracy = float((confidence * share).sum()), float((right * share).sum())
+    verdict = "overconfident" if average > accuracy else "underconfident"
     caption = (
-        f"Expected calibration error {100 * found['ece']:.1f} %: on average {100 * average:.1f} % sure and "
-        f"{100 * accuracy:.1f} % right, {lean}. On the dotted line confidence is accuracy; bars are 95 % (Wilson), "
-        f"below is the share of the images."
+        f"Expected calibration error {100 * calibration['ece']:.1f} %: the mean confidence is {100 * average:.1f} % "
+        f"and the accuracy {100 * accuracy:.1f} %: {verdict}. On the dotted line both are equal; bars are 95 % "
+        f"intervals (Wilson). Below, the share of the images by confidence."
     )
     return Figure(f"{prefix}-calibration", "Calibration", caption, traces, layout, caption, height=330)
 
 
 def _written(classes: int) -> Row:
-    """Trace options that write a heat map's text into it, where there is room."""
+    """Trace options that write a heat map's text into its cells, where there is room."""
     return {"texttemplate": "%{text}", "textfont": {"size": 11 if classes <= 12 else 9}} if classes <= _WRITTEN else {}
 
 
 def _bars(middle: Values, ends: Values) -> Row:
-    """Error bars up to both ends of intervals, (N, 2)."""
+    """Error bars from the middles, (N), to both ends of intervals, (N, 2)."""
     up, down = ends[:, 1] - middle, middle - ends[:, 0]
     style = {"color": "--c0 0.6", "thickness": 1.5, "width": 0}
     return {"type": "data", "symmetric": False, "array": _numbers(up), "arrayminus": _numbers(down), **style}
 
 
 def _ticks(low: float, high: float) -> Row:
-    """Ticks of a logarithmic axis, the finer the less it spans."""
+    """Ticks of a logarithmic axis, finer where it spans fewer decades."""
     decades = math.log10(high / low)
     digits = (1, 1.5, 2, 3, 5, 7) if decades < 2 else (1, 2, 5) if decades < 4 else (1,)
     values = [digit * 10.0**power for power in range(-9, 10) for digit in digits]
@@ -470,7 +475,8 @@ def _ticks(low: float, high: float) -> Row:
 
 
 def _layout(x: str, y: str, over: str = "") -> Row:
-    """over: the head of a box with all lines' values at an x; empty: a box for the nearest point alone."""
+    """Options of a figure with these titles of its axes. over: the title of a hover box with the values of all lines at
+    an x; empty: the hover box is for the nearest point alone."""
     across, hover = _axis(x), "closest"
     if over:
         across |= {"unifiedhovertitle": {"text": over}, "spikecolor": "--muted", "spikedash": "solid"}
@@ -485,27 +491,27 @@ def _axis(title: str) -> Row:
 
 
 def _categories(names: Sequence[str], most: int = 50) -> Row:
-    """Options of an axis of names; of very many every second, third ... is written."""
-    shown = [*names[:: math.ceil(len(names) / most)]]
-    text = [_plain(name if len(name) <= 20 else f"{name[:19]}…") for name in shown]
-    ticks = {"tickvals": list(map(_plain, shown)), "ticktext": text, "ticks": "", "automargin": True}
+    """Options of an axis of names. Of more than `most` names only every second, third, ... is written."""
+    labelled = [*names[:: math.ceil(len(names) / most)]]
+    text = [_plain(name if len(name) <= 20 else f"{name[:19]}…") for name in labelled]
+    ticks = {"tickvals": list(map(_plain, labelled)), "ticktext": text, "ticks": "", "automargin": True}
     return {**ticks, "type": "category", "showgrid": False, "zeroline": False}
 
 
 def _thinned(values: Values, most: int) -> tuple[list[int], int]:
-    """Which of the values are drawn, and of how many each time: all and 1, or of every few the lowest, the highest and
-    the first that is not finite, besides the first and the last."""
+    """The indices of the values that are drawn, and the length of a section: all and 1; or, of more than `most` values,
+    the lowest, the highest and the first that is not finite of each section, and the first and last of all."""
     if len(values) <= most:
         return list(range(len(values))), 1
     every = math.ceil(2 * len(values) / most)
     kept = {0, len(values) - 1}
     for start in range(0, len(values), every):
         part = values[start : start + every]
-        good = np.isfinite(part)
-        if good.any():
+        finite = np.isfinite(part)
+        if finite.any():
             kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
-        if not good.all():
-            kept.add(start + int(np.argmin(good)))
+        if not finite.all():
+            kept.add(start + int(np.argmin(finite)))
     return sorted(kept), every
 
 
@@ -515,11 +521,12 @@ def _floats(values: object) -> Values:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Five digits, which is more than a screen shows; None for what is not finite."""
+    """Values with five digits, more than a screen can show; None for those that are not finite."""
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]
 
 
 def _plain(text: str) -> str:
+    """Text for plotly, which reads HTML."""
     return escape(text)
 
 
@@ -528,7 +535,7 @@ def _from_to(values: set[int]) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    """A, B and C; the first few of many."""
+    """A, B and C; of more than six the first five, and the number of the others."""
     if len(words) > 6:
         words = [*words[:5], f"{len(words) - 5} more"]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,4 +1,4 @@
-"""The runs of a page: those of one configuration in a group, each with a name and a colour of its own."""
+"""The runs of a page, grouped by configuration, each with a unique name and a colour."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dist_train.runs.run import Run, members
 
 COLORS = 7  # --c0 to --c6 of report.css
 
-NAMED = 4  # runs that are named where there may be many
+NAMED = 4  # the number of runs that are named where there may be more
 
 
-class Shown(NamedTuple):
-    """A run on the page. name: no other run's. color: of report.css."""
+class PageRun(NamedTuple):
+    """A run on the page. name: unique on the page. color: a name in report.css."""
 
     run: Run
     name: str
@@ -28,9 +28,9 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration, with its row in the table."""
+    """The runs of one configuration, with its row of the table."""
 
-    runs: list[Shown]
+    runs: list[PageRun]
     row: Configuration
 
     @property
@@ -43,33 +43,33 @@ class Group:
 
 
 def read(paths: Sequence[Path]) -> tuple[list[Group], list[str], list[str]]:
-    """The runs in these folders by configuration, the settings in which those differ, and who is not done, as
-    `name (why)`. Raises UserError."""
-    found: dict[Path, Run] = {}
+    """The runs in these folders by configuration, the settings in which the configurations differ, and the runs that
+    are not done, as `name (state)`. paths: run folders and groups. Raises UserError."""
+    by_folder: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; name run folders, or the folder above them")
         for run in [Run(path)] if layout.is_run(path) else members(path):
-            found.setdefault(run.folder.resolve(), run)
-    keys, rows = configurations([*found.values()])
+            by_folder.setdefault(run.folder.resolve(), run)
+    keys, rows = configurations([*by_folder.values()])
     if not rows:
-        raise UserError(f"{paths[0]}: none of its runs has begun; come back when one has")
-    taken = Counter(run.name for row in rows for run in row.runs)
+        raise UserError(f"{paths[0]}: none of its runs has begun; try again when one has")
+    name_counts = Counter(run.name for row in rows for run in row.runs)
     groups, number = [], 0
     for position, row in enumerate(rows):
-        shown = []
+        page_runs = []
         for run in row.runs:
-            name = run.name if taken[run.name] == 1 else str(run.folder)
-            # a colour for each configuration, and where there is but one for each run
-            shown.append(Shown(run, name, f"--c{(position if len(rows) > 1 else number) % COLORS}"))
+            name = run.name if name_counts[run.name] == 1 else str(run.folder)
+            # a colour for each configuration or, where there is only one, for each run
+            page_runs.append(PageRun(run, name, f"--c{(position if len(rows) > 1 else number) % COLORS}"))
             number += 1
-        groups.append(Group(shown, row))
-    return groups, keys, [f"{run.folder.name} ({run.state})" for run in found.values() if run.state != "done"]
+        groups.append(Group(page_runs, row))
+    return groups, keys, [f"{run.folder.name} ({run.state})" for run in by_folder.values() if run.state != "done"]
 
 
-def names(runs: Iterable[Shown]) -> str:
-    """A, B and C; the first few of many."""
-    shown = [run.name for run in runs]
-    if len(shown) > NAMED:
-        shown = [*shown[: NAMED - 1], f"{len(shown) - NAMED + 1} more"]
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+def names(runs: Iterable[PageRun]) -> str:
+    """A, B and C; of more than NAMED runs only the first, and the number of the others."""
+    listed = [run.name for run in runs]
+    if len(listed) > NAMED:
+        listed = [*listed[: NAMED - 1], f"{len(listed) - NAMED + 1} more"]
+    return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)

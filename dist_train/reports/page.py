@@ -16,14 +16,14 @@ from typing import Any
 from dist_train import config
 from dist_train.errors import UserError
 from dist_train.reports import architecture, drawing, figures
-from dist_train.reports.groups import NAMED, Group, Shown, names, read
+from dist_train.reports.groups import NAMED, Group, PageRun, names, read
 from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import interval, proportion
 from dist_train.runs.layout import EVALUATION, SETTINGS
 from dist_train.runs.metrics import Row
 from dist_train.runs.run import Run
 
-_WORDS = {
+_LABELS = {
     "code": "digest of the code",
     "instructions": "CPU instructions",
     "git_commit": "commit",
@@ -33,27 +33,28 @@ _WORDS = {
 
 
 def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
-    """The page as HTML. title: empty for the runs' names. command: that makes it. Raises UserError."""
+    """The page as HTML. paths: run folders and groups. title: empty for the runs' names. command: the command line that
+    creates the page. Raises UserError."""
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     groups, keys, unfinished = read(paths)
-    runs = [shown for group in groups for shown in group.runs]
+    runs = [page_run for group in groups for page_run in group.runs]
     curves, coefficients = figures.curves(runs), figures.coefficients(runs)
     panels = [
         {"run": number, "name": name, **figures.predictions(run.evaluation, f"run{number}")}
         for number, (run, name, _) in enumerate(runs)
         if run.evaluation is not None
     ]
-    table = [_row(group, keys) for group in groups]
-    drawn = [*curves, *coefficients]
+    table = [_configuration_row(group, keys) for group in groups]
+    all_figures = [*curves, *coefficients]
     for panel in panels:
-        drawn += [*panel["blocks"], panel["confusion"], panel["classes"], panel["calibration"]]
-    here = Path(__file__).parent
-    scripts = [get_plotlyjs(), (here / "report.js").read_text()]
+        all_figures += [*panel["blocks"], panel["confusion"], panel["classes"], panel["calibration"]]
+    sources = Path(__file__).parent
+    scripts = [get_plotlyjs(), (sources / "report.js").read_text()]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(sources),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -70,7 +71,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         table=table,
         tta=any(row["accuracies"][1] for row in table),
         intervals={cell["kind"] for row in table for cell in row["accuracies"] if cell},
-        each=[_each(shown) for shown in runs],
+        run_rows=[_run_row(page_run) for page_run in runs],
         notes=_notes(groups, unfinished),
         curves=curves,
         coefficients=coefficients,
@@ -81,8 +82,8 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         environment=_environment(runs),
         history=[_event(name, row) for run, name, _ in runs for row in run.history],
         commands=_commands(runs, command),
-        figures={each.id: {"data": each.traces, "layout": each.layout} for each in drawn},
-        style=Markup((here / "report.css").read_text()),
+        figures={each.id: {"data": each.traces, "layout": each.layout} for each in all_figures},
+        style=Markup((sources / "report.css").read_text()),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
@@ -111,13 +112,13 @@ def _lead(groups: Sequence[Group]) -> str:
         low, high = (f"{100 * mean:.2f} %" for mean in (means[0], means[-1]))
         spans = f"mean test accuracy from {low} to {high}" if len(means) > 1 else f"test accuracy {high}, one finished"
         return f"{len(groups)} configurations in {sum(len(group.runs) for group in groups)} runs: {spans}."
-    runs = [shown for group in groups for shown in group.runs]
-    so_far = [f"{shown.name} is {_progress(shown.run)}" for shown in runs]
+    runs = [page_run for group in groups for page_run in group.runs]
+    so_far = [f"{page_run.name} is {_progress(page_run.run)}" for page_run in runs]
     return f"Not finished: {'; '.join(so_far[:NAMED])}{f'; and {len(runs) - NAMED} more' * (len(runs) > NAMED)}."
 
 
 def _progress(run: Run) -> str:
-    """How far a run has come that is not finished."""
+    """The progress of an unfinished run."""
     if not run.steps:
         return "at its start"
     words = f"at epoch {run.steps[-1]['epoch']:.3g} of {run.settings.train.epochs:g}"
@@ -127,8 +128,8 @@ def _progress(run: Run) -> str:
 
 
 def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """What was run, in pairs of a heading and lines."""
-    runs = [shown.run for group in groups for shown in group.runs]
+    """The facts below the title, as pairs of a heading and lines."""
+    runs = [page_run.run for group in groups for page_run in group.runs]
 
     def all_of(words: Callable[[Run], str]) -> list[str]:
         different = list(dict.fromkeys(map(words, runs)))
@@ -160,8 +161,9 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _row(group: Group, keys: Sequence[str]) -> Row:
-    """A configuration's row of the table, with all numbers as text."""
+def _configuration_row(group: Group, keys: Sequence[str]) -> Row:
+    """The row of a configuration in the table of results, with all numbers as text. keys: the settings in which the
+    configurations differ."""
     runs, results = group.runs, group.row.results
 
     def mean(key: str, form: Callable[[float], str]) -> str:
@@ -182,7 +184,8 @@ def _row(group: Group, keys: Sequence[str]) -> Row:
 
 
 def _accuracy(group: Group, key: str) -> dict[str, str] | None:
-    """Mean, standard deviation and 95 % interval in percent, what that is of and whose; None where no run has it."""
+    """A cell: mean, standard deviation and 95 % interval in percent, of the runs or images that are named in `of`;
+    kind: of the interval. None where no run has the metric."""
     values = group.row.results(key)
     if not values:
         return None
@@ -202,23 +205,23 @@ def _accuracy(group: Group, key: str) -> dict[str, str] | None:
 
 
 def _tested(run: Run) -> int | None:
-    """How many test images there are, where that is recorded."""
+    """The number of test images, None where it is not recorded."""
     if run.evaluation is None or run.evaluation["split"] != "test":
         return None
     return int(run.evaluation["images"])
 
 
-def _each(shown: Shown) -> Row:
-    """A run's row of the table of all runs."""
-    run, accuracies = shown.run, ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_accuracy")
+def _run_row(page_run: PageRun) -> Row:
+    """The row of a run in the table of all runs."""
+    run, accuracies = page_run.run, ("test_accuracy", "test_accuracy_tta", "val_accuracy", "train_accuracy")
 
     def number(key: str, form: Callable[[float], str]) -> str:
         value = run.summary.get(key)
         return "" if value is None else form(value)
 
     return {
-        "color": shown.color,
-        "name": shown.name,
+        "color": page_run.color,
+        "name": page_run.name,
         "seed": str(run.settings.train.seed),
         "state": "done" if run.done else f"{run.state}, {_progress(run)}",
         "accuracies": [number(key, lambda value: f"{100 * value:.2f}") for key in accuracies],
@@ -231,51 +234,51 @@ def _each(shown: Shown) -> Row:
 
 
 def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
-    """What is missing, and what to keep in mind, in sentences."""
-    runs = [shown for group in groups for shown in group.runs]
+    """Sentences about missing data, and for the interpretation of the results."""
+    runs = [page_run for group in groups for page_run in group.runs]
     notes = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    if without := [shown for shown in runs if shown.run.done and shown.run.evaluation is None]:
+    if without := [page_run for page_run in runs if page_run.run.done and page_run.run.evaluation is None]:
         folder = shlex.quote(str(without[0].run.folder)) if len(without) == 1 else "RUN"
         notes.append(
             f"Without {EVALUATION}, and so without confusion matrix, calibration and pictures: {names(without)}; "
-            f"dist-train evaluate {folder} --write makes it."
+            f"dist-train evaluate {folder} --write creates it."
         )
-    evaluated = [shown for shown in runs if shown.run.evals]
-    if without := [shown for shown in evaluated if not any("coefficients" in row for row in shown.run.evals)]:
+    evaluated = [page_run for page_run in runs if page_run.run.evals]
+    if without := [page_run for page_run in evaluated if not any("coefficients" in row for row in page_run.run.evals)]:
         notes.append(f"No mixing coefficients were recorded by {names(without)}.")
     for group in groups:
-        done = [shown for shown in group.runs if shown.run.done]
-        seeds = Counter(shown.run.settings.train.seed for shown in done)
+        done = [page_run for page_run in group.runs if page_run.run.done]
+        seeds = Counter(page_run.run.settings.train.seed for page_run in done)
         for seed in (seed for seed, count in seeds.items() if count > 1):
-            twice = [shown for shown in done if shown.run.settings.train.seed == seed]
+            twice = [page_run for page_run in done if page_run.run.settings.train.seed == seed]
             notes.append(
-                f"{names(twice)} have the same configuration and the same seed {seed}, and are counted as "
-                f"{len(twice)} runs all the same: the interval over seeds comes out too narrow."
+                f"{names(twice)} have the same configuration and the same seed {seed}, but are counted as "
+                f"{len(twice)} runs: the interval over seeds is too narrow."
             )
     return notes
 
 
-def _architectures(runs: Sequence[Shown]) -> list[Row]:
-    """Each distinct architecture as a drawing and as a table, with the runs that have it; why not, where the shape of
-    its images is not known."""
+def _architectures(runs: Sequence[PageRun]) -> list[Row]:
+    """Each distinct architecture as a drawing and as a table, with the runs that have it; a reason in place of both
+    where the shape of its images is not known."""
     from markupsafe import Markup
 
-    alike: dict[str, list[Shown]] = {}
-    for shown in runs:
-        settings = shown.run.settings
+    by_key: dict[str, list[PageRun]] = {}
+    for page_run in runs:
+        settings = page_run.run.settings
         key = json.dumps([config.to_dict(settings)["model"], settings.data.dataset, str(settings.data.dir)])
-        alike.setdefault(key, []).append(shown)
-    drawn: dict[tuple[str, str], tuple[list[Shown], list[architecture.Layer]]] = {}
-    for same in alike.values():
+        by_key.setdefault(key, []).append(page_run)
+    drawn: dict[tuple[str, str], tuple[list[PageRun], list[architecture.Layer]]] = {}
+    for same in by_key.values():
         settings = same[0].run.settings
         try:
             image_shape, classes = architecture.images(settings.data, None, None)
             svg = drawing.svg(settings.model, image_shape, classes)
-            known, _ = drawn.setdefault((svg, ""), ([], architecture.layers(settings.model, image_shape, classes)))
+            its_runs, _ = drawn.setdefault((svg, ""), ([], architecture.layers(settings.model, image_shape, classes)))
         except UserError:
-            reason = f"not drawn: {settings.data.dir} does not tell how large its images are and of how many classes"
-            known, _ = drawn.setdefault(("", reason), ([], []))
-        known += same
+            reason = f"not drawn: {settings.data.dir} does not have the size of its images and the number of classes"
+            its_runs, _ = drawn.setdefault(("", reason), ([], []))
+        its_runs += same
     return [
         {
             "names": names(same) if len(drawn) > 1 else "",
@@ -297,9 +300,9 @@ def _architectures(runs: Sequence[Shown]) -> list[Row]:
 
 
 def _settings(group: Group) -> Row:
-    """A configuration as it stands in the first run's folder."""
+    """A configuration, as in the folder of its first run."""
     first, *others = group.runs
-    seeds = ", ".join(f"{shown.run.settings.train.seed} ({shown.name})" for shown in others)
+    seeds = ", ".join(f"{page_run.run.settings.train.seed} ({page_run.name})" for page_run in others)
     return {
         "color": first.color,
         "name": group.name,
@@ -310,35 +313,35 @@ def _settings(group: Group) -> Row:
     }
 
 
-def _environment(runs: Sequence[Shown]) -> list[Row]:
-    """What the runs were computed with: under each name its values, each with its runs where not all have it."""
-    table: dict[str, dict[str, list[Shown]]] = {}
-    for shown in runs:
-        summary = shown.run.summary
+def _environment(runs: Sequence[PageRun]) -> list[Row]:
+    """The environments of the runs: by name the values, each with its runs where not all have it."""
+    table: dict[str, dict[str, list[PageRun]]] = {}
+    for page_run in runs:
+        summary = page_run.run.summary
         values_of: dict[str, list[Any]] = {
             "device": [],
             **{name: [value] for name, value in summary.get("versions", {}).items()},
             "git_commit": [(summary.get("git_commit") or "")[:12] or None],
             "world_size": [],
-            "host": [row.get("host") for row in shown.run.starts],
-            **shown.run.environment(),
+            "host": [row.get("host") for row in page_run.run.starts],
+            **page_run.run.environment(),
         }
         for name, values in values_of.items():
             text = ", then ".join(dict.fromkeys(str(value) for value in values if value is not None))
             if text:
-                table.setdefault(name, {}).setdefault(text, []).append(shown)
+                table.setdefault(name, {}).setdefault(text, []).append(page_run)
 
-    def with_runs(value: str, same: list[Shown]) -> Row:
+    def with_runs(value: str, same: list[PageRun]) -> Row:
         return {"value": value, "runs": names(same) if len(same) < len(runs) else ""}
 
     return [
-        {"name": _WORDS.get(name, name), "values": [with_runs(*each) for each in values.items()]}
+        {"name": _LABELS.get(name, name), "values": [with_runs(*each) for each in values.items()]}
         for name, values in table.items()
     ]
 
 
 def _event(name: str, row: Row) -> Row:
-    """A line in words of the history of the run that is shown as `name`."""
+    """A line of `history.jsonl` as a row of the table of events. name: of its run."""
     others = {key: value for key, value in row.items() if key not in ("event", "time", "environment")}
     step = others.pop("step", None)
     if row["event"] == "start":
@@ -360,27 +363,27 @@ def _event(name: str, row: Row) -> Row:
     }
 
 
-def _commands(runs: Sequence[Shown], command: Sequence[str]) -> list[Row]:
-    """Commands, with what they are for."""
+def _commands(runs: Sequence[PageRun], command: Sequence[str]) -> list[Row]:
+    """Commands to train, resume and compare the runs and to create the page, with their purposes."""
 
     def train(run: Run, into: str) -> str:
         start = f"torchrun --standalone --nproc_per_node={run.ranks}" if (run.ranks or 1) > 1 else "python"
         paths = shlex.join(["--config", str(run.folder / SETTINGS), "--run-dir", into])
         return f"{start} -m dist_train.main {paths}"
 
-    commits = [*{commit: None for shown in runs if (commit := shown.run.summary.get("git_commit"))}]
-    done, others = ([shown.run for shown in runs if shown.run.done is wanted] for wanted in (True, False))
-    found = []
+    commits = [*{commit: None for page_run in runs if (commit := page_run.run.summary.get("git_commit"))}]
+    done, others = ([page_run.run for page_run in runs if page_run.run.done is wanted] for wanted in (True, False))
+    commands = []
     if done:
         code = f", with the code of commit {commits[0][:12]}" if len(commits) == 1 else ""
         words = f"Train again, on any number of ranks to the same weights{code}; then compare:"
         lines = [train(run, f"{run.folder}-again") for run in done]
         compare = ["dist-train", "diff", str(done[0].folder), f"{done[0].folder}-again"]
-        found.append({"for": words, "lines": [*lines, shlex.join(compare)]})
+        commands.append({"for": words, "lines": [*lines, shlex.join(compare)]})
     if others:
         lines = [train(run, str(run.folder)) for run in others]
-        found.append({"for": "Go on with what is not finished:", "lines": lines})
-    return [*found, {"for": "Make this page again:", "lines": [shlex.join(command)]}]
+        commands.append({"for": "Resume the unfinished runs:", "lines": lines})
+    return [*commands, {"for": "Create this page again:", "lines": [shlex.join(command)]}]
 
 
 def _counted(number: int, word: str) -> str:

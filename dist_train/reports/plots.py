@@ -26,15 +26,15 @@ BLUE, ORANGE, GREEN, GREY = (
     "#555555",
 )  # Okabe and Ito: safe for the colour-blind
 
-DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # names as their authors write them
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}  # by name in the configuration, the names for titles
 
 
 def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
     """Write `plots/loss.png` and `plots/accuracy.png` of a run folder, and return their paths.
 
     Args:
-        run_dir: a run folder with a `metrics.jsonl`; any number of lines, none included, will do.
-        dataset: the data set's name, for the titles; empty: the one in its configuration, if there.
+        run_dir: a run folder with a `metrics.jsonl`; it may be empty.
+        dataset: the data set's name, for the titles; empty: that of its configuration, if it has one.
         name: the run's name, for the titles; empty: the run folder's.
 
     Raises:
@@ -58,7 +58,7 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
 
 
 def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
-    """Training loss against training batches: every batch, a smoothed line over it, spikes as they are.
+    """Training loss against training batches: every batch, and a smoothed line over it.
 
     The loss axis is logarithmic where the smoothed line falls below a tenth of its highest value.
     """
@@ -67,7 +67,7 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
     figure, axes = _figure("Training loss", dataset, name)
     axes.set(xlabel="training batches", ylabel="loss (mean over the batch)")
     if not steps:
-        return _nothing(figure, axes, "no training batch yet")
+        return _empty(figure, axes, "no training batch yet")
     batch = np.array([row["step"] for row in steps], dtype=np.float64)
     loss = np.array([row["loss"] for row in steps], dtype=np.float64)  # None becomes nan: a gap
     width = max(5, len(steps) // 60) if len(steps) >= 20 else 1
@@ -101,8 +101,7 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
 def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
     """Train and test accuracy (and validation accuracy) in percent against epochs.
 
-    Test accuracy has its last value, which is the result, and its best marked and labelled; the others
-    have their last.
+    The last value of each is marked and labelled, and the best test accuracy; the last test accuracy is the result.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -120,7 +119,7 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
             axes.plot(epoch[-1], percent[-1], "o", color=color, markersize=7, zorder=3)
             ends.append((float(percent[-1]), f"{kind} {percent[-1]:.2f} %", color))
     if not evals:
-        return _nothing(figure, axes, "no evaluation yet")
+        return _empty(figure, axes, "no evaluation yet")
     if (best := best_eval(evals)) is not None:
         value = 100 * best["test_accuracy"]
         axes.plot(
@@ -149,8 +148,8 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
 
 
 def new_figure(**options: Any) -> Figure:
-    """An empty figure of matplotlib's; the options are those of its `Figure`."""
-    # that it builds its list of fonts, or has no home folder to keep it in: it does without
+    """An empty figure of matplotlib. options: those of its `Figure`."""
+    # silences warnings about the list of fonts: that it is built, and that it cannot be saved without a home folder
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
@@ -160,22 +159,23 @@ def new_figure(**options: Any) -> Figure:
 def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
     figure = new_figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    shown = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
-    axes.set_title(f"{title} · {shown} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)
+    data = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
+    axes.set_title(f"{title} · {data} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _nothing(figure: Figure, axes: Axes, sentence: str) -> Figure:
+def _empty(figure: Figure, axes: Axes, sentence: str) -> Figure:
     axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", color=GREY)
     axes.set(xticks=[], yticks=[])
     return figure
 
 
 def smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """Mean of the `width` values around each, weighted by a bell, fewer at the ends; nan does not count."""
+    """The mean of the `width` values around each, weighted by a Hann window; at the ends of fewer values. nan is
+    skipped."""
     finite = np.isfinite(values)
     window = np.hanning(width + 2)[1:-1]
     weight = np.convolve(finite, window, mode="same")

@@ -1,18 +1,18 @@
-// Draws the figures of the page and keeps them in its colours and in its width. Their contents come from Python.
+// Draws the figures of the page in its colours and in its width. Their contents come from Python.
 "use strict";
 {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;
-  const off = new Set(); // "run N" and "FIGURE PART" that are switched off
+  const off = new Set(); // the "run N" and "FIGURE PART" that are hidden
   const config = {
     displaylogo: false,
     displayModeBar: touch ? true : "hover",
-    modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]], // and none that sends data elsewhere
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "resetScale2d"]], // no button that uploads data
     doubleClick: "reset",
   };
 
-  // The value with the page's colours for their names: "--c0", or "--c0 0.3" for three tenths of it.
+  // The value with names of colours replaced: "--c0", or "--c0 0.3" for an opacity of 0.3.
   function painted(value, styles) {
     if (typeof value === "string" && value.startsWith("--")) {
       const [name, share] = value.split(" ");
@@ -25,7 +25,7 @@
   }
 
   function draw(plot) {
-    if (!plot.clientWidth) return; // of a run that is not shown
+    if (!plot.clientWidth) return; // its run is hidden
     const styles = getComputedStyle(root);
     const data = painted(figures[plot.id].data, styles);
     for (const trace of data) {
@@ -57,7 +57,7 @@
   const redraw = (which = plots) => which.forEach(draw);
   const curves = plots.filter((plot) => plot.closest("#curves"));
 
-  // one after the other, so that the page can be read meanwhile
+  // one figure after the other, so that the page stays responsive
   (async () => {
     for (const plot of plots) {
       if (!plot.data) draw(plot);
@@ -66,7 +66,7 @@
     root.dataset.drawn = "";
   })();
 
-  // what shows and hides
+  // buttons that show and hide
 
   const runs = [...document.querySelectorAll(".runs button")];
   function show(buttons, key, which) {
@@ -101,7 +101,7 @@
   };
   if (choice) {
     choice.addEventListener("change", choose);
-    if (choice.selectedIndex) choose(); // kept by the browser when the page was loaded again
+    if (choice.selectedIndex) choose(); // the browser keeps the choice when the page is reloaded
   }
 
   // light and dark, width, paper

@@ -10,17 +10,18 @@ from dist_train.runs.metrics import Row
 
 
 def often_taken_for(details: Row) -> list[str]:
-    """Of each class in an `evaluation.json`: the class that most of its wrong answers name, and how many do."""
-    found = []
+    """For each class of an `evaluation.json` the class that its images are most often mistaken for, as `dog (12)` with
+    the number of images; empty for a class without mistakes."""
+    mistakes = []
     for number, row in enumerate(details["confusion"]):
         wrong = [*row[:number], 0, *row[number + 1 :]]
-        found.append(f"{details['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
-    return found
+        mistakes.append(f"{details['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
+    return mistakes
 
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the mean's 95 % interval by Student's t, infinite for one value."""
-    from scipy.stats import t as student  # a second, which not every node of a job has to spend
+    from scipy.stats import t as student  # takes a second, and most nodes of a job do not need it
 
     n = len(values)
     if n < 2:
@@ -29,8 +30,8 @@ def interval(values: Sequence[float]) -> float:
 
 
 def proportion(right: int, n: int) -> tuple[float, float]:
-    """The ends of the 95 % interval by Wilson of the chance of which `right` of `n` trials are a sample."""
+    """The ends, from 0 to 1, of Wilson's 95 % interval for a proportion of which `right` of `n` trials are a sample."""
     from scipy.stats import binomtest
 
-    found = binomtest(right, n).proportion_ci(0.95, "wilson")
-    return float(found.low), float(found.high)
+    ends = binomtest(right, n).proportion_ci(0.95, "wilson")
+    return float(ends.low), float(ends.high)

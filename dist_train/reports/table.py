@@ -25,25 +25,26 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed. values: of the settings in which the group's configurations differ."""
+    """Runs that differ in nothing but the seed. values: as text, of the settings in which the group's
+    configurations differ."""
 
     values: tuple[str, ...]
     runs: list[Run]
 
     @property
     def done(self) -> int:
-        """How many of the runs are done."""
+        """The number of runs that are done."""
         return sum(run.done for run in self.runs)
 
     def results(self, key: str) -> list[float]:
-        """What the summaries of the runs that are done have under `key`."""
+        """The values of a key in the summaries of the runs that are done and have it."""
         values = [run.summary.get(key) for run in self.runs]
         return [value for value in values if value is not None]
 
 
 def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
-    """The settings in which runs that have begun differ, by dotted key and without the seed, and the runs by their
-    values. Raises UserError."""
+    """The settings in which the runs that have begun differ, by dotted key and without the seed; and these runs,
+    grouped by the values. Raises UserError."""
     begun = [run for run in runs if run.begun]
     varied: set[str] = set()
     for run in begun:
@@ -57,7 +58,7 @@ def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The group as a Markdown table, and a line that names the runs which are not done. Raises UserError."""
+    """The runs as a Markdown table, with a line below that names those that are not done. Raises UserError."""
     keys, rows = configurations(runs)
     metrics = [key for key in _METRICS if any(row.results(key) for row in rows)]
     header = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"]
@@ -83,7 +84,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _value(tree: Any, key: str) -> str:
-    """What a configuration's tree has under a dotted key, as text; "" for nothing."""
+    """The value of a dotted key in a configuration's tree, as text; "" where the tree lacks it."""
     for part in key.split("."):
         if isinstance(tree, list):
             tree = tree[int(part)] if int(part) < len(tree) else None
@@ -93,7 +94,8 @@ def _value(tree: Any, key: str) -> str:
 
 
 def write(group: Path) -> str:
-    """Write the group's table to its table.md, and return it. Safe from several members at once. Raises UserError."""
+    """Write the group's table to its table.md, and return it. Several processes may call it at once. Raises
+    UserError."""
     if not group.is_dir():
         raise UserError(f"{group}: there is no such folder; name the folder above the run folders")
     path = group / layout.TABLE

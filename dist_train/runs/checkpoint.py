@@ -1,4 +1,4 @@
-"""Checkpoints: what one holds; each one file that appears whole or not at all, with its SHA-256 beside it."""
+"""Checkpoints: their contents, and one file for each, written atomically, with its SHA-256 beside it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dist_train.runs.contents import read_checksum
 from dist_train.runs.environment import Environment
 from dist_train.runs.trees import leaves
 
-_OPTIMIZERS = "optimizers"  # how the names of their tensors begin in `tensor_digests`
+_OPTIMIZERS = "optimizers"  # prefix of the names of the optimizers' tensors in `tensor_digests`
 
 
 @dataclass(frozen=True)
 class DataDescription:
-    """The data set that a network was trained on, as far as it takes to use the network.
+    """The data set that a network was trained on: what using the network requires of it.
 
     classes: their names, in the order of the logits. image_shape: (H, W, C). mean, std: of each channel of the training
     images, whose values go from 0 to 1. content_sha256: of the pixels and labels of each split, by the split's name;
@@ -43,7 +43,7 @@ class DataDescription:
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataDescription:
-        """That of a data set's betons."""
+        """The description of a data set from the manifest of its betons."""
         digests = {name: split.content_sha256 for name, split in manifest.splits.items()}
         return cls(
             manifest.dataset,
@@ -62,16 +62,16 @@ class DataDescription:
         return cls(data["dataset"], classes, (height, width, channels), mean, std, dict(data.get("content_sha256", {})))
 
     def to_dict(self) -> dict[str, Any]:
-        """As checkpoints hold it, in values that JSON has, too."""
+        """The dict in a checkpoint, which is also valid JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: all that a run needs to be resumed, and all that it takes to use the network.
+    """The contents of a checkpoint: all that resuming the run requires, and all that using the network requires.
 
     step: the number of finished steps. model: weights and BatchNorm statistics by name, in the network's order.
-    optimizers, scaler: their state; that of a file without them is empty. environments: those that the run has had, in
+    optimizers, scaler: their state, empty where the file has none. environments: those that the run has had, in
     order. config: the configuration as TOML. data: the data set. The last three are missing in checkpoints of earlier
     versions.
     """
@@ -86,14 +86,14 @@ class Checkpoint:
 
     @classmethod
     def from_dict(cls, state: Any) -> Checkpoint:
-        """From the dict in a file, whose other entries are dropped. Raises ValueError for what is none of ours."""
+        """From the dict in a file, whose other entries are dropped. Raises ValueError for other contents than ours."""
         if not isinstance(state, dict) or not state.keys() >= {"step", "model"}:
-            raise ValueError("it is no checkpoint of dist_train")
+            raise ValueError("it is not a checkpoint of dist_train")
         known = {key: state[key] for key in cls.__dataclass_fields__ if key in state}
         try:
             data = DataDescription.from_dict(known["data"]) if known.get("data") else None
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"its data set is described in another way ({error!r})") from None
+            raise ValueError(f"its description of the data set has another format ({error!r})") from None
         return cls(**{**known, "data": data})
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Checkpoint:
 
 
 class Writer:
-    """Writes checkpoints beside the training: a call of `write` takes the time of copying the state."""
+    """Writes checkpoints in a thread, so that `write` takes only the time of copying the state."""
 
     def __init__(
         self,
@@ -116,24 +116,24 @@ class Writer:
         written: Callable[[Path], None],
         failed: Callable[[int, OSError], None],
     ) -> None:
-        """stamp: what every checkpoint carries besides the state. In the thread are called: before, ahead of each
-        file; written, with each file that is whole; failed, with the step and the reason when one could not be
-        written, while the ones before it stay."""
+        """keep: the number of checkpoints to keep. stamp: entries that every checkpoint has besides the state.
+        Callbacks, called in the thread: before, ahead of each file; written, with the path of each finished file;
+        failed, with the step and the error when a file could not be written; older checkpoints stay."""
         self.folder, self.keep, self.stamp = folder, keep, stamp
         self.before, self.written, self.failed = before, written, failed
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to write the state after `step` steps; its tensors may change from now on. Waits for the
-        checkpoint before this one."""
+        """Begin to write the state after `step` steps, once the previous checkpoint is written. The tensors of
+        `state` may change after the call."""
         self.wait()
         copied = {**_copied(state), **self.stamp}
         self.thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
         self.thread.start()
 
     def wait(self) -> OSError | None:
-        """Wait until the last one is written. Returns why it could not be, None when it is on the disk."""
+        """Wait until the last checkpoint is written. Returns its error, None when it is on the disk."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -158,7 +158,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     torch.save(state, buffer)
     content = buffer.getbuffer()
     path = layout.checkpoint_path(folder, step)
-    # the checksum comes first, so that a checkpoint which is there has one, whenever the process dies
+    # The checksum comes first: whenever the process dies, a checkpoint that exists has one.
     write_atomic(layout.checksum_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode())
     write_atomic(path, content)
     for old in layout.checkpoints(folder)[:-keep]:
@@ -168,7 +168,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left of files that never became whole. No other may be writing here."""
+    """Remove partial files, and checksums without a checkpoint, which a killed process leaves. No other process may be
+    writing to the folder."""
     remove_partial(folder)
     checksums = {layout.checksum_path(path) for path in layout.checkpoints(folder)}
     for checksum in layout.checksums(folder):
@@ -177,8 +178,7 @@ def clean(folder: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole. One that is torn or altered is set aside as `*.damaged`, and named
-    on stderr."""
+    """The newest checkpoint that is whole. A damaged one is renamed to `*.damaged`, and reported on stderr."""
     for path in reversed(layout.checkpoints(folder)):
         if (why := wrong(path)) is None:
             return path
@@ -189,7 +189,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The numbers of finished steps that there are checkpoints of, in order."""
+    """The numbers of finished steps of all checkpoints in a folder, in order."""
     return [layout.step_of(path) for path in layout.checkpoints(folder)]
 
 
@@ -201,12 +201,12 @@ def load(path: Path) -> dict[str, Any]:
 
 def read(path: Path) -> Checkpoint:
     """A checkpoint, with its tensors on the CPU. No code in the file is run. Raises OSError for a file that cannot be
-    read, ValueError for one of another kind, and what torch raises for a damaged one."""
+    read, ValueError for another kind of file, and the errors of torch.load for a damaged one."""
     return Checkpoint.from_dict(load(path))
 
 
 def wrong(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its checksum, None when it is whole."""
+    """The fault of a checkpoint by its checksum, such as `has no checksum`; None when it is whole."""
     if (expected := read_checksum(path)) is None:
         return "has no checksum"
     return None if sha256_of(path) == expected else "does not match its checksum"

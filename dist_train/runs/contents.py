@@ -1,7 +1,7 @@
-"""The small files of a run folder and of a group, read and checked, or refused in one sentence.
+"""Reads and checks the small files of a run folder and of a group.
 
-Of JSON only what some reader needs is checked. A file may hold more, and what earlier versions did not write may be
-missing.
+Only the keys that some reader needs are checked. A file may have more, and those that earlier versions did not write
+are optional.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, m
 from dist_train.errors import UserError
 from dist_train.runs.layout import EVALUATION, MEMBERS, SUMMARY, checksum_path
 
-_REMEDY = "put back the file that was written, or leave this run out"
+_REMEDY = "restore the original file, or omit this run"
 
 
 class _Checked(BaseModel):
@@ -61,7 +61,7 @@ class _Coefficients(_Checked):
     by_class: list[list[float]]
 
 
-class _Wrong(_Checked):
+class _WrongAnswer(_Checked):
     index: int
     label: int
     predicted: int
@@ -81,7 +81,7 @@ class _Evaluation(_Checked):
     confusion: list[list[int]]
     calibration: _Calibration
     coefficients: list[_Coefficients] = Field(min_length=1)
-    wrong: list[_Wrong]
+    wrong: list[_WrongAnswer]
 
     @model_validator(mode="after")
     def _sizes(self) -> _Evaluation:
@@ -92,8 +92,8 @@ class _Evaluation(_Checked):
             sizes = [len(block.mean), len(block.std), *map(len, block.by_class)]
             if sizes != [len(block.branches)] * (2 + classes):
                 raise ValueError("coefficients are not of all branches and classes")
-        if any(not 0 <= number < classes for each in self.wrong for number in (each.label, each.predicted)):
-            raise ValueError("wrong has a class that is none")
+        if any(not 0 <= number < classes for answer in self.wrong for number in (answer.label, answer.predicted)):
+            raise ValueError("wrong has an unknown class number")
         return self
 
 
@@ -102,17 +102,17 @@ class _Members(RootModel[dict[str, list[str]]]):
 
 
 def damaged(path: Path, why: str) -> UserError:
-    """The sentence on a file of a run that holds something else than it should."""
+    """The error for a file of a run whose contents are not valid. why: the reason, in words."""
     return UserError(f"{path} is damaged, or of another version ({why}); {_REMEDY}")
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """The sentence on a file of a run that cannot be read."""
-    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or leave this run out")
+    """The error for a file of a run that cannot be read."""
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or omit this run")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file. Raises UserError where that cannot be told."""
+    """Whether the file exists. Raises UserError where its folder cannot be read."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -123,22 +123,23 @@ def exists(path: Path) -> bool:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """`summary.json`, None before the run's end. Raises UserError."""
+    """The contents of `summary.json`, None before the run's end. Raises UserError for a damaged file."""
     return _read(run_dir / SUMMARY, _Summary)
 
 
 def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
-    """`evaluation.json`, None where there is none. Raises UserError."""
+    """The contents of `evaluation.json`, None where there is no such file. Raises UserError for a damaged file."""
     return _read(run_dir / EVALUATION, _Evaluation)
 
 
 def read_members(group: Path) -> dict[str, list[str]] | None:
-    """`members.json`, None in a folder that was not made by submitting an array. Raises UserError."""
+    """The contents of `members.json`, the trainer's arguments by the name of the run folder; None in a folder that was
+    not made by submitting an array. Raises UserError for a damaged file."""
     return _read(group / MEMBERS, _Members)
 
 
 def read_checksum(checkpoint: Path) -> str | None:
-    """The SHA-256 that a checkpoint should have, by the file beside it; None where that does not say."""
+    """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty."""
     try:
         return checksum_path(checkpoint).read_text().split()[0]
     except (OSError, ValueError, IndexError):
@@ -157,5 +158,5 @@ def _read(path: Path, kind: type[BaseModel]) -> dict[str, Any] | None:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise damaged(path, f"{key}: {first['msg']}" if key else first["msg"]) from None
-    found: dict[str, Any] = json.loads(content)
-    return found
+    parsed: dict[str, Any] = json.loads(content)
+    return parsed

@@ -20,16 +20,16 @@ _TRAINING = ("config", "data", "distributed", "model", "runs", "training")  # pa
 
 
 def environment(device: torch.device) -> Environment:
-    """What may change bits when a run goes on elsewhere, each as a short text."""
-    found = {
+    """What may change the bits of a run that is resumed on another machine, as short texts by name."""
+    common = {
         "torch": str(torch.__version__),
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
         "code": code_digest(),
     }
     if device.type == "cuda":
-        return {**found, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return {**found, "instructions": torch.backends.cpu.get_cpu_capability()}
+        return {**common, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return {**common, "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def changes(before: Environment, now: Environment) -> dict[str, list[str]]:
@@ -39,7 +39,7 @@ def changes(before: Environment, now: Environment) -> dict[str, list[str]]:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python, this package and those it stands on; None for what is not installed, as ffcv need not be."""
+    """Versions of Python, this package, its dependencies and CUDA; None for those that are not installed."""
     packages = ("torch", "torchvision", "ffcv", "numpy", "wandb")
     return {
         "python": platform.python_version(),
@@ -70,16 +70,16 @@ def device_name(device: torch.device) -> str:
 @cache
 def code_digest() -> str:
     """A digest of the source files that a training runs, eight hexadecimal digits."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for folder in (_PACKAGE, *(_PACKAGE / name for name in _TRAINING)):
         for path in sorted(folder.glob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:8]
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with a + when files differ from it; None when it is in no repository, also when it is
-    only installed into a folder of another project's."""
+    """The git commit of this code, followed by + when tracked files differ from it; None outside a repository of this
+    code, also where it is installed into the working tree of another project."""
     git = ["git", "-C", str(_PACKAGE)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)

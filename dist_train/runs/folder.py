@@ -1,4 +1,4 @@
-"""The folder of a run: one job's alone, opened at its newest whole checkpoint, and kept by rank 0."""
+"""Opening the folder of a run, which one job at a time may use, and which has the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CLAIM = 5.0  # seconds to wait for the ranks of a run that was just stopped to 
 
 
 def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
-    """Make or check a run folder, and claim it until `held` is closed. Returns its newest whole checkpoint, None
-    without one. Raises UserError when it is in use, another run's, or cannot be written."""
+    """Create or check a run folder, and lock it until `held` is closed. Returns its newest whole checkpoint, None
+    without one. Raises UserError when the folder is in use, belongs to another run, or cannot be written."""
     checkpoints = layout.checkpoint_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -37,10 +37,10 @@ def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path
 
 def check_data(resumed: Checkpoint, data: Manifest, run_dir: Path) -> None:
     """Raises UserError when the run of a checkpoint was trained on other pixels or labels."""
-    known = resumed.data
-    # checkpoints of earlier versions have no digests
-    if known and known.content_sha256 and known.content_sha256 != DataDescription.of(data).content_sha256:
+    trained_on = resumed.data
+    # checkpoints of earlier versions have no description of the data set, or one without digests
+    if trained_on and trained_on.content_sha256 not in ({}, DataDescription.of(data).content_sha256):
         raise UserError(
             f"--run-dir {run_dir} belongs to a run on other images of {data.dataset}, whose betons were written anew "
-            f"since; start in another folder, or put the old ones back"
+            f"since; start in another folder, or restore the old ones"
         )

@@ -1,4 +1,4 @@
-"""`history.jsonl`: when and where a run was started, how it ended, what went wrong."""
+"""`history.jsonl`: when and where a run was started, how it ended, and its faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_train.runs.metrics import Row, finite
 def append_history(run_dir: Path, event: str, **fields: Any) -> None:
     """Add `{"event", "time", **fields}` to `history.jsonl`; `time` is UTC, in whole seconds. Rank 0 only.
 
-    What cannot be written costs a line on stderr, not the run.
+    When the file cannot be written, this is reported on stderr and the run continues.
     """
     path = run_dir / HISTORY
     row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
@@ -24,15 +24,15 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
     try:
         with path.open("a+b") as file:
             file.seek(max(0, file.tell() - 1))
-            torn = file.read() not in (b"", b"\n")  # by a kill; nothing is glued to it
+            torn = file.read() not in (b"", b"\n")  # a process was killed while it wrote the last line
             file.write(b"\n" * torn + line)
     except OSError as error:
-        told = f"{path} cannot be written ({error.strerror}); its line on the {event} is left out"
-        print(told, file=sys.stderr, flush=True)
+        message = f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped"
+        print(message, file=sys.stderr, flush=True)
 
 
 def read_history(run_dir: Path) -> list[Row]:
-    """The lines of `history.jsonl` that are whole, none where there is no such file. Raises OSError."""
+    """The valid lines of `history.jsonl`, none where there is no such file. Raises OSError."""
     path = run_dir / HISTORY
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:

@@ -7,31 +7,31 @@ from pathlib import Path
 
 from dist_train.config.loading import FILE
 
-SETTINGS = FILE  # the configuration as TOML; a folder that has it is a run folder
+SETTINGS = FILE  # the configuration as TOML; every folder with this file is a run folder
 
-METRICS = "metrics.jsonl"  # every step, evaluation and digest: see metrics.py
+METRICS = "metrics.jsonl"  # the metrics of every step and evaluation: see metrics.py
 
 SUMMARY = "summary.json"  # the results, once the run is done
 
 EVALUATION = "evaluation.json"  # the last evaluation in full
 
-HISTORY = "history.jsonl"  # every start and every end
+HISTORY = "history.jsonl"  # starts, ends and faults
 
-DIVERGED = "diverged.json"  # what was not finite
+DIVERGED = "diverged.json"  # the loss or the gradients that were not finite
 
-CHECKPOINTS = "checkpoints"  # a folder
+CHECKPOINTS = "checkpoints"  # the folder of checkpoints
 
 LOSS_PLOT, ACCURACY_PLOT = PLOTS = ("plots/loss.png", "plots/accuracy.png")
 
-SAMPLES = "system/rank-*.jsonl"  # one file of each rank's own: see system_metrics.py
+SAMPLES = "system/rank-*.jsonl"  # a file for each rank: see system_metrics.py
 
 WANDB = "wandb"  # the folder of W&B's files
 
 EXPORT = "export"  # the folder of exported networks
 
-MEETINGS = "meetings"  # a folder with a file for each start of a job, in which its nodes find each other
+MEETINGS = "meetings"  # a folder with a file for each start of a job, through which its nodes find each other
 
-# in a group
+# files of a group
 
 MEMBERS = "members.json"  # {name of the run folder: the trainer's arguments}, as submitted
 
@@ -39,7 +39,7 @@ TABLE = "table.md"
 
 _TABLE_LOCK = ".table.lock"
 
-_LOCK = ".lock"  # names the process that trains in the folder
+_LOCK = ".lock"  # its text names the process that trains in the folder
 
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
@@ -47,22 +47,22 @@ _CHECKSUM, _DAMAGED = ".sha256", ".damaged"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
+    """Whether a folder is a run folder: has a configuration."""
     return (folder / SETTINGS).exists()
 
 
 def lock_path(run_dir: Path) -> Path:
-    """The file that a run's process holds a lock on."""
+    """The file that is locked while a process trains in the run folder."""
     return run_dir / _LOCK
 
 
 def table_lock_path(group: Path) -> Path:
-    """The file that a process holds a lock on while it writes a group's table."""
+    """The file that is locked while a process writes a group's table."""
     return group / _TABLE_LOCK
 
 
 def samples_path(run_dir: Path, rank: int) -> Path:
-    """The file of a rank's own samples."""
+    """The file of a rank's system metrics."""
     return run_dir / SAMPLES.replace("*", str(rank))
 
 
@@ -89,7 +89,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def checksum_path(checkpoint: Path) -> Path:
-    """The file beside a checkpoint that has its SHA-256, as `sha256sum --check` takes it."""
+    """The file beside a checkpoint with its SHA-256, in the format of `sha256sum --check`."""
     return checkpoint.with_name(checkpoint.name + _CHECKSUM)
 
 
@@ -99,7 +99,7 @@ def checksums(folder: Path) -> list[Path]:
 
 
 def damaged_path(checkpoint: Path) -> Path:
-    """The name that a checkpoint which does not match its checksum is given."""
+    """The path that a damaged checkpoint is renamed to."""
     return checkpoint.with_name(checkpoint.name + _DAMAGED)
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a run folder, which is written first; everything else reads from it. And `evaluation.json`.
+"""`metrics.jsonl`, the metrics of a run, from which its plots and reports are made; and `evaluation.json`.
 
 `metrics.jsonl` holds one JSON object a line, in the order of training:
 
@@ -8,13 +8,13 @@
   `flops` floating-point operations forward and backward.
 - `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "coefficients"}`,
   with `val_loss` and `val_accuracy` where there is a validation set; in the last one also `*_tta`, with test-time
-  augmentation, where that was asked for. Accuracies are fractions from 0 to 1. `coefficients` has, for each block
+  augmentation, where that is configured. Accuracies are fractions from 0 to 1. `coefficients` has, for each block
   and each of its convolutions, the mean and the standard deviation of the mixing coefficient over the test images.
-- `{"kind": "weights", "step", "digests"}` before the evaluation: by each tensor's name, in the network's
-  order, the first 16 hexadecimal digits of the SHA-256 of its bytes after `step`.
+- `{"kind": "weights", "step", "digests"}`: digests of the weights after `step`, before its evaluation: by each tensor's
+  name, in the network's order, the first 16 hexadecimal digits of the SHA-256 of its bytes.
 
-A number that is not finite is written as `null`. Runs of the same weights have the same lines, apart from
-`images_per_second`. What may differ between them is in `history.jsonl`.
+A number that is not finite is written as `null`. Runs with the same weights have the same lines, except for
+`images_per_second`. Times and machines are in `history.jsonl`.
 
 `evaluation.json` is the last evaluation in full: `{"dataset", "split", "step", "images", "loss", "accuracy",
 "classes", "confusion", "calibration", "coefficients", "wrong"}` and, with test-time augmentation, `*_tta`.
@@ -50,20 +50,20 @@ class MetricsFile:
     A full disk does not stop the run: lines that cannot be written wait in memory and are tried again with each
     later one; only `flush` raises for them.
 
-    last_step: the newest step in the file. last_eval: the newest eval line. averages: over the steps since then.
+    last_step: the last step in the file. last_eval: the last eval line. averages: over the steps after that line.
     """
 
     def __init__(self, run_dir: Path, resume_step: int, warn: Callable[[str], None]) -> None:
-        """Open the file, and cut it back to `resume_step` where a checkpoint is resumed.
+        """Open the file, and truncate it to `resume_step` where a run is resumed.
 
         Args:
             run_dir: the run folder; created if it is missing.
-            resume_step: steps finished at the checkpoint, 0 for a new run. Lines after it will be replayed and are
-                removed, as is a torn last line.
-            warn: takes a sentence for the user, when lines cannot be written and when they can be again.
+            resume_step: steps finished at the checkpoint, 0 for a new run. Later steps will be trained again:
+                their lines are removed, as is a torn last line.
+            warn: receives a sentence for the user when lines cannot be written, and when they can be again.
 
         Raises:
-            UserError: the lines up to `resume_step` are not all there.
+            UserError: lines up to `resume_step` are missing.
             OSError: the run folder cannot be written.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -75,9 +75,9 @@ class MetricsFile:
         self._restore(resume_step)
         self._path.touch()
         self._file = self._path.open("r+b", buffering=0)
-        # The first `synced` bytes of the file are known to be on the disk. The lines after them are kept, for a
-        # network file system may lose written ones and say so only at the next fsync; the first `_written` bytes
-        # of them are in the file.
+        # The first `synced` bytes of the file are known to be on the disk. `_lines` has the bytes after them, because a
+        # network file system may lose written ones and report it only at the next fsync; the first `_written` bytes
+        # of `_lines` are in the file.
         self.synced, self._written, self._lines = self._path.stat().st_size, 0, bytearray()
         self._stuck = False  # the last write failed
         self._lock, self._flushing = threading.Lock(), threading.Lock()
@@ -99,12 +99,12 @@ class MetricsFile:
         self.averages.add(row)
 
     def weights(self, step: int, digests: dict[str, str]) -> None:
-        """Append digests of the weights after `step`, before its evaluation, unless they are there already.
+        """Append digests of the weights after `step`, before its evaluation, unless the file has them already.
 
         digests: by tensor, in the network's order, 16 hexadecimal digits of the SHA-256 of its bytes.
 
         Raises:
-            ValueError: `step` is not the last step recorded.
+            ValueError: `step` is not the last step in the file.
         """
         if step != self.last_step:
             raise ValueError(f"digests after step {step} came when step {self.last_step} was the last")
@@ -113,14 +113,14 @@ class MetricsFile:
             self._last_digests = step
 
     def evaluation(self, row: Row) -> Row | None:
-        """Append an evaluation after the last step, and return its line; None where that is there already, as in a run
-        that is resumed right behind an evaluation.
+        """Append an evaluation after the last step, and return its line; None where the file has it already, as in a
+        run that is resumed right after an evaluation.
 
-        row: all but `kind`, `train_loss` and `train_accuracy`, which are those of the steps since the evaluation
-        before, as they were while training.
+        row: all but `kind`, `train_loss` and `train_accuracy`, which are averaged over the training steps since the
+        previous evaluation.
 
         Raises:
-            ValueError: the step is not the last step recorded.
+            ValueError: the step is not the last step in the file.
         """
         if row["step"] != self.last_step:
             raise ValueError(f"an evaluation after step {row['step']} came when step {self.last_step} was the last")
@@ -134,10 +134,10 @@ class MetricsFile:
         return line
 
     def flush(self) -> None:
-        """Bring every line to the disk; to be called, in any thread, before a checkpoint is written.
+        """Write every line to the disk; must be called, in any thread, before a checkpoint is written.
 
         Raises:
-            OSError: the disk did not take them all: a checkpoint after them could not be resumed.
+            OSError: some lines could not be written; a run could not be resumed from a checkpoint after them.
         """
         with self._flushing:
             with self._lock:
@@ -145,11 +145,11 @@ class MetricsFile:
                 end = self.synced + self._written
             if failure is None:
                 try:
-                    os.fsync(self._file.fileno())  # takes its time, in which other threads may append
+                    os.fsync(self._file.fileno())  # without the lock: it is slow, and other threads may append
                 except OSError as error:
                     failure = error
                     with self._lock:
-                        self._written = 0  # whatever was lost is written once more
+                        self._written = 0  # all of `_lines` is written again
             if failure is not None:
                 raise OSError(failure.errno, failure.strerror, str(self._path)) from failure
             with self._lock:
@@ -165,8 +165,8 @@ class MetricsFile:
             self._file.close()
 
     def _restore(self, resume_step: int) -> None:
-        """Cut the file back to `resume_step`, and restore the averages and the last evaluation of what is kept."""
-        remedy = "put back the file that belongs to the checkpoint, or start in a new run folder"
+        """Truncate the file to `resume_step`, and restore the averages and the last evaluation from its lines."""
+        remedy = "restore the file that belongs to the checkpoint, or start in a new run folder"
         data = self._path.read_bytes() if self._path.exists() else b""
         keep = 0
         for row, end in _rows(data):
@@ -198,19 +198,20 @@ class MetricsFile:
             self._write()
 
     def _write(self) -> OSError | None:
-        """Write the lines that are not in the file yet, with the lock held; what fails is left for the next call."""
+        """Write the lines that are not in the file yet; those that fail stay for the next call. The lock must be
+        held."""
         file, failure = self._file.fileno(), None
         try:
-            while self._written < len(self._lines):  # a write to a disk that fills up may be a partial one
+            while self._written < len(self._lines):  # a write to a disk that fills up may be partial
                 self._written += os.pwrite(file, self._lines[self._written :], self.synced + self._written)
         except OSError as error:
             failure = error
             self._written = self._lines.rfind(b"\n", 0, self._written) + 1
-            with contextlib.suppress(OSError):  # a torn line that stays is later written over by the whole one
+            with contextlib.suppress(OSError):  # otherwise the torn line is overwritten by the next attempt
                 os.ftruncate(file, self.synced + self._written)
         if failure is not None and not self._stuck:
             self._warn(
-                f"{self._path} cannot be written ({failure.strerror}); free space on its disk: training goes on and "
+                f"{self._path} cannot be written ({failure.strerror}); free space on its disk: training continues and "
                 f"keeps the lines in memory, but no checkpoint can be written until then"
             )
         elif failure is None and self._stuck:
@@ -230,7 +231,7 @@ class Averages:
         images, loss, rate = row["images"], row["loss"], row["images_per_second"]
         self._images += images
         self._correct += row["correct"]
-        # What was not finite is null in a line read back, and must come to the same sum.
+        # A loss that is not finite is null in a line that was read back; both must give the same sum.
         self._loss += images * (loss if loss is not None and math.isfinite(loss) else math.nan)
         self._seconds += images / rate if rate else math.nan
 
@@ -248,10 +249,11 @@ class Averages:
 
 
 def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
-    """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line. `read_digests` has the others.
+    """The step lines and the eval lines of a `metrics.jsonl`, without a torn last line. `read_digests` reads the
+    others.
 
     Raises:
-        ValueError: a line before the last is not one of a record.
+        ValueError: a line before the last is not valid.
         OSError: the file cannot be read.
     """
     data = path.read_bytes()
@@ -262,7 +264,7 @@ def read_metrics(path: Path) -> tuple[list[Row], list[Row]]:
         good = end
     if b"\n" in data[good:-1]:
         line = data.count(b"\n", 0, good) + 1
-        raise ValueError(f"line {line} of {path.name} is not a line of a training record")
+        raise ValueError(f"line {line} of {path.name} is not a line of metrics")
     return rows["step"], rows["eval"]
 
 
@@ -274,7 +276,7 @@ def read_digests(path: Path) -> dict[int, dict[str, str]]:
 def best_eval(evals: list[Row]) -> Row | None:
     """The eval line of the highest test accuracy, the earliest of several; None without any.
 
-    For looking only: it is chosen on the test set. The result of a run is its last line.
+    For plots only, because it is chosen on the test set: the result of a run is its last evaluation.
     """
     scored = [row for row in evals if row["test_accuracy"] is not None]
     return max(scored, key=lambda row: row["test_accuracy"], default=None)
@@ -286,7 +288,7 @@ def write_evaluation(run_dir: Path, details: Row) -> None:
 
 
 def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
-    """Each line's object and the offset behind the line, up to the first that is torn or no record line."""
+    """Each line's object and the offset after the line, up to the first line that is torn or not valid."""
     start = 0
     while (end := data.find(b"\n", start) + 1) > 0:
         try:
@@ -300,7 +302,7 @@ def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every float that JSON does not have."""
+    """`value`, which may be nested, with None for every float that is not finite, as JSON requires."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None  # float(): a numpy scalar becomes a plain one
     if isinstance(value, dict):

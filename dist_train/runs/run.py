@@ -1,4 +1,4 @@
-"""A run as its folder tells of it, and the runs of a group."""
+"""A run, as read from the files of its folder, and the runs of a group."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from dist_train.runs.trees import leaves
 
 
 class Run:
-    """A run folder, whose files are read once, when they are asked for. The run need not be done, nor have begun.
+    """A run folder, whose files are read once, on first use. The run need not be done, nor have begun.
 
-    Everything that reads a file raises UserError, with the file, what is wrong with it and the remedy, for one that is
-    damaged or cannot be read.
+    Every attribute that reads a file raises UserError where it is damaged or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def need(self, *names: str) -> None:
-        """Raises UserError where the folder lacks one of these files."""
+        """Raises UserError where one of these files of the folder is missing."""
         for name in names:
             if not exists(self.folder / name):
                 raise UserError(f"{self.folder}: there is no {name} in it; name the folder of a run")
 
     def check(self) -> None:
-        """Read all files. Raises UserError for one that is damaged or cannot be read."""
+        """Read all files. Raises UserError where one is damaged or cannot be read."""
         _ = self.settings, self.summary, self.evaluation, self.steps, self.digests, self.history
 
     @cached_property
@@ -52,37 +51,37 @@ class Run:
             return config.parse(path.read_text())
         except OSError as error:
             raise unreadable(path, error) from None
-        except ValueError as error:  # UserError included, whose remedy is for those who write a configuration
+        except ValueError as error:  # of a UserError too, the remedy is dropped: nobody wrote this file by hand
             raise damaged(path, str(error).partition(";")[0]) from None
 
     @property
     def name(self) -> str:
-        """The one it was given, else that of the folder."""
+        """The run's name in its configuration (record.name), else that of its folder."""
         return (self.settings.record.name if self.begun else "") or self.folder.resolve().name
 
     @cached_property
     def summary(self) -> Row:
-        """`summary.json`; empty before the run's end."""
+        """The contents of `summary.json`; empty before the run's end."""
         return read_summary(self.folder) or {}
 
     @cached_property
     def evaluation(self) -> Row | None:
-        """`evaluation.json`; None where there is none."""
+        """The contents of `evaluation.json`; None where there is no such file."""
         return read_evaluation(self.folder)
 
     @property
     def steps(self) -> list[Row]:
-        """The lines of `metrics.jsonl` on steps, in order."""
+        """The step lines of `metrics.jsonl`, in order."""
         return self._metrics[0]
 
     @property
     def evals(self) -> list[Row]:
-        """The lines of `metrics.jsonl` on evaluations, in order."""
+        """The eval lines of `metrics.jsonl`, in order."""
         return self._metrics[1]
 
     @cached_property
     def digests(self) -> dict[int, dict[str, str]]:
-        """By step the digests of the weights, by tensor in the network's order."""
+        """The digests of the weights: by step, by tensor in the network's order."""
         path = self.folder / layout.METRICS
         try:
             return read_digests(path) if exists(path) else {}
@@ -113,13 +112,13 @@ class Run:
 
     @property
     def outcome(self) -> str:
-        """How the last start ended: `done`, `preempted` or `failed`; "" for one that has not, or was killed."""
+        """How the last start ended: `done`, `preempted` or `failed`; "" where it has not ended, or was killed."""
         last = self.history[-1] if self.history else {}
         return str(last.get("outcome", "failed")) if last.get("event") == "end" else ""
 
     @property
     def state(self) -> str:
-        """`done`, `not begun`, `not ended`, or how it ended and where: `preempted at step 12`."""
+        """`done`, `not begun`, `not ended`, or how and where the last start ended, such as `preempted at step 12`."""
         if not self.begun:
             return "not begun"
         if self.done:
@@ -128,24 +127,25 @@ class Run:
 
     @property
     def ranks(self) -> int | None:
-        """How many the last start had; None where that is not recorded."""
-        known = (row.get("world_size") for row in reversed(self.starts))
-        return self.summary.get("world_size") or next(known, None)
+        """The number of ranks of the last start; None where it is not recorded."""
+        recorded = (row.get("world_size") for row in reversed(self.starts))
+        return self.summary.get("world_size") or next(recorded, None)
 
     @property
     def device(self) -> str:
-        """The name of the GPU or the processor of the last start; "" where that is not recorded."""
-        known = ((row.get("environment") or {}).get("device") for row in reversed(self.starts))
-        return str(self.summary.get("device") or next(known, None) or "")
+        """The name of the GPU or the processor of the last start; "" where it is not recorded."""
+        recorded = ((row.get("environment") or {}).get("device") for row in reversed(self.starts))
+        return str(self.summary.get("device") or next(recorded, None) or "")
 
     def environment(self, before: int | None = None) -> dict[str, list[Any]]:
-        """What the steps up to `before`, or all, were computed with: by dotted name each value, in order."""
+        """The environments in which the steps before `before`, or all, were computed: by dotted name its values, in
+        order of time and each once."""
         starts = [row for row in self.starts if before is None or row.get("step", 0) < before]
-        described = [{**(row.get("environment") or {}), "world_size": row.get("world_size")} for row in starts]
-        if not self.starts:  # of an earlier version
-            described = self.summary.get("environments", [])
+        environments = [{**(row.get("environment") or {}), "world_size": row.get("world_size")} for row in starts]
+        if not self.starts:  # earlier versions had no history, and kept the environments in the summary
+            environments = self.summary.get("environments", [])
         values: dict[str, list[Any]] = {}
-        for name, value in leaves(described):
+        for name, value in leaves(environments):
             _, _, name = name.partition(".")
             if value not in values.setdefault(name, []):
                 values[name].append(value)
@@ -153,15 +153,16 @@ class Run:
 
     @property
     def checkpoints(self) -> dict[int, Path]:
-        """By step, in order."""
+        """The checkpoints by their number of finished steps, in order."""
         return {layout.step_of(path): path for path in layout.checkpoints(layout.checkpoint_folder(self.folder))}
 
 
 def members(group: Path) -> list[Run]:
-    """The runs of a group by name, those that were submitted and have not begun included. Raises UserError."""
+    """The runs of a group in order of their names, including those that were submitted and have not begun. Raises
+    UserError for a folder without runs."""
     expected = read_members(group) or {}
     begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}")}
     if not begun | expected.keys():
         raise UserError(f"{group}: holds no runs; name the folder above the run folders")
-    # seed10 after seed9
+    # shorter names first, so that seed10 comes after seed9
     return [Run(group / name) for name in sorted(begun | expected.keys(), key=lambda name: (len(name), name))]

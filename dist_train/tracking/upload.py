@@ -1,4 +1,4 @@
-"""W&B runs made from the files of run folders, as their trainings would have sent them."""
+"""W&B runs from run folders, with what their trainings would have sent."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from dist_train.tracking.client import process
 from dist_train.tracking.messages import Artifact, Begin, End, Message, begin, encode
 from dist_train.tracking.messages import summary as summary_message
 
-FINISH_TIMEOUT = 3600.0  # seconds for all to be uploaded
+FINISH_TIMEOUT = 3600.0  # seconds for the whole upload
 
 
-def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[Message]:
-    """What a training says to its W&B run, from its folder, which is claimed until `held` is closed. Raises
-    UserError."""
+def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[Message]:
+    """The messages that the training in a run folder would have sent to its W&B run. The folder is locked until `locks`
+    is closed. args: project, entity, offline, of the command line. Raises UserError for a folder that is in use, lacks
+    files, or has damaged ones."""
     run = Run(run_dir)
     run.need(layout.SETTINGS, layout.METRICS)
     try:
-        held.enter_context(claimed(layout.lock_path(run_dir), 0.0))
+        locks.enter_context(claimed(layout.lock_path(run_dir), 0.0))
     except BlockingIOError as error:
         raise UserError(f"{run_dir} is in use by {error}; wait for it, or stop it") from None
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}); change its permissions") from None
 
-    run.check()  # W&B's process reads some of the files itself, and could only give up
+    run.check()  # the process of the W&B run reads some of the files itself, and could only fail
     settings, summary = run.settings, run.summary
     record = replace(
         settings.record,
         wandb="offline" if args.offline else "online",
         project=args.project or settings.record.project,
-        system="all",  # if there are samples
+        system="all",  # the system metrics of every rank in the folder
     )
-    first = begin(
+    begin_message = begin(
         run_dir,
         record,
         config={
@@ -53,31 +54,31 @@ def messages(run_dir: Path, args: argparse.Namespace, held: ExitStack) -> list[M
         offset=0,
         matrix_rate=summary.get("matrix_flops_per_second", math.nan),
     )
-    first.settings.update(
+    begin_message.settings.update(
         {
             "run_id": uuid.uuid4().hex[:12],
             "finish_timeout": FINISH_TIMEOUT,
-            "x_disable_machine_info": True,  # of this machine, now
+            "x_disable_machine_info": True,  # the run may have been on another machine
             "disable_git": True,
             **({"entity": args.entity} if args.entity else {}),
         }
     )
-    kept = [*run.checkpoints.values()]
-    chosen = {"none": [], "last": kept[-1:] if run.done else [], "all": kept}[record.artifacts]
-    pictures = [path for name in sorted(layout.PLOTS) if (path := run_dir / name).exists()]
+    checkpoints = [*run.checkpoints.values()]
+    artifacts = {"none": [], "last": checkpoints[-1:] if run.done else [], "all": checkpoints}[record.artifacts]
+    plots = [path for name in sorted(layout.PLOTS) if (path := run_dir / name).exists()]
     return [
-        first,
-        *(Artifact(str(path.absolute())) for path in chosen),
-        *([summary_message(summary, pictures, run_dir / layout.EVALUATION)] if run.done else []),
+        begin_message,
+        *(Artifact(str(path.absolute())) for path in artifacts),
+        *([summary_message(summary, plots, run_dir / layout.EVALUATION)] if run.done else []),
         End(code_of(run.outcome)),
     ]
 
 
 def send(run_dir: Path, messages: list[Message]) -> int:
-    """Have a run's process take the messages, and say where the run is. Returns the exit code."""
-    first = messages[0]
-    assert isinstance(first, Begin)
-    sent = subprocess.run(**process(first), input=b"".join(map(encode, messages)), stdout=subprocess.PIPE)
-    if sent.stdout:
-        print(f"{run_dir}: {sent.stdout.decode().strip()}", flush=True)
-    return sent.returncode
+    """Send the messages to a process for one W&B run, and print where that is. Returns the process's exit code."""
+    begin_message = messages[0]
+    assert isinstance(begin_message, Begin)
+    finished = subprocess.run(**process(begin_message), input=b"".join(map(encode, messages)), stdout=subprocess.PIPE)
+    if finished.stdout:
+        print(f"{run_dir}: {finished.stdout.decode().strip()}", flush=True)
+    return finished.returncode

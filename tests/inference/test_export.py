@@ -301,10 +301,10 @@ def test_a_checkpoint_alone_and_without_the_extra(run: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 1
     assert done.stderr == "dist_train: model.onnx needs onnxruntime: pip install onnx onnxscript onnxruntime\n"
-    assert "256 images of random pixels, as the test images of digits were not there" in done.stdout
+    assert "256 images of random pixels, as the test images of digits were not available" in done.stdout
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"model.safetensors", "README.md", "config.toml"}
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "There is no record of an evaluation of these weights" in card
+    assert "There is no evaluation of these weights" in card
     assert "model-index" not in card
     assert "model.onnx" not in card
     assert torch.equal(
@@ -339,4 +339,4 @@ def test_figures_of_other_weights_are_left_out(run: Path, tmp_path: Path) -> Non
     torch.save(state, copy / "checkpoints" / "step-00000001.pt")
     network = load(copy / "checkpoints" / "step-00000001.pt", "cpu")
     assert not export.export(network, tmp_path, ["safetensors"], copy)
-    assert "There is no record of an evaluation" in (tmp_path / "README.md").read_text()
+    assert "There is no evaluation" in (tmp_path / "README.md").read_text()

@@ -89,11 +89,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"optim": {"parameters": {}}}}, r"parameters\.optim has parameters: write values"),
     ({"parameters": {"lr": 0.1}}, r"parameters\.lr has no values: write values"),
     ({"parameters": None}, "has no parameters; write them as"),
-    ({"early_terminate": {"type": "hyperband"}}, "early_terminate: an array knows no such thing; leave it out, or"),
+    ({"early_terminate": {"type": "hyperband"}}, "early_terminate: not supported by an array; remove it, or"),
     ({"command": None}, r"command = : it must start dist_train\.main, and end with \$\{args_no_hyphens\}"),
     ({"command": ["python", "-m", "${program}", "${args}"]}, "must .* end with"),
     ({"program": "other.py"}, r"command = .* other\.py .*: it must start dist_train\.main"),
-    ({"command": ["dist_train.main", "${envvar:X}", "${args_no_hyphens}"]}, "envvar:X} stands for nothing here"),
+    ({"command": ["dist_train.main", "${envvar:X}", "${args_no_hyphens}"]}, "envvar:X} is not supported by an array"),
     ({"parameters": {"train.seed": {"values": [1, 1]}}}, "two members would be called seed1"),
 ]
 

@@ -24,7 +24,7 @@ from dist_train.training.recorder import Recorder
 
 EPOCH = 5  # steps
 NAMES = ("stem.weight", "blocks.0.fc.weight", "output.bias")
-FINER = "to see more: they part between step {} and step {}; train both again, in new run folders, with "
+FINER = "to see more: they first differ between step {} and step {}; train both again, in new run folders, with "
 
 
 def run(
@@ -118,7 +118,7 @@ def test_one_bit_of_a_line(verdict: Verdict, key: str, first: str, values: str) 
     code, lines = verdict(digest_every=1, parts_at=[99, 7], touches=key)
     assert code == 1
     assert lines[0].startswith(f"different: first {first}: {values}")
-    assert lines[1:] == ["weights: equal at step 10, the last that tells of them in both runs"]
+    assert lines[1:] == ["weights: equal at step 10, the last with digests or a checkpoint in both runs"]
 
 
 def test_tensors_are_named_in_the_order_of_the_network(verdict: Verdict) -> None:
@@ -195,14 +195,14 @@ def test_unfinished_run_is_the_same_as_far_as_it_goes(verdict: Verdict) -> None:
     assert code == 0
     assert lines == [
         "same up to step 8, with 1 evaluation: b ends there so far",
-        "weights: equal at step 5, the last that tells of them in both runs",
+        "weights: equal at step 5, the last with digests or a checkpoint in both runs",
     ]
 
 
 def test_finished_run_that_is_shorter_is_another(verdict: Verdict) -> None:
     code, lines = verdict(steps=[10, 12], finish=[True, False])
     assert code == 1
-    assert lines[0] == "different: first at step 11: b has it, a is finished before it"
+    assert lines[0] == "different: first at step 11: b has it, a is finished before"
 
 
 def test_causes_are_named(verdict: Verdict) -> None:

@@ -184,7 +184,7 @@ def test_a_run_of_an_older_version(runs: Path, tmp_path: Path) -> None:
     done = report(old, "--out", tmp_path / "old.html")
     assert done.returncode == 0, done.stderr
     words = text_of(tmp_path / "old.html")
-    assert f"dist-train evaluate {old} --write makes it" in words
+    assert f"dist-train evaluate {old} --write creates it" in words
     assert "No mixing coefficients were recorded by old" in words
     assert "Gradient" not in words
     assert "Training loss" in words

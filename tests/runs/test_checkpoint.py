@@ -60,7 +60,7 @@ def test_checkpoints_of_earlier_versions() -> None:
 
 @pytest.mark.parametrize("state", [None, [], {}, {"step": 1}, {"step": 1, "model": {}, "data": {"dataset": "x"}}])
 def test_what_is_no_checkpoint(state: Any) -> None:
-    with pytest.raises(ValueError, match=r"it is no checkpoint|its data set is described in another way"):
+    with pytest.raises(ValueError, match=r"it is not a checkpoint|its description of the data set has another format"):
         Checkpoint.from_dict(state)
 
 

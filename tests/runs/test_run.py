@@ -197,7 +197,7 @@ def test_a_damaged_file_is_one_sentence(
     assert main(arguments) == errors.BAD_INPUT
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith(f"dist_train: {path}")
-    assert sentence.endswith(", or leave this run out")
+    assert sentence.endswith(", or omit this run")
 
 
 def test_the_commands_take_the_intact_run(group: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +219,12 @@ def test_the_commands_take_the_intact_run(group: Path, capsys: pytest.CaptureFix
         (layout.EVALUATION, "confusion", [[1]], "confusion is not 10x10"),
         (layout.EVALUATION, "classes", ["one"], "confusion is not 1x1"),
         (layout.EVALUATION, "coefficients", [], "coefficients: "),
-        (layout.EVALUATION, "wrong", [{**EVALUATION["wrong"][0], "label": 10}], "wrong has a class that is none"),
+        (
+            layout.EVALUATION,
+            "wrong",
+            [{**EVALUATION["wrong"][0], "label": 10}],
+            "wrong has an unknown class number",
+        ),
     ],
 )
 def test_the_sentence_names_the_entry(group: Path, file: str, entry: str, value: Any, words: str) -> None:

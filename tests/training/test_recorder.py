@@ -188,7 +188,7 @@ def test_full_disk_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureF
             recorder.finish({})
         assert not (path.parent / "summary.json").exists()
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"{path} cannot be written (File too large); free space on its disk: training goes on")
+    assert told.startswith(f"{path} cannot be written (File too large); free space on its disk: training continues")
     train(recorder, 7, 7)
     assert capsys.readouterr().err == f"{path} can be written again; none of its lines is missing\n"
     with full_disk(path, room=0):
@@ -250,7 +250,7 @@ def test_history_survives_kills_and_a_full_disk(tmp_path: Path, capsys: pytest.C
     append_history(tmp_path, "start", step=4, loss=math.nan)
     with full_disk(path, room=10):
         append_history(tmp_path, "end", outcome="failed")
-    assert capsys.readouterr().err == f"{path} cannot be written (File too large); its line on the end is left out\n"
+    assert capsys.readouterr().err == f"{path} cannot be written (File too large); the line on the end is skipped\n"
     append_history(tmp_path, "end", outcome="done")
     first, second, third = read_history(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.pop("time"))
