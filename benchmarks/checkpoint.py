@@ -1,8 +1,9 @@
-"""What a checkpoint costs the step in which it is due: written in a thread, against written in place.
+"""Measures the cost of a checkpoint for its step: written in a thread, and written in place.
 
     python -m benchmarks.checkpoint [--rounds 10]
 
-Prints a Markdown row for each: median and quartiles of the seconds of a step of preset block94, on the CPU, in turn.
+Prints a Markdown row for each: median and quartiles of the seconds of a step of preset block94 on the CPU. The ways
+take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dist_train.model.network import BlockNetwork
 from dist_train.runs import checkpoint
 from dist_train.training.optimizers import Optimizers
 
-IMAGES = 250  # those of one microbatch of the preset
+IMAGES = 250  # of one microbatch of the preset
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""All that is to be measured on a GPU, in one go of less than ten minutes.
+"""Runs all measurements on a GPU, in less than ten minutes.
 
     python -m benchmarks.gpu --out FOLDER [--data data/cifar10] [--airbench DIR] [--hiverge DIR] [--limit 570]
 
-Runs the commands below one after the other, those first whose rows in RESULTS.md wait longest, writes what each prints
-to a file of its own in FOLDER and the exit codes and seconds to FOLDER/report.md, and goes on when one fails.
+Runs the commands below one after the other, beginning with those whose rows in RESULTS.md are oldest. Writes the output
+of each to its own file in FOLDER, and exit codes and seconds to FOLDER/report.md. When one fails, the next ones still
+run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SEEDS = 3
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
-    """By name, in the order in which they are run."""
+    """The commands by name, in the order in which they are run."""
     python = [sys.executable, "-m"]
     data = [f"data.dir={args.data}"]
     quiet = [*data, "record.wandb=disabled", "record.quiet=true"]
@@ -32,22 +33,22 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     def run(name: str, *settings: str, start: list[str] = main) -> dict[str, list[str]]:
         return {name: [*start, *quiet, *settings, "--run-dir", str(args.out / "runs" / name)]}
 
-    found = run("block94") | run("compiled", "compile=true")
-    # equal weights with several ranks, which share the GPU
-    found |= run("shared", "train.backend=gloo", start=torchrun)
+    by_name = run("block94") | run("compiled", "compile=true")
+    # several ranks share the GPU, and must give the same weights as one
+    by_name |= run("shared", "train.backend=gloo", start=torchrun)
     if peers:
-        found["speed"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data]
-        found["speed-compiled"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data, "compile=true"]
-    found["mixing"] = [*python, "benchmarks.mixing"]
-    found["startup"] = [*python, "benchmarks.startup", "--ranks=1", "--cold", *data, "wandb=offline"]
-    found |= run("not-deterministic", "train.deterministic=false")
+        by_name["speed"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data]
+        by_name["speed-compiled"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data, "compile=true"]
+    by_name["mixing"] = [*python, "benchmarks.mixing"]
+    by_name["startup"] = [*python, "benchmarks.startup", "--ranks=1", "--cold", *data, "wandb=offline"]
+    by_name |= run("not-deterministic", "train.deterministic=false")
     for seed in range(1, 1 + SEEDS):
-        found |= run(f"block94-{seed}", f"seed={seed}", "compile=true")
+        by_name |= run(f"block94-{seed}", f"seed={seed}", "compile=true")
     if args.airbench:
-        found["speed-96"] = [*python, "benchmarks.speed", f"--airbench={args.airbench}", "--preset=block96", *data]
+        by_name["speed-96"] = [*python, "benchmarks.speed", f"--airbench={args.airbench}", "--preset=block96", *data]
     for seed in range(SEEDS):
-        found |= run(f"block96-{seed}", "--preset=block96", f"seed={seed}", "compile=true")
-    return found
+        by_name |= run(f"block96-{seed}", "--preset=block96", f"seed={seed}", "compile=true")
+    return by_name
 
 
 def main() -> None:
@@ -66,8 +67,8 @@ def main() -> None:
         begin = time.monotonic()
         with (args.out / f"{name}.txt").open("w") as log:
             try:
-                left = max(1.0, end - begin)
-                code = str(subprocess.run(command, stdout=log, stderr=log, timeout=left, check=False).returncode)
+                remaining = max(1.0, end - begin)
+                code = str(subprocess.run(command, stdout=log, stderr=log, timeout=remaining, check=False).returncode)
             except subprocess.TimeoutExpired:
                 code = "out of time"
         line = row([name, code, f"{time.monotonic() - begin:.1f}", *_result(Run(args.out / "runs" / name))])
@@ -78,12 +79,15 @@ def main() -> None:
 
 
 def _result(run: Run) -> list[str]:
+    """The cells of a run's results, empty for a run that is not done."""
     if not run.done:
         return [""] * 6
-    found = run.summary
-    accuracies = [f"{100 * found[key]:.2f} %" if key in found else "" for key in ("test_accuracy", "test_accuracy_tta")]
-    speed = [f"{found['train_seconds']:.2f}", f"{found['images_per_second']:,.0f}", f"{found['mfu']:.2f}"]
-    return [*accuracies, *speed, found["weights_sha256"][:12]]
+    summary = run.summary
+    accuracies = [
+        f"{100 * summary[key]:.2f} %" if key in summary else "" for key in ("test_accuracy", "test_accuracy_tta")
+    ]
+    speed = [f"{summary['train_seconds']:.2f}", f"{summary['images_per_second']:,.0f}", f"{summary['mfu']:.2f}"]
+    return [*accuracies, *speed, summary["weights_sha256"][:12]]
 
 
 if __name__ == "__main__":

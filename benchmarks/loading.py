@@ -1,10 +1,10 @@
-"""How many augmented training images a second the loaders give, against torchvision's DataLoader, on two cores.
+"""Measures the augmented training images a second of the loaders and of torchvision's DataLoader, on two cores.
 
     python -m benchmarks.loading [--data data/cifar10] [--cifar10 DIR] [--rounds 9] [--out FILE]
 
 Mirrored, shifted by up to two pixels, normalised float32 images on the CPU, in batches of 250. Every loader has
-processes of its own, with one thread of torch each; all are measured in turns. `stream` is measured through ffcv and
-without it, from a memory map, and so is its reading alone: raw pixels, not augmented. Prints a Markdown table with
+processes of its own, with one thread of torch each; all take turns. `stream` is measured through ffcv and without it,
+from a memory map; and for both also reading alone: raw pixels, not augmented. Prints a Markdown table with
 medians (quartiles) over the rounds, the ratio to torchvision's best number of workers in the same round, and the
 seconds from building the loader to its first batch, where ffcv compiles.
 """
@@ -35,11 +35,11 @@ from dist_train.randomness import permutation
 
 BATCH, MICROBATCHES = 2000, 8  # of the preset block94
 SIZE = BATCH // MICROBATCHES
-SLOW = 2500  # images in an epoch of torchvision's; the others' have 50,000
+TORCHVISION_IMAGES = 2500  # in an epoch of torchvision, which is slow; epochs of the others have 50,000
 
 Loader = Literal["resident", "stream"]
 MAP = "from a memory map"
-Epoch = Callable[[], Iterator[int]]  # begins an epoch and gives the number of images in each of its batches
+Epoch = Callable[[], Iterator[int]]  # begins an epoch, and iterates over the numbers of images in its batches
 
 
 def torchvision_loader(folder: str, manifest: data_prep.Manifest, workers: int) -> Epoch:
@@ -52,14 +52,14 @@ def torchvision_loader(folder: str, manifest: data_prep.Manifest, workers: int) 
         transforms.ToTensor(),
         transforms.Normalize(manifest.mean, manifest.std),
     ]
-    images = Subset(datasets.CIFAR10(folder, transform=transforms.Compose(steps)), range(SLOW))
+    images = Subset(datasets.CIFAR10(folder, transform=transforms.Compose(steps)), range(TORCHVISION_IMAGES))
     loader = DataLoader(images, SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     return lambda: (len(labels) for _, labels in loader)
 
 
 def ffcv_loader(folder: str, manifest: data_prep.Manifest) -> Epoch:
-    """ffcv with its own augmentations; its RandomTranslate leaves a border of one colour where ours reflects."""
-    ffcv_library.version()  # imports it in less time
+    """ffcv with its own augmentations; its RandomTranslate fills the border with one colour, ours reflects."""
+    ffcv_library.version()  # imports ffcv, faster than a plain import
     import ffcv.loader
     import numpy as np
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
@@ -81,15 +81,22 @@ def ffcv_loader(folder: str, manifest: data_prep.Manifest) -> Epoch:
 
 
 def our_loader(
-    folder: str, manifest: data_prep.Manifest, loader: Loader, how: str, alone: bool, rank: int, world_size: int
+    folder: str,
+    manifest: data_prep.Manifest,
+    loader: Loader,
+    reader: str,
+    reading_only: bool,
+    rank: int,
+    world_size: int,
 ) -> Epoch:
-    """how: through ffcv or from a memory map. alone: read the rank's share of the images, no more."""
-    if how == MAP:
+    """reader: of `stream`, through ffcv or from a memory map. reading_only: read the rank's share of the images,
+    without augmentation."""
+    if reader == MAP:
         ffcv_library.version = lambda: None  # type: ignore[assignment]
     config = DataConfig(manifest.dataset, folder, loader=loader, flip="random")
     cpu = torch.device("cpu")
     data = Data(config, manifest, Ranks(rank, world_size, cpu, cpu), BATCH, MICROBATCHES, seed=0)
-    if alone:
+    if reading_only:
         order = permutation(manifest.splits["train"].count, 0)[rank::world_size]
         return lambda: (len(labels) for _, labels, _ in data.sources["train"].batches(order, SIZE))
     steps = data.steps(0)
@@ -103,8 +110,8 @@ def our_loader(
 
 
 def serve(make: Callable[[], Epoch], pipe: Connection) -> None:
-    """In a process of its own: say the seconds until the first batch, then run an epoch whenever asked to, and say
-    how many images it had and when it began and ended."""
+    """In a process of its own: send the seconds until the first batch. Then run an epoch for every message received,
+    and send its number of images and when it began and ended."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     epoch = make()
@@ -112,7 +119,7 @@ def serve(make: Callable[[], Epoch], pipe: Connection) -> None:
     next(batches)
     pipe.send(time.perf_counter() - begin)
     sum(batches)
-    with suppress(EOFError):  # all is measured, or another process failed
+    with suppress(EOFError):  # the pipe is closed at the end of the measurement, or when another process failed
         while pipe.recv():
             begin = time.perf_counter()
             images = sum(epoch())
@@ -120,7 +127,7 @@ def serve(make: Callable[[], Epoch], pipe: Connection) -> None:
 
 
 def rate(pipes: list[Connection]) -> float:
-    """Images a second of an epoch by all these processes at once."""
+    """Images a second of an epoch that all these processes run at once."""
     for pipe in pipes:
         pipe.send(True)
     images, begins, ends = zip(*(pipe.recv() for pipe in pipes), strict=True)
@@ -144,10 +151,13 @@ def main() -> None:
     if ffcv_library.version():
         kinds["ffcv with its own augmentations, num_workers=2"] = [partial(ffcv_loader, args.data, manifest)]
     loaders: list[tuple[str, Loader, str, bool]] = [("`resident`", "resident", "", False)]
-    for how in ("through ffcv", MAP) if ffcv_library.version() else (MAP,):
-        loaders += [(f"`stream` {how}", "stream", how, False), (f"reading alone, {how}", "stream", how, True)]
-    for title, loader, how, alone in loaders:
-        make = partial(our_loader, args.data, manifest, loader, how, alone)
+    for reader in ("through ffcv", MAP) if ffcv_library.version() else (MAP,):
+        loaders += [
+            (f"`stream` {reader}", "stream", reader, False),
+            (f"reading alone, {reader}", "stream", reader, True),
+        ]
+    for title, loader, reader, reading_only in loaders:
+        make = partial(our_loader, args.data, manifest, loader, reader, reading_only)
         for count in (1, 2):
             name = f"{title}, {count} process" + "es" * (count > 1)
             kinds[name] = [partial(make, rank, count) for rank in range(count)]
@@ -158,18 +168,18 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in kinds}
     try:
         for name, makes in kinds.items():
-            for begin in makes:
-                ours, theirs = context.Pipe()
-                pipes[name].append(ours)
-                context.Process(target=serve, args=(begin, theirs)).start()
-                theirs.close()
+            for make_epoch in makes:
+                pipe, child_pipe = context.Pipe()
+                pipes[name].append(pipe)
+                context.Process(target=serve, args=(make_epoch, child_pipe)).start()
+                child_pipe.close()
             starts[name] = max(pipe.recv() for pipe in pipes[name])
         for _ in range(args.rounds):
             for name in kinds:
                 rates[name].append(rate(pipes[name]))
     finally:
-        for some in pipes.values():
-            for pipe in some:
+        for connections in pipes.values():
+            for pipe in connections:
                 pipe.close()
 
     peers = [values for name, values in rates.items() if name.startswith("torchvision")]
@@ -179,8 +189,8 @@ def main() -> None:
         ratios = [a / b for a, b in zip(values, best, strict=True)] if best else []
         rows.append([name, spread(values, 0), spread(ratios, 1) if ratios else "", f"{starts[name]:.1f}"])
     headers = ["loader", "images/s", "times torchvision's best", "first batch after, s"]
-    where = f"n = {args.rounds}; {measured_on(torch.device('cpu'), os.cpu_count() or 1)}"
-    text = f"{where}\n\n```bash\n{command('benchmarks.loading')}\n```\n\n{table(headers, rows)}\n"
+    conditions = f"n = {args.rounds}; {measured_on(torch.device('cpu'), os.cpu_count() or 1)}"
+    text = f"{conditions}\n\n```bash\n{command('benchmarks.loading')}\n```\n\n{table(headers, rows)}\n"
     print(text)
     if args.out:
         append(args.out, text)

@@ -1,11 +1,11 @@
-"""What mixing L convolutions costs: every form of a block, against its L convolutions on their own.
+"""Measures the cost of mixing L convolutions: every form of a block, against its L convolutions alone.
 
     python -m benchmarks.mixing [--rounds 7] [--out FILE]
 
-Forward and backward pass with all gradients, the coefficients' and their layer's included, in bf16 autocast and
-channels_last, on a GPU or one CPU thread; the kinds in turns. On a CPU its own time is taken, so that others on the
-machine count less. Prints a Markdown row for each block: the milliseconds of the convolutions, each on its own, and
-ratios to their sum taken within one round, as median (quartiles). --out appends the table to a file.
+Forward and backward pass with all gradients, those of the coefficients and of their layer included, in bf16 autocast
+and channels_last, on a GPU or one CPU thread. The forms take turns. On a CPU the time is CPU time, which other
+processes affect less. Prints a Markdown row for each block: the milliseconds of the convolutions alone, and the ratios
+to these within a round, as median (quartiles). --out appends the table to a file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CASES: list[Case] = [
 
 
 def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
-    """What is timed, by name, and the form that is chosen."""
+    """The functions to time, by name: `alone` and the forms; and the form that the network chooses."""
     _, n, c, channels, size, branches = case
 
     def images(*shape: int) -> Tensor:
@@ -62,8 +62,8 @@ def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
     def backward(output: Callable[[], Tensor]) -> None:
         x.grad = None
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            found = output()
-        found.backward(direction)
+            result = output()
+        result.backward(direction)
 
     def alone() -> None:
         modules.zero_grad()
@@ -83,17 +83,18 @@ def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
 
         return run
 
-    found: dict[str, Callable[[], None]] = {"alone": alone}
+    functions: dict[str, Callable[[], None]] = {"alone": alone}
     for form in FORMS:
         try:
             mixed(form)()
         except ValueError:
             continue
-        found[form] = mixed(form)
-    return found, choose(x.shape, convolutions, DEVICE.type)
+        functions[form] = mixed(form)
+    return functions, choose(x.shape, convolutions, DEVICE.type)
 
 
 def clock() -> float:
+    """Seconds: of this process's CPU time, or on a GPU of the wall clock once the GPU is idle."""
     if DEVICE.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -101,15 +102,15 @@ def clock() -> float:
 
 
 def measured(case: Case, rounds: int) -> list[str]:
-    """The cells of a row."""
+    """The cells of a block's row."""
     name, n, c, channels, size, branches = case
     functions, chosen = kinds(case)
     seconds: dict[str, list[float]] = {kind: [] for kind in functions}
-    for count in range(rounds + 1):
+    for number in range(rounds + 1):
         for kind, function in functions.items():
             begin = clock()
             function()
-            if count:  # the first round warms up
+            if number:  # the first round warms up
                 seconds[kind].append(clock() - begin)
     ratios = {form: [a / b for a, b in zip(seconds[form], seconds["alone"], strict=True)] for form in functions}
     best = min(statistics.median(ratios[form]) for form in FORMS if form in ratios)
@@ -137,8 +138,8 @@ def main() -> None:
         rows.append(measured(case, options.rounds))
         print(line(rows[-1]), flush=True)
     headers = ["block", "shape", "alone, ms", *FORMS, "chosen", "its ratio", "to the best form"]
-    where = f"n = {options.rounds}; {measured_on(DEVICE, os.cpu_count() or 1)}"
-    text = f"{where}\n\n```bash\n{command('benchmarks.mixing')}\n```\n\n{table(headers, rows)}\n"
+    conditions = f"n = {options.rounds}; {measured_on(DEVICE, os.cpu_count() or 1)}"
+    text = f"{conditions}\n\n```bash\n{command('benchmarks.mixing')}\n```\n\n{table(headers, rows)}\n"
     print(f"\n{text}")
     if options.out:
         append(options.out, text)

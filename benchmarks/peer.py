@@ -1,10 +1,10 @@
 """Runs another project's training script from its own clone, a step at a time, for benchmarks.speed.
 
-Nothing of the scripts is kept here. A script's definitions are executed, a few names in them replaced (the loader's
-iteration, which waits for its turn before each batch; the evaluation, which is not timed), then its own main block,
-until it has run the steps that are needed. They are written for CUDA and float16: without a GPU the text is changed
-first as _FOR_CPU says, and float16, at which a CPU is slow, becomes bfloat16. A warm-up run of its own is left out: the
-first steps of each kind are not counted instead.
+This module has no code of the scripts. It executes the definitions of a script, replaces a few names in them (the
+loader's iteration, which then waits for its turn before each batch; the evaluation, which is not timed), and executes
+the script's main block until enough steps have run. The scripts are written for CUDA and float16: without a GPU their
+text is first changed by _FOR_CPU, and float16, which is slow on a CPU, replaced by bfloat16. The script's own warm-up
+run is skipped: the first steps of each kind are not counted instead.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from benchmarks.turns import EnoughError, Pacer
 from dist_train.distributed.device import keep_memory
 
 _FOR_CPU = [
-    (r"torch\.cuda\.", "cuda."),  # a stand-in of that name
+    (r"torch\.cuda\.", "cuda."),  # a replacement that `run` defines
     (r"\.cuda\(\)", ""),
     (r"\"cuda\"|'cuda'", "'cpu'"),
     (r"\.half\(\)", ".bfloat16()"),
     (r"torch\.half\b", "torch.bfloat16"),
     (r"\.pin_memory\(\)", ""),
 ]
-_EPOCHS = 4  # that the steps run here are spread over: the loader prepares its images anew in each
+_EPOCHS = 4  # that the measured steps are spread over, because the loader prepares its images anew in each
 _COUNT = 50_000  # training images
 _IMAGES, _FIRST_IMAGES = "images of an epoch", "images of the first epoch"
 
 
 class Event:
-    """Takes the place of torch.cuda.Event."""
+    """Replaces torch.cuda.Event on a CPU."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
@@ -55,19 +55,21 @@ class Event:
 
 
 class Script(Protocol):
+    """The changes to a script so that it takes turns."""
+
     def __init__(self, text: str, count: int, warm_up: int) -> None:
         """count: steps of each kind to measure, after `warm_up` that are not counted. Raises SystemExit when the
-        text is not the script that this was written for."""
+        text is not the expected script."""
 
     text: str
 
     def attach(self, names: dict[str, Any], pacer: Pacer) -> None:
-        """Replace what is needed in the names that the script has defined."""
+        """Replace some of the names that the script has defined, so that the pacer receives its steps."""
 
 
 class ByEpoch:
-    """airbench94_muon.py and cifar10_speedrun.py. Their step changes once the whitening's bias no longer learns, after
-    a number of steps that is set here; the next epoch begins as soon as enough steps of one have been run."""
+    """airbench94_muon.py and cifar10_speedrun.py. Their step changes once the whitening's bias no longer learns: after
+    as many steps as are measured of the first kind. An epoch is cut short as soon as enough of its steps have run."""
 
     def __init__(self, text: str, count: int, warm_up: int) -> None:
         self.epochs = self._factor(text, "total_train_steps")
@@ -77,10 +79,10 @@ class ByEpoch:
 
     @staticmethod
     def _factor(text: str, name: str) -> float:
-        found = re.findall(rf"{name} = ceil\(([\d.]+) \* len\(train_loader\)\)\n", text)
-        if len(found) != 1:
-            raise SystemExit(f"the script does not set {name} as it was expected to")
-        return float(found[0])
+        factors = re.findall(rf"{name} = ceil\(([\d.]+) \* len\(train_loader\)\)\n", text)
+        if len(factors) != 1:
+            raise SystemExit(f"the script does not set {name} as expected")
+        return float(factors[0])
 
     def attach(self, names: dict[str, Any], pacer: Pacer) -> None:
         main = names["main"]
@@ -96,7 +98,7 @@ class ByEpoch:
             per_epoch = len(self_)
             total, learning = ceil(self.epochs * per_epoch), ceil(self.learning * per_epoch)
             if 2 * each >= total:
-                raise SystemExit(f"{self.count} steps of each kind are too many: the script has {total} in all")
+                raise SystemExit(f"{self.count} steps of each kind are too many: the script has {total} in total")
             part = min(per_epoch, ceil(2 * each / _EPOCHS))
             if not taken:
                 epochs = ceil(total / per_epoch)
@@ -121,9 +123,9 @@ class ByEpoch:
 
 
 class Masked:
-    """airbench96_faster.py. A small network goes through all batches first and chooses the half of each that the large
-    one then learns; every fourth step of the small one is a training step. Both load all images. The switch to a fixed
-    bias, of which the script has a model, never happens: it compares an epoch with a number of steps."""
+    """airbench96_faster.py. A small network first processes all batches and chooses the half of each that the large one
+    then learns; every fourth step of the small one is a training step. Both load all images. The script never switches
+    to its model with a fixed bias, because it compares an epoch with a number of steps."""
 
     def __init__(self, text: str, count: int, warm_up: int) -> None:
         self.text = text if "TORCHDYNAMO_DISABLE" not in os.environ else text.replace("._orig_mod", "")
@@ -159,7 +161,7 @@ class Masked:
             try:
                 for step in range(steps):
                     if step and step % ceil(steps / _EPOCHS) == 0:
-                        with pacer.once(_IMAGES) as clock:  # batches go by unused until the next epoch begins
+                        with pacer.once(_IMAGES) as clock:  # skip batches until the next epoch begins
                             cropped = False
                             while not cropped:
                                 clock.restart()
@@ -168,9 +170,9 @@ class Masked:
                     label = "large" if not small else "small, chooses" if step % 4 else "small, learns"
                     pacer.step(None if step < warm_up else label)
                     yield batch
-                    batch = next(inner)  # belongs to the step before, which goes on until the next one
+                    batch = next(inner)  # counts for this step, which ends where the next one begins
                 raise pacer.done()
-            finally:  # the small network's loop ends itself
+            finally:  # the loop of the small network ends without `done`
                 pacer.close()
 
         # both loops end after as many steps as the small network needs
@@ -187,6 +189,7 @@ SCRIPTS: dict[str, type[Script]] = {
 
 
 def run(path: Path, device: str, count: int, warm_up: int, pacer: Pacer) -> None:
+    """Run a script until `count` steps of each kind are measured, after `warm_up` that are not counted."""
     script = SCRIPTS[path.name](path.read_text(), count, warm_up)
     text = script.text
     if device == "cpu":
@@ -195,10 +198,10 @@ def run(path: Path, device: str, count: int, warm_up: int, pacer: Pacer) -> None
     *definitions, main = ast.parse(text, str(path)).body
     assert isinstance(main, ast.If)
     module = types.ModuleType(path.stem)
-    sys.modules[path.stem] = module  # where the compiler looks for it
+    sys.modules[path.stem] = module  # where torch.compile looks for it
     sys.argv = [str(path)]  # the script reads itself
-    nothing = {name: lambda *_: None for name in ("synchronize", "empty_cache", "_sleep")}
-    module.__dict__["cuda"] = types.SimpleNamespace(Event=Event, **nothing)
+    no_ops = {name: lambda *_: None for name in ("synchronize", "empty_cache", "_sleep")}
+    module.__dict__["cuda"] = types.SimpleNamespace(Event=Event, **no_ops)
     exec(compile(ast.Module(definitions, []), str(path), "exec"), module.__dict__)
     script.attach(module.__dict__, pacer)
     with contextlib.suppress(EnoughError):
@@ -215,7 +218,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--warm-up", type=int, required=True)
     parser.add_argument("--turn", type=int, required=True)
-    parser.add_argument("--threads", type=int, help="also what the allocator keeps is set as for our ranks")
+    parser.add_argument("--threads", type=int, help="of torch; with it, the allocator is set as for our ranks")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,15 +1,15 @@
-"""What the sum in a fixed order costs, beside plain DDP's all-reduce of the same gradients.
+"""Measures the cost of the sum in a fixed order, against plain DDP's all-reduce of the same gradients.
 
     python -m benchmarks.reduction            # time per step, on CPUs with gloo
     python -m benchmarks.reduction --bytes    # bytes on the wire: counted, and by the formula
     python -m benchmarks.reduction --table    # the formula alone, up to 1024 ranks
 
 Prints Markdown tables. Ranks are real processes on this machine, forked from this one, which has imported torch; they
-talk over the loopback of a network namespace of their own where the kernel grants one, so that every byte counted
-there is theirs. Each run holds both ways and takes their steps in turns, so that whatever else the machine does hits
-both; the ratio of CPU times is nearly free of it. Plain DDP is what a user without this project would write: the
-rank's microbatches under `no_sync`, the last one with DDP's own all-reduce. TORCH_CPP_LOG_LEVEL=ERROR keeps torch
-from wondering at a network without name resolution.
+talk over the loopback of a network namespace of their own where the kernel grants one, where only
+their bytes are counted. Each run has both ways, whose steps take turns, so that other load on the machine affects both;
+the ratio of CPU times is nearly independent of it. Plain DDP is what a user without this project would write: the
+rank's microbatches under `no_sync`, the last one with DDP's own all-reduce. TORCH_CPP_LOG_LEVEL=ERROR silences torch's
+warning of a network without name resolution.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from dist_train.model.network import BlockNetwork
 from dist_train.training.optimizers import Optimizers
 
 DONE, REFUSED = 0, 77  # exit codes; the second: --bytes, and no network namespace
-_WARM_UP = 2  # DDP lays its buckets out anew after the first step
+_WARM_UP = 2  # steps that are not counted; DDP rebuilds its buckets after the first
 _MICROBATCHES = 8  # every preset's
 _FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed. preset: whole training steps of its network, on random images; None: gradients that are there
-    already, and nothing else. elements: how many, in one parameter; None: those of block94, in its shapes."""
+    """The work of a step. preset: whole training steps of its network, on random images; None: only the sum of given
+    gradients. elements: of these gradients, in one parameter; None: the gradients of block94."""
 
     preset: str | None = None
     elements: int | None = None
@@ -70,11 +70,11 @@ class Step:
     sent: int
 
 
-Way = Callable[[], object]
+Way = Callable[[], object]  # a step
 
 
-class Given(nn.Module):
-    """Parameters whose gradients cost nothing but their copying."""
+class FixedGradients(nn.Module):
+    """Parameters with given gradients, which backward only copies."""
 
     def __init__(self, like: Iterable[Tensor]) -> None:
         super().__init__()
@@ -82,11 +82,11 @@ class Given(nn.Module):
         self.parts = nn.ParameterList(torch.zeros_like(tensor) for tensor in self.given)
 
     def forward(self) -> Tensor:
-        loss: Tensor = _Given.apply(self.given, *self.parts)
+        loss: Tensor = _FixedGradients.apply(self.given, *self.parts)
         return loss
 
 
-class _Given(torch.autograd.Function):
+class _FixedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, given: list[Tensor], *_: Tensor) -> Tensor:
         ctx.given = given  # type: ignore[attr-defined]
@@ -94,25 +94,27 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # new tensors, as a network's backward gives; others would be copied again where they are kept
+        # new tensors, as from a network's backward; autograd would copy others once more
         return (None, *(tensor.clone() for tensor in ctx.given))  # type: ignore[attr-defined]
 
 
 def network(preset: str, microbatches: int) -> tuple[config.Config, BlockNetwork]:
-    """The preset's network, with any weights."""
+    """The preset's configuration, and its network with initial weights."""
     settings = config.load(preset, None, [])
     return settings, BlockNetwork(settings.model, (3, 32, 32), 10, microbatches)
 
 
 def gradients_of_block94() -> list[Tensor]:
+    """Tensors in the shapes of block94's gradients."""
     return [p.detach() for p in network("block94", _MICROBATCHES)[1].parameters() if p.requires_grad]
 
 
 def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Module, int], Tensor], Way]:
-    """The network, its loss of a microbatch through whatever wraps it, and the update of its weights."""
+    """The network; a function from the wrapped network and a microbatch's number to the loss; and the optimizer
+    step."""
     torch.manual_seed(0)
     if work.preset is None:
-        given = Given(gradients_of_block94() if work.elements is None else [torch.zeros(work.elements)])
+        given = FixedGradients(gradients_of_block94() if work.elements is None else [torch.zeros(work.elements)])
         return given, lambda wrapped, slot: wrapped(), lambda: None
     settings, model = network(work.preset, microbatches)
     t = settings.train
@@ -131,13 +133,13 @@ def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Modu
     return model, loss, lambda: optimizers.step(scaler)
 
 
-def plain(here: Ranks, work: Work, microbatches: int) -> Way:
+def plain(ranks: Ranks, work: Work, microbatches: int) -> Way:
     """A step of plain DDP."""
     model, loss, update = prepare(work, microbatches)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option has a new name in new versions
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch have another name for the option
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    slots = here.share(microbatches)
+    slots = ranks.share(microbatches)
 
     def step() -> None:
         ddp.zero_grad(set_to_none=True)
@@ -149,10 +151,10 @@ def plain(here: Ranks, work: Work, microbatches: int) -> Way:
     return step
 
 
-def fixed(here: Ranks, work: Work, microbatches: int) -> Way:
+def fixed(ranks: Ranks, work: Work, microbatches: int) -> Way:
     """A step of the sum in a fixed order."""
     model, loss, update = prepare(work, microbatches)
-    summed = FixedOrderSum(here, model, microbatches)
+    summed = FixedOrderSum(ranks, model, microbatches)
 
     def step() -> None:
         for index, slot in enumerate(summed.slots):
@@ -171,7 +173,7 @@ def in_turns(ways: list[Way], steps: int) -> list[list[Step]]:
     for number in range(-_WARM_UP, steps):
         order = range(len(ways)) if number % 2 else reversed(range(len(ways)))
         for way in order:
-            before = through_loopback()  # right on rank 0: until it enters the barrier nobody sends more than that
+            before = through_loopback()  # exact on rank 0: until it enters the barrier no rank can send more
             dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
             ways[way]()
@@ -185,12 +187,12 @@ def in_turns(ways: list[Way], steps: int) -> list[list[Step]]:
     slowest, together = torch.tensor(seconds), torch.tensor(cpu)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     dist.all_reduce(together)
-    every = zip(slowest.tolist(), together.tolist(), sent, strict=True)
-    return [[Step(*found) for found in zip(*way, strict=True)] for way in every]
+    steps_of_ways = zip(slowest.tolist(), together.tolist(), sent, strict=True)
+    return [[Step(*numbers) for numbers in zip(*way, strict=True)] for way in steps_of_ways]
 
 
 def through_loopback() -> int:
-    """Bytes that the loopback has sent, with their headers."""
+    """The number of bytes that the loopback has sent, headers included. Raises OSError where there is none."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == "lo":
@@ -199,16 +201,16 @@ def through_loopback() -> int:
 
 
 def as_rank(rank: int, world_size: int, port: int, work: Work, microbatches: int, steps: int) -> list[list[Step]]:
-    """Be one of the ranks. Returns the steps of plain DDP and of the fixed order."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, **where}
-    os.environ.update({name: str(value) for name, value in launched.items()})
-    with join_ranks("cpu", threads=1, deterministic=True, timeout=120) as here:
-        return in_turns([plain(here, work, microbatches), fixed(here, work, microbatches)], steps)
+    """Run one of the ranks. Returns the steps of plain DDP and of the fixed order."""
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, **rendezvous}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    with join_ranks("cpu", threads=1, deterministic=True, timeout=120) as ranks:
+        return in_turns([plain(ranks, work, microbatches), fixed(ranks, work, microbatches)], steps)
 
 
 def measure(work: Work, microbatches: int, world_size: int, steps: int) -> list[list[Step]]:
-    """The steps of plain DDP and of the fixed order, as rank 0 saw them."""
+    """The steps of plain DDP and of the fixed order, as measured on rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -218,8 +220,8 @@ def measure(work: Work, microbatches: int, world_size: int, steps: int) -> list[
 
 
 def on_the_wire(elements: int, microbatches: int, world_size: int) -> tuple[int, int]:
-    """Bytes that all ranks together send for one sum, by the formulas: (ring all-reduce, fixed order). The second
-    adds up what `cost` gives for the busiest rank."""
+    """Bytes that all ranks together send for one sum, by the formulas: (ring all-reduce, fixed order). The second is
+    the sum over the ranks of what `cost` computes for the busiest one."""
     shares = [share(microbatches, rank, world_size) for rank in range(world_size)]
     slices = sum(len(pieces(leaves, microbatches)) for leaves in shares)
     part = 4 * -(-elements // world_size)
@@ -227,7 +229,7 @@ def on_the_wire(elements: int, microbatches: int, world_size: int) -> tuple[int,
 
 
 def private_network() -> None:
-    """Leave this machine's network for one of nothing but a loopback. Raises OSError when that is refused."""
+    """Move this process to a network namespace that has only a loopback. Raises OSError when that is refused."""
     new_network, new_user = 0x40000000, 0x10000000  # CLONE_NEWNET, CLONE_NEWUSER
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(new_network if os.geteuid() == 0 else new_network | new_user):
@@ -237,7 +239,7 @@ def private_network() -> None:
 
 
 def cases(world_sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """(world size, microbatches): those of the presets, and one for each rank."""
+    """(world size, microbatches): with the microbatches of the presets, and with one for each rank."""
     for world_size in world_sizes:
         yield world_size, max(_MICROBATCHES, world_size)
         if world_size < _MICROBATCHES:
@@ -245,21 +247,23 @@ def cases(world_sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def print_times(world_sizes: list[int], steps: int, preset: str) -> None:
+    """The times of a step, of the whole training step and of the reduction alone."""
     print(f"n = {steps} steps of each, in turns. Milliseconds: median (quartiles). Ratios: of neighbouring steps.\n")
     print("| step | ranks | microbatches | plain DDP | fixed order | ratio | ratio of CPU time |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for work, name in ((Work(preset), f"whole, `{preset}`"), (Work(), "reduction alone, `block94`")):
         for world_size, microbatches in cases(world_sizes):
-            theirs, ours = measure(work, microbatches, world_size, steps)
+            plain_steps, fixed_steps = measure(work, microbatches, world_size, steps)
             cells = [name, str(world_size), str(microbatches)]
-            cells += [spread([1000 * step.seconds for step in way], 1) for way in (theirs, ours)]
-            pairs = list(zip(ours, theirs, strict=True))
-            cells.append(spread([mine.seconds / other.seconds for mine, other in pairs], 2))
-            cells.append(spread([mine.cpu / other.cpu for mine, other in pairs], 2))
+            cells += [spread([1000 * step.seconds for step in way], 1) for way in (plain_steps, fixed_steps)]
+            pairs = list(zip(fixed_steps, plain_steps, strict=True))
+            cells.append(spread([a.seconds / b.seconds for a, b in pairs], 2))
+            cells.append(spread([a.cpu / b.cpu for a, b in pairs], 2))
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def print_bytes(world_sizes: list[int], steps: int, elements: int | None) -> None:
+    """The bytes of a step by the formula and as counted."""
     count = sum(tensor.numel() for tensor in gradients_of_block94()) if elements is None else elements
     print(f"{count:,} elements, all ranks together. Counted: bytes of a step, median of n = {steps} (min..max).\n")
     print("| ranks | microbatches | plain DDP: formula | counted | ratio | fixed order: formula | counted | ratio |")
@@ -276,16 +280,17 @@ def print_bytes(world_sizes: list[int], steps: int, elements: int | None) -> Non
 
 
 def print_table() -> None:
+    """The formula for up to 1024 ranks."""
     elements = sum(tensor.numel() for tensor in gradients_of_block94())
     print(f"{elements:,} float32 elements, {4 * elements / 1e6:.2f} MB. Of the rank that it costs most, in MB.\n")
     print("| ranks | microbatches | sent | received | ring all-reduce, each | buffers | messages |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for world_size in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024):
         microbatches = max(_MICROBATCHES, world_size)
-        found = cost(elements, microbatches, world_size)
+        busiest = cost(elements, microbatches, world_size)
         ring = 4 * 2 * elements * (world_size - 1) / world_size
-        megabytes = [f"{count / 1e6:.2f}" for count in (found.sent, found.received, ring, found.memory)]
-        print(f"| {world_size} | {microbatches} | {' | '.join(megabytes)} | {found.messages:,} |")
+        megabytes = [f"{count / 1e6:.2f}" for count in (busiest.sent, busiest.received, ring, busiest.memory)]
+        print(f"| {world_size} | {microbatches} | {' | '.join(megabytes)} | {busiest.messages:,} |")
 
 
 def main() -> int:
@@ -299,14 +304,16 @@ def main() -> int:
     what.add_argument("--table", action="store_true", help="print the formula, without measuring")
     parser.add_argument("--ranks", metavar="N", type=int, nargs="+", help="default: 1 2 3 4; with --bytes 1 to 8")
     parser.add_argument("--steps", metavar="N", type=int, help="steps of each way (default: 40; with --bytes 5)")
-    parser.add_argument("--preset", default="digits", help="whose whole steps to time (default: digits)")
-    parser.add_argument("--elements", metavar="N", type=int, help="with --bytes: default those of block94")
+    parser.add_argument("--preset", default="digits", help="preset whose training steps to time (default: digits)")
+    parser.add_argument(
+        "--elements", metavar="N", type=int, help="with --bytes: size of the gradients (default: that of block94)"
+    )
     args = parser.parse_args()
     if args.table:
         print_table()
         return DONE
-    importlib.import_module("torch._dynamo")  # takes seconds, and every rank would do it as it joins the others
-    # only a process of one thread may leave for new namespaces as a user
+    importlib.import_module("torch._dynamo")  # takes seconds, and would otherwise be imported in every rank
+    # in a new process, because an ordinary user may create namespaces only from a process with one thread
     process = _FORK.Process(target=_run, args=(args,))
     process.start()
     process.join()
@@ -318,7 +325,7 @@ def _run(args: argparse.Namespace) -> None:
         private_network()
     except OSError as error:
         if args.bytes:
-            print(f"--bytes needs a network namespace, which is refused here: {error}", file=sys.stderr)
+            print(f"--bytes needs a network namespace, which this machine refuses: {error}", file=sys.stderr)
             sys.exit(REFUSED)
     if args.bytes:
         print_bytes(args.ranks or list(range(1, 9)), args.steps or 5, args.elements)

@@ -1,9 +1,9 @@
-"""Seconds from a fresh clone to the first training step, and to tests that passed, by part.
+"""Measures the seconds from a fresh clone to the first training step, and to the end of the tests, by part.
 
     python -m benchmarks.setup [--tests] [--rounds 1] [--out FILE] [arguments of the trainer]
 
-Each round clones this repository's HEAD twice, and runs `launch/quickstart.sh` in the first clone with empty caches of
-pip and uv and in the second with those that the first has filled. System packages count as far as this machine lacks
+Each round clones this repository's HEAD twice, and runs `launch/quickstart.sh`: in the first clone with empty caches
+of pip and uv, in the second with those that the first has filled. System packages are included where this machine lacks
 them. With --tests each clone then runs `tests/run.sh`.
 """
 
@@ -26,7 +26,7 @@ _DONE = re.compile(r"setup: (.*?)(?: into .*)?: done in ([0-9.]+) s")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tests", action="store_true", help="then the whole test command")
+    parser.add_argument("--tests", action="store_true", help="also run the tests")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args, trainer = parser.parse_known_args()
@@ -35,24 +35,25 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             home = Path(folder) / "home"
             home.mkdir()
-            for caches, found in rows.items():
+            for caches, rounds in rows.items():
                 clone = Path(folder) / caches
                 subprocess.run(["git", "clone", "-q", REPOSITORY, clone], check=True)
-                found.append(_round(clone, home, trainer, args.tests))
-    parts = list(dict.fromkeys(part for found in rows.values() for row in found for part in row))
-    body = [[part, *(spread([row.get(part, 0.0) for row in found], 1) for found in rows.values())] for part in parts]
+                rounds.append(_round(clone, home, trainer, args.tests))
+    parts = list(dict.fromkeys(part for rounds in rows.values() for row in rounds for part in row))
+    body = [[part, *(spread([row.get(part, 0.0) for row in rounds], 1) for rounds in rows.values())] for part in parts]
 
     import torch
 
-    where = measured_on(torch.device("cpu"), os.cpu_count() or 1)
+    conditions = measured_on(torch.device("cpu"), os.cpu_count() or 1)
     head = ["part", *(f"seconds, {caches} caches" for caches in rows)]
-    text = f"n = {args.rounds}; {where}\n\n```bash\n{command('benchmarks.setup')}\n```\n\n{table(head, body)}\n"
+    text = f"n = {args.rounds}; {conditions}\n\n```bash\n{command('benchmarks.setup')}\n```\n\n{table(head, body)}\n"
     print(text)
     if args.out:
         append(args.out, text)
 
 
 def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str, float]:
+    """The seconds of a clone by part. home: the home folder, for the caches."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("UV_CACHE", "PIP_CACHE", "XDG_", "VIRTUAL_ENV"))}
     environment = {**kept, "HOME": str(home), "WANDB_MODE": "offline"}
     start = time.monotonic()
@@ -72,15 +73,15 @@ def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    there = False
-    while not there and process.poll() is None:
-        there = any('"step"' in path.read_text() for path in clone.glob(f"runs/*/{METRICS}"))
+    stepped = False
+    while not stepped and process.poll() is None:
+        stepped = any('"step"' in path.read_text() for path in clone.glob(f"runs/*/{METRICS}"))
         time.sleep(0.05)
     row["data step and start of the training"] = time.monotonic() - begun
     row["clone to the end of the first step"] = time.monotonic() - start
     process.terminate()
     process.wait()
-    if not there:
+    if not stepped:
         raise SystemExit("benchmarks.setup: the training ended before its first step")
     if tests:
         begun = time.monotonic()

@@ -1,25 +1,27 @@
-"""The time of a training beside that of other projects' scripts: on the same device, in one run, in turns.
+"""Measures the time of a training against that of other projects' scripts: on the same device, in one run, in turns.
 
     python -m benchmarks.speed --airbench DIR [--hiverge DIR] [--compile-peer] [--peer-as-is] [key=value ...]
-    python -m benchmarks.speed --short [--airbench DIR]    # in one line, from two steps of each kind
+    python -m benchmarks.speed --short [--airbench DIR]    # one line, from two steps of each kind
     python -m benchmarks.speed --one-rank     # ours on as many ranks as cores, against one rank of as many threads
 
 DIR are clones of github.com/KellerJordan/cifar10-airbench and github.com/hiverge/cifar10-speedrun. Their scripts run
-from there, unchanged on a GPU, with a few words replaced on a CPU (benchmarks/peer.py): airbench94_muon.py, or
+from the clones, unchanged on a GPU, with a few words replaced on a CPU (benchmarks/peer.py): airbench94_muon.py, or
 airbench96_faster.py with --preset block96. Ours is dist_train.training.loop.train, under torchrun, on as many ranks of
-one thread as there are cores, or on one GPU; key=value are its settings. All get the images of our betons (data.dir).
+one thread as there are cores, or on one GPU; key=value are its settings. All train on the images of our betons
+(data.dir).
 
 One program computes at a time: a step (or --turn of them) of one, then of another. A schedule has several kinds of
 steps, by the images' size and by whether the stem still learns. The first of each kind are not counted; --steps of
 each then are. A training takes the median of each kind times its number in the whole schedule, added up. n counts
-turns. "CPU s", likewise a median, is of all threads and ranks, and nearly free of what else the machine does. What the
-peers' loaders do with all images at once for every epoch counts; evaluation, checkpoints, the initial whitening and
-our record (one line a step) count for nobody. The last line printed has our share of the matrix rate too, which needs
-no peer: the schedule's operations a second beside a matrix product's in this process, with a thread for each core.
+turns. "CPU s", also a median, is of all threads and ranks, and nearly independent of other load on the machine. The
+time in which the peers' loaders process all images at once for an epoch is included; evaluation, checkpoints, the
+initial whitening and our metrics (one line a step) are not. The last line printed also has our share of the matrix
+rate, which needs no peer: the schedule's operations a second over those of a matrix product in this process, with a
+thread for each core.
 
 On a CPU a peer runs eagerly, with a thread for each core, and with our allocator's settings; --compile-peer adds a row
 with its own torch.compile, --peer-as-is one as its README starts it: compiled, and with nothing set. On a GPU it is
-always the last. With more than one step in a turn less time is lost where the device waits for the first of them.
+always started like that. More steps in a turn (--turn) reduce the time in which the device waits for the first of them.
 All programs stay in memory: on a CPU about 5 GB for each peer, and 4 GB for two of our ranks.
 """
 
@@ -57,14 +59,14 @@ from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.train import build_model
 
-PEERS = {"block96": "airbench96_faster.py"}  # beside every other preset: airbench94_muon.py
+PEERS = {"block96": "airbench96_faster.py"}  # for all other presets: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = ["what", "kind of step", "n", "s: median (quartiles)", "CPU s", "in a run", "training, s", "ours / this"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Steps of a schedule that cost the same. first: the first of them, counted from 0."""
+    """Steps of a schedule with the same cost. first: the first of them, counted from 0. count: their number."""
 
     label: str
     first: int
@@ -83,7 +85,8 @@ def kinds(data: Data, optimizers: Optimizers) -> list[Kind]:
 
 
 class PacedData(Data):
-    """Data whose steps wait for their turn, and which ends the training after enough of them."""
+    """Data whose steps wait for their turn, and that ends the training after enough of them. warm_up, counted: the
+    numbers of steps before and while they are counted."""
 
     pacer: Pacer
     kind: Kind
@@ -99,31 +102,31 @@ class PacedData(Data):
         raise EnoughError
 
 
-def be_ours(args: argparse.Namespace) -> None:
-    """Be one of our ranks."""
+def run_rank(args: argparse.Namespace) -> None:
+    """Run one of our ranks."""
     settings = config.load(args.preset, None, args.settings)
     t = settings.train
-    # no evaluation before the last step, which is not reached
+    # evaluate only after the last step, which is not reached
     settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, every=10**9))
-    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as here:
-        data = PacedData(settings.data, manifest(settings.data), here, t.batch_size, t.microbatches, t.seed)
+    with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
+        data = PacedData(settings.data, manifest(settings.data), ranks, t.batch_size, t.microbatches, t.seed)
         steps = total_steps(settings, data.steps_per_epoch)
 
         def new() -> State:
-            model = build_model(settings, data).to(here.device)
+            model = build_model(settings, data).to(ranks.device)
             optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
-            return State(model, optimizers, torch.amp.GradScaler(here.device.type, enabled=t.precision == "fp16"))
+            return State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
 
         optimizers = new().optimizers
         schedule = kinds(data, optimizers)
-        data.pacer, data.warm_up = Pacer(args.ours, args.name, here.device.type, args.turn), args.warm_up
+        data.pacer, data.warm_up = Pacer(args.ours, args.name, ranks.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
         flops = 0
         for kind in schedule:
             shape = (data.manifest.image_shape[2], *data.image_size(kind.first))
             learns = optimizers.learns("stem", kind.first)
-            of_image = training_flops(settings.model, shape, len(data.manifest.classes), learns)
-            flops += kind.count * t.batch_size * of_image
+            image_flops = training_flops(settings.model, shape, len(data.manifest.classes), learns)
+            flops += kind.count * t.batch_size * image_flops
         data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule), flops)
         for kind in schedule:
             data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)
@@ -132,34 +135,34 @@ def be_ours(args: argparse.Namespace) -> None:
             state = new()
             state.step = kind.first
             with contextlib.suppress(EnoughError):
-                train(settings, data, here, state, Writer(), StopRequest())
+                train(settings, data, ranks, state, Writer(), StopRequest())
         data.pacer.done()
 
 
 def prepare_images(settings: config.Config, folder: Path) -> None:
-    """Write the betons' images as the peers' loaders keep them."""
-    found = manifest(settings.data)
+    """Write the betons' images in the format of the peers' loaders."""
+    classes = manifest(settings.data).classes
     folder.mkdir()
     for split in ("train", "test"):
         images, labels = (torch.from_numpy(array) for array in data_prep.read_split(settings.data.folder, split))
-        torch.save({"images": images, "labels": labels, "classes": found.classes}, folder / f"{split}.pt")
+        torch.save({"images": images, "labels": labels, "classes": classes}, folder / f"{split}.pt")
 
 
 def programs(args: argparse.Namespace, device: str, cores: int, work: Path) -> list[Program]:
-    """Ours, and each peer in each way that was asked for."""
+    """Our program, and each peer in each way that the arguments select. work: folder of the logs and the images."""
     settings = config.load(args.preset, None, args.settings)
     address = str(work / "turns")
     numbers = ["--warm-up", str(args.warm_up), "--turn", str(args.turn)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
     processes = ranks_per_node(settings.train.microbatches, cores) if device == "cpu" else 1
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    mine = ["-m", "benchmarks.speed", "--ours", address, "--steps", str(args.steps), "--preset", args.preset, *numbers]
-    command = [sys.executable, *torchrun, *mine, *args.settings]
-    found = [Program("ours", command, processes, work / "ours.log", environment)]
+    rank = ["-m", "benchmarks.speed", "--ours", address, "--steps", str(args.steps), "--preset", args.preset, *numbers]
+    command = [sys.executable, *torchrun, *rank, *args.settings]
+    started = [Program("ours", command, processes, work / "ours.log", environment)]
     if args.one_rank:
         name = f"ours, 1 rank of {cores} threads"
-        command = [sys.executable, *mine, "--name", name, *args.settings, f"train.threads={cores}"]
-        found.append(Program(name, command, 1, work / "one-rank.log", environment))
+        command = [sys.executable, *rank, "--name", name, *args.settings, f"train.threads={cores}"]
+        started.append(Program(name, command, 1, work / "one-rank.log", environment))
     ways = {"eager": device == "cpu", "compiled": device == "cpu" and args.compile_peer}
     ways["as is"] = device == "cuda" or args.peer_as_is
     for script in scripts(args):
@@ -168,42 +171,42 @@ def programs(args: argparse.Namespace, device: str, cores: int, work: Path) -> l
             command = [sys.executable, "-m", "benchmarks.peer", str(script.resolve()), "--address", address]
             command += ["--name", name, "--device", device, "--count", str(args.steps), *numbers]
             command += [] if way == "as is" else ["--threads", str(cores)]
-            own = environment | ({"TORCHDYNAMO_DISABLE": "1"} if way == "eager" else {})
-            found.append(Program(name, command, 1, work / f"{name}.log", own, folder=work))
-    return found
+            own_environment = environment | ({"TORCHDYNAMO_DISABLE": "1"} if way == "eager" else {})
+            started.append(Program(name, command, 1, work / f"{name}.log", own_environment, folder=work))
+    return started
 
 
 def scripts(args: argparse.Namespace) -> list[Path]:
-    found = []
+    """The peers' scripts. Raises UserError for one that is missing."""
+    paths = []
     if args.airbench:
-        found.append(args.airbench / PEERS.get(args.preset, "airbench94_muon.py"))
+        paths.append(args.airbench / PEERS.get(args.preset, "airbench94_muon.py"))
     if args.hiverge:
-        found.append(args.hiverge / "cifar10_speedrun.py")
-    for path in found:
+        paths.append(args.hiverge / "cifar10_speedrun.py")
+    for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; give the folder of the clone")
-    return found
+    return paths
 
 
-def rows(found: list[Program]) -> Iterator[list[str]]:
-    """Of each program: one for every kind of step, and one for a whole training."""
-    ours = whole(found[0])
-    for program in found:
+def rows(measured: list[Program]) -> Iterator[list[str]]:
+    """The rows of each program: one for every kind of step, and one for a whole training. The first program is ours."""
+    ours = training_time(measured[0])
+    for program in measured:
         for label, count in program.steps.items():
             steps = program.measured[label]
             seconds, cpu = [step.seconds for step in steps], statistics.median(step.cpu for step in steps)
             cells = [program.name, label, f"{len(steps)}", spread(seconds, 4), f"{cpu:.4f}", f"{count}"]
             yield [*cells, f"{count * statistics.median(seconds):.2f}", ""]
-        theirs = whole(program)
-        ratio = "" if program is found[0] else f"**{ours[1] / theirs[1]:.3f}** (CPU {ours[3] / theirs[3]:.3f})"
-        low, middle, high, cpu = theirs
+        low, middle, high, cpu = training_time(program)
+        ratio = "" if program is measured[0] else f"**{ours[1] / middle:.3f}** (CPU {ours[3] / cpu:.3f})"
         name = f"**{program.name}**"
         yield [name, "training", "", "", f"{cpu:.1f}", "", f"**{middle:.2f}** ({low:.2f}..{high:.2f})", ratio]
 
 
-def whole(program: Program) -> tuple[float, float, float, float]:
+def training_time(program: Program) -> tuple[float, float, float, float]:
     """Seconds of a whole training if every step took the lower quartile, the median, the upper quartile of its kind;
-    and of CPU, by the medians."""
+    and seconds of CPU, by the medians."""
     low = middle = high = cpu = 0.0
     for label, count in program.steps.items():
         steps = program.measured[label]
@@ -213,78 +216,83 @@ def whole(program: Program) -> tuple[float, float, float, float]:
     return low, middle, high, cpu
 
 
-def in_short(found: list[Program], preset: str, rate: float) -> str:
-    """One line. rate: operations a second of a matrix product."""
-    seconds = whole(found[0])[1]
+def one_line(measured: list[Program], preset: str, rate: float) -> str:
+    """The result in one line. rate: operations a second of a matrix product."""
+    seconds = training_time(measured[0])[1]
     words = [
-        f"torch {torch.__version__}: {preset} trains in {seconds:.0f} s, at {found[0].flops / seconds / rate:.2f} "
+        f"torch {torch.__version__}: {preset} trains in {seconds:.0f} s, at {measured[0].flops / seconds / rate:.2f} "
     ]
     words.append(f"of the matrix rate of {rate / 1e9:,.0f} GFLOP/s")
-    words += [f"; {seconds / whole(peer)[1]:.3f} of the time of {peer.name}" for peer in found[1:]]
+    words += [f"; {seconds / training_time(peer)[1]:.3f} of the time of {peer.name}" for peer in measured[1:]]
     return "".join(words)
 
 
-def tell(name: str, label: str, step: Step) -> None:
+def print_turn(name: str, label: str, step: Step) -> None:
     print(f"{name}: {label}: {step.seconds:.3f} s", file=sys.stderr, flush=True)
 
 
 def commit_of(clone: Path) -> str:
+    """The name and the commit of a clone."""
     git = ["git", "-C", str(clone), "log", "-1", "--format=%h"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{clone.resolve().name} at {found or 'no commit'}"
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{clone.resolve().name} at {commit or 'no commit'}"
 
 
-def parser() -> argparse.ArgumentParser:
-    described = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    described.add_argument("--airbench", metavar="DIR", type=Path, help="clone of cifar10-airbench")
-    described.add_argument("--hiverge", metavar="DIR", type=Path, help="clone of cifar10-speedrun")
-    described.add_argument("--preset", default="block94", help="ours (default: block94)")
-    described.add_argument("--short", action="store_true", help="print the last line only; 2 steps, and 1 to warm up")
-    described.add_argument("--steps", metavar="N", type=int, help="counted, of each kind (default: 10)")
-    described.add_argument("--warm-up", metavar="N", type=int, help="not counted (default: 2, on a GPU 5)")
-    described.add_argument("--turn", metavar="N", type=int, default=1, help="steps in one turn (default: 1)")
-    described.add_argument("--compile-peer", action="store_true", help="also with the peer's own torch.compile")
-    described.add_argument("--peer-as-is", action="store_true", help="also as the peer's README starts it")
-    described.add_argument("--out", metavar="FILE", type=Path, help="append the table to this file")
-    described.add_argument("--one-rank", action="store_true", help="also ours on one rank with a thread for each core")
-    described.add_argument("--name", default="ours", help=argparse.SUPPRESS)
-    described.add_argument("--ours", metavar="ADDRESS", help=argparse.SUPPRESS)
-    described.add_argument("settings", metavar="key=value", nargs="*", help="settings over our preset")
-    return described
+    parser.add_argument("--airbench", metavar="DIR", type=Path, help="clone of cifar10-airbench")
+    parser.add_argument("--hiverge", metavar="DIR", type=Path, help="clone of cifar10-speedrun")
+    parser.add_argument("--preset", default="block94", help="of our training (default: block94)")
+    parser.add_argument("--short", action="store_true", help="print the last line only; 2 steps, and 1 to warm up")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of each kind to count (default: 10)")
+    parser.add_argument("--warm-up", metavar="N", type=int, help="steps of each kind before (default: 2, on a GPU 5)")
+    parser.add_argument("--turn", metavar="N", type=int, default=1, help="steps in one turn (default: 1)")
+    parser.add_argument("--compile-peer", action="store_true", help="add a row with the peer's own torch.compile")
+    parser.add_argument("--peer-as-is", action="store_true", help="add a row as the peer's README starts it")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="append the table to this file")
+    parser.add_argument(
+        "--one-rank", action="store_true", help="add a row of ours on one rank with a thread for each core"
+    )
+    parser.add_argument("--name", default="ours", help=argparse.SUPPRESS)
+    parser.add_argument("--ours", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings over our preset")
+    return parser
 
 
 def main() -> None:
-    args = parser().parse_intermixed_args()
+    args = _parser().parse_intermixed_args()
     if args.ours:
-        be_ours(args)
+        run_rank(args)
         sys.stdout.flush()
         os._exit(0)  # as dist_train.main does
     settings = config.load(args.preset, None, args.settings)
     device = "cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu"
     channels = manifest(settings.data).image_shape[2]
     for smaller in settings.data.smaller:
-        shapes(settings.model, (channels, smaller.size, smaller.size))  # refuses what the network cannot take
+        shapes(
+            settings.model, (channels, smaller.size, smaller.size)
+        )  # raises UserError for images that the network cannot take
     args.steps = args.steps or (2 if args.short else 10)
     args.warm_up = args.warm_up or (5 if device == "cuda" else 1 if args.short else 2)
     cores = len(os.sched_getaffinity(0))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the programs end with this one
     with tempfile.TemporaryDirectory() as folder:
         prepare_images(settings, Path(folder) / "cifar10")
-        found = programs(args, device, cores, Path(folder))
-        take_turns(found, Path(folder) / "turns", tell)
+        started = programs(args, device, cores, Path(folder))
+        take_turns(started, Path(folder) / "turns", print_turn)
     torch.set_num_threads(cores)
     rate = matrix_rate(torch.device(device), DTYPES[settings.train.precision])
-    line = in_short(found, args.preset, rate)
+    line = one_line(started, args.preset, rate)
     if args.short:
         print(line)
         return
     clones = [commit_of(clone) for clone in (args.airbench, args.hiverge) if clone]
-    where = measured_on(torch.device(device), cores, *clones)
-    text = f"{where}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(found))}\n\n{line}\n"
+    conditions = measured_on(torch.device(device), cores, *clones)
+    text = f"{conditions}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(started))}\n\n{line}\n"
     print(text)
     if args.out:
         append(args.out, text)

@@ -1,9 +1,9 @@
-"""Seconds from the command to the end of the first step, by part.
+"""Measures the seconds from the command to the end of the first step, by part.
 
     python -m benchmarks.startup [--ranks 2] [--rounds 3] [--cold] [--out FILE] [trainer arguments]
 
-The trainer runs as it is, with a clock around its parts; it is stopped after the first step. `--cold` empties the
-page cache before each start (root), and gives each start a compile cache of its own. Rank 0 of the ranks is measured.
+The trainer runs with a clock around its parts, and is stopped after the first step. `--cold` empties the page cache
+before each start (as root), and gives each start its own compile cache. Rank 0 is measured.
 """
 
 from __future__ import annotations
@@ -53,19 +53,21 @@ def main() -> None:
 
     head = ["part", "seconds, median (quartiles)", "what"]
     total = {"sum": "command to the end of the first step"}
-    found = table(
+    markdown = table(
         head, [[part, spread([row[part] for row in rows], 2), what] for part, what in {**PARTS, **total}.items()]
     )
     kind = "cold" if args.cold else "warm"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = measured_on(device, os.cpu_count() or 1)
-    text = f"{kind} caches, n = {args.rounds}; {where}\n\n```bash\n{command('benchmarks.startup')}\n```\n\n{found}\n"
+    conditions = measured_on(device, os.cpu_count() or 1)
+    heading = f"{kind} caches, n = {args.rounds}; {conditions}"
+    text = f"{heading}\n\n```bash\n{command('benchmarks.startup')}\n```\n\n{markdown}\n"
     print(text)
     if args.out:
         append(args.out, text)
 
 
 def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str, float]:
+    """The seconds of one start by part, and their sum."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if cold:
         subprocess.run(["sync"], check=True)
@@ -87,7 +89,7 @@ def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str
 
 
 def _child(out: Path, trainer: list[str]) -> None:
-    """The trainer, as a rank."""
+    """Run the trainer as a rank, and write its seconds by part to `out`."""
     boot = time.time() - float(Path("/proc/uptime").read_text().split()[0])
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     started = boot + ticks / os.sysconf("SC_CLK_TCK")
@@ -95,7 +97,7 @@ def _child(out: Path, trainer: list[str]) -> None:
 
     from dist_train import main
     from dist_train.data import dataset
-    from dist_train.training import recorder, step_log, train
+    from dist_train.training import loop, recorder, step_log, train
 
     seconds = {"started": started, "imports": time.time() - started}
     open_parts: list[str] = []
@@ -123,7 +125,7 @@ def _child(out: Path, trainer: list[str]) -> None:
         timed(train, name, part)
     for name in ("open_folder", "RunWriter"):
         timed(train, name, "record")
-    timed(train, "FixedOrderSum", "DDP")
+    timed(loop, "FixedOrderSum", "DDP")
 
     step = recorder.Recorder.step
     begin = step_log.StepLog.__init__
@@ -137,7 +139,7 @@ def _child(out: Path, trainer: list[str]) -> None:
         seconds["ended"] = time.time()
         seconds["first step"] = seconds["ended"] - seconds.pop("begun")
         out.write_text(json.dumps(seconds))
-        os._exit(0)  # the others are ended by the launcher
+        os._exit(0)  # the launcher ends the other ranks
 
     step_log.StepLog.__init__ = begins  # type: ignore[method-assign]
     recorder.Recorder.step = ends  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Markdown tables, and results files that say what their figures were measured on."""
+"""Markdown tables, and the conditions of a measurement."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dist_train.runs.environment import device_name, git_commit
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile; of one value, three times the value."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     first, middle, last = statistics.quantiles(values, n=4, method="inclusive")
@@ -23,7 +24,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median and quartiles."""
+    """The median and the quartiles, as text with this number of decimals."""
     first, middle, last = quartiles(values)
     return f"{middle:,.{digits}f} ({first:,.{digits}f}..{last:,.{digits}f})"
 
@@ -37,7 +38,7 @@ def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def measured_on(device: torch.device, cores: int, *more: str) -> str:
-    """Day, commit, hardware and versions, in one line. more: commits of what else was run."""
+    """Day, commit, hardware and versions, in one line. more: commits of other programs."""
     commit = git_commit() or "none"
     parts = [
         time.strftime("%Y-%m-%d"),

@@ -1,8 +1,8 @@
-"""Several programs on one machine, of which one at a time may compute: each says what its turns took.
+"""Several programs on one machine, of which one at a time may compute: each reports the time of its turns.
 
 A program may have several processes (ranks), which all take the same turns; a turn lasts until the slowest is done.
-They talk to the process that gives the turns over a Unix socket, one JSON object a line: `ready` before a turn, its
-report after it, `done` instead of another one.
+They are connected to the process that gives the turns by a Unix socket, one JSON object a line: `ready` before a turn,
+its report after it, `done` instead of another one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ import torch
 
 
 class EnoughError(BaseException):
-    """A program has run all the steps that were asked for. Not an Exception: nobody may take it for a failure."""
+    """A program has run all the steps that were asked for. Not an Exception, so that no handler takes it for a
+    failure."""
 
 
 class Pacer:
-    """A program's side."""
+    """The side of a program: asks for turns, and reports their time."""
 
     def __init__(self, address: str, name: str, device: str, turn: int = 1) -> None:
-        """device: whose queue is waited for at the ends of a turn. turn: steps in one turn at most."""
+        """device: `cpu` or `cuda`, which must be idle at both ends of a turn. turn: the largest number of steps in a
+        turn."""
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)
         self.lines, self.name, self.turn = connection.makefile("rw"), name, turn
@@ -37,8 +39,8 @@ class Pacer:
         self.taken, self.clock = 0, Clock(self.wait)
 
     def plan(self, steps: dict[str, int], turns: int, flops: int = 0) -> None:
-        """Say how many steps of each kind a whole run has, about how many turns will be taken here, and how many
-        operations a whole run takes, where that is known."""
+        """Send the plan. steps: of each kind in a whole run. turns: the approximate number of turns to be taken. flops:
+        operations of a whole run, 0 where not known."""
         self._send({"name": self.name, "steps": steps, "turns": turns, "flops": flops})
 
     def step(self, label: str | None) -> None:
@@ -57,13 +59,14 @@ class Pacer:
 
     @contextmanager
     def once(self, label: str) -> Iterator[Clock]:
-        """A turn of its own. What is timed of it is up to the caller; unless said, all of it."""
+        """A turn of its own for one step. All of it is timed, unless the caller restarts or stops the clock."""
         self.close()
         self._begin()
         yield self.clock
         self._report(label, 1)
 
     def done(self) -> EnoughError:
+        """Report that no more turns are needed. Returns the exception that ends the program."""
         self.close()
         self._send({"done": True})
         return EnoughError()
@@ -71,7 +74,7 @@ class Pacer:
     def _begin(self) -> None:
         self._send({"ready": True})
         if not self.lines.readline():
-            raise SystemExit("whoever gives the turns has left")
+            raise SystemExit("the process that gives the turns has ended")
         self.clock = Clock(self.wait)
 
     def _report(self, label: str | None, steps: int) -> None:
@@ -88,7 +91,7 @@ class Clock:
     """Measures a turn or a part of it: from the last `restart` to the first `stop`."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
-        """wait: until the device has done all that was asked of it."""
+        """wait: waits until the device is idle."""
         self.wait = wait
         self.restart()
 
@@ -107,7 +110,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: until the slowest process was done. cpu: seconds of CPU of all of them."""
+    """A measured step. seconds: until the slowest process was done. cpu: seconds of CPU of all processes."""
 
     seconds: float
     cpu: float
@@ -115,7 +118,8 @@ class Step:
 
 @dataclass
 class Program:
-    """One that takes turns. processes: how many of it will connect. log: what it prints."""
+    """A program that takes turns. processes: the number of its processes that connect. log: the file of its output.
+    folder: the working folder."""
 
     name: str
     command: list[str]
@@ -133,17 +137,20 @@ class Program:
     _done: bool = False
 
     def start(self) -> None:
+        """Start the program, or its launcher."""
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder
             )
 
-    def joined(self, lines: Any, hello: dict[str, Any]) -> None:
+    def joined(self, lines: Any, plan: dict[str, Any]) -> None:
+        """Add a process that has connected and sent its plan."""
         self._lines.append(lines)
-        self.steps, self._planned, self.flops = hello["steps"], hello["turns"], hello["flops"]
+        self.steps, self._planned, self.flops = plan["steps"], plan["turns"], plan["flops"]
 
     @property
     def complete(self) -> bool:
+        """Whether all processes have connected. Raises SystemExit where the program has ended."""
         assert self._process is not None
         if self._process.poll() is not None:
             raise SystemExit(self.failed())
@@ -151,17 +158,17 @@ class Program:
 
     @property
     def share(self) -> float:
-        """How much of its turns it has had."""
+        """The share of its turns that it has had."""
         return (self._taken + 0.5) / self._planned
 
     def ready(self) -> bool:
-        """Wait until it is ready for a turn. Returns whether it wants one."""
+        """Wait until the program is ready for a turn, or done. Returns whether it needs a turn."""
         self._done = any("done" in message for message in self._read())
         return not self._done
 
     def take(self) -> tuple[str | None, Step]:
-        """Give it a turn, and wait for its end. Returns the kind of its steps, None when they do not count, and one
-        of them (of several in a turn their average)."""
+        """Give the program a turn, and wait for its end. Returns the kind of its steps, None when they are not counted,
+        and their average."""
         for lines in self._lines:
             lines.write("go\n")
             lines.flush()
@@ -174,13 +181,14 @@ class Program:
         return label, step
 
     def end(self) -> None:
-        """It has no more to do, or something else has failed."""
+        """Wait for the end of the program; terminate it first, unless it is done."""
         if self._process is not None:
             if not self._done:
                 self._process.terminate()
             self._process.wait()
 
     def failed(self) -> str:
+        """The message for a program that has ended too early."""
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
         return f"{self.name} has ended too early; the last lines that it printed:\n{tail}"
 
@@ -208,8 +216,8 @@ def take_turns(programs: list[Program], address: Path, took: Callable[[str, str,
                     continue
                 connection.setblocking(True)
                 lines = connection.makefile("rw")
-                hello = json.loads(lines.readline())
-                next(program for program in programs if program.name == hello["name"]).joined(lines, hello)
+                plan = json.loads(lines.readline())
+                next(program for program in programs if program.name == plan["name"]).joined(lines, plan)
             waiting = [program for program in programs if program.ready()]
             while waiting:
                 program = min(waiting, key=lambda program: program.share)

@@ -342,7 +342,7 @@ def test_commands_in_comments(path: Path, shell: Callable[[Path], Shell]) -> Non
 
 
 @every_page
-def test_refusals_are_what_the_trainer_says(page: Path, shell: Callable[[Path], Shell]) -> None:
+def test_quoted_errors_are_those_of_the_trainer(page: Path, shell: Callable[[Path], Shell]) -> None:
     for block in blocks(page, "console"):
         command, said = block.rstrip("\n").split("\n", 1)
         ((_, name, *words),) = commands(command.removeprefix("$ "))
@@ -353,7 +353,7 @@ def test_refusals_are_what_the_trainer_says(page: Path, shell: Callable[[Path], 
 
 
 @every_page
-def test_python_imports_what_there_is(page: Path) -> None:
+def test_imported_names_exist(page: Path) -> None:
     for block in blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module:

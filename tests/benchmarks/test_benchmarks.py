@@ -1,4 +1,4 @@
-"""The benchmarks' commands, in short, on the handwritten digits."""
+"""The benchmarks' commands, with few steps, on the handwritten digits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path
     assert float(rows[-1][-1].split()[0].strip("*")) > 0
 
 
-def test_speed_in_short_is_one_line(digits: Path) -> None:
+def test_speed_with_short_prints_one_line(digits: Path) -> None:
     settings = ["--preset", "digits", "--short", "--steps", "1", f"data.dir={digits}", "train.device=cpu"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.speed", *settings],
@@ -64,7 +64,7 @@ def test_speed_in_short_is_one_line(digits: Path) -> None:
     assert all(float(number.replace(",", "")) > 0 for number in found.groups())
 
 
-def test_startup_takes_the_time_to_the_first_step_apart(digits: Path, tmp_path: Path) -> None:
+def test_startup_splits_the_time_to_the_first_step(digits: Path, tmp_path: Path) -> None:
     _, *rows = cells(
         *("benchmarks.startup", "--ranks", 1, "--rounds", 1, "--out", tmp_path / "table.md"),
         *("--preset", "digits", f"data.dir={digits}", "train.device=cpu", "record.wandb=disabled"),
@@ -77,7 +77,7 @@ def test_startup_takes_the_time_to_the_first_step_apart(digits: Path, tmp_path: 
     assert seconds["rest"] > -0.05
 
 
-def test_gpu_reports_what_it_has_no_time_for(tmp_path: Path) -> None:
+def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:
     command = ["benchmarks.gpu", "--out", str(tmp_path / "gpu"), "--limit", "1"]
     subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, env=environment(), check=True, timeout=100)
     *_, line = (tmp_path / "gpu" / "report.md").read_text().splitlines()

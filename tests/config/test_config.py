@@ -131,7 +131,7 @@ def test_help_has_every_setting_with_its_real_default(tmp_path: Path) -> None:
     ] * 2
 
 
-def test_help_says_of_every_setting_what_it_does() -> None:
+def test_help_describes_every_setting() -> None:
     text = config.reference()
     assert max(map(len, text.splitlines())) <= 100
     flowing = " ".join(text.split())

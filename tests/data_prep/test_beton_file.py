@@ -175,7 +175,7 @@ def field(content: NDArray[np.uint8], part: str, name: str) -> NDArray[Any]:
         ("allocations", "pointer", PAGE + 1, "not a whole"),
     ],
 )
-def test_a_number_that_would_lead_astray_is_refused(
+def test_inconsistent_numbers_are_refused(
     whole: Path, tmp_path: Path, part: str, name: str, value: Any, words: str
 ) -> None:
     content = np.fromfile(whole, np.uint8)

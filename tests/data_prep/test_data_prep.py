@@ -274,7 +274,7 @@ def test_a_killed_write_leaves_nothing_whole_and_four_at_once_then_write_it_once
     assert sorted(p.name for p in tmp_path.iterdir()) == [".digits.lock", "digits"]
 
 
-def test_no_network_is_told_promptly_with_an_exit_code_of_its_own(tmp_path: Path) -> None:
+def test_no_network_is_reported_promptly_with_its_own_exit_code(tmp_path: Path) -> None:
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
     empty = {"CIFAR10_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_PROXY": "", "no_proxy": ""}
     started = time.monotonic()
@@ -411,7 +411,7 @@ def test_verify_finds_what_the_fast_check_cannot(copy: Path) -> None:
         data_prep.verify(copy)
 
 
-def test_tables_that_would_lead_ffcv_astray_are_refused(copy: Path, digits: Path) -> None:
+def test_inconsistent_tables_are_refused(copy: Path, digits: Path) -> None:
     path = copy / "test.beton"
     beton_file.write(path, np.zeros((360, 40, 40, 3), np.uint8), np.zeros(360, np.int64))
     with pytest.raises(DataError, match="does not hold 360 raw images of 32x32"):

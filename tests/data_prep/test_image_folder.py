@@ -160,9 +160,7 @@ def test_a_share_of_each_class_is_for_testing_and_the_same_folder_gives_the_same
 
 
 @pytest.mark.parametrize("name", ["test", "val"])
-def test_a_test_part_of_the_folder_is_kept_and_what_is_no_image_left_out(
-    shapes: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_test_part_of_the_folder_is_kept_and_other_files_are_skipped(shapes: Path, tmp_path: Path, name: str) -> None:
     source = tmp_path / "in"
     shutil.copytree(shapes, source / "train")
     shutil.copytree(shapes / "class01", source / name / "class01" / "below")
@@ -226,7 +224,7 @@ def with_broken_files(source: Path) -> None:
         (with_broken_files, ["7 of the 36 images", "no.jpg (not an image)", " and 4 more", "remove or replace"]),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(
+def test_an_invalid_folder_is_reported_in_one_sentence(
     shapes: Path, tmp_path: Path, damage: Any, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = Path(shutil.copytree(shapes, tmp_path / "in"))
@@ -239,7 +237,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_asked_for_must_be_there(shapes: Path, betons: Path, tmp_path: Path, digits: Path) -> None:
+def test_missing_or_invalid_arguments_are_refused(shapes: Path, betons: Path, tmp_path: Path, digits: Path) -> None:
     out = ("--out", tmp_path / "out")
     refused(run_here("--dataset", "shapes", *out), "'shapes' is unknown: choose one of cifar10, digits", "--source")
     refused(run_here("--dataset", "shapes", "--source", shapes, *out), "--image-size is missing")

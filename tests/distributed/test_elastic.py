@@ -1,4 +1,4 @@
-"""Elastic training: hosts come and go, torchrun's launchers go on with those that are there, and the weights do
+"""Elastic training: hosts come and go, torchrun's launchers continue with those that remain, and the weights do
 not know. The rendezvous store has a host of its own, so that any training host may go, that of rank 0 too."""
 
 from __future__ import annotations

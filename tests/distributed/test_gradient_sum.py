@@ -31,7 +31,7 @@ def random_leaves(count: int, size: int, seed: int) -> list[Tensor]:
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.data())
-def test_branches_of_any_contiguous_shares_make_the_whole_tree(count: int, data: st.DataObject) -> None:
+def test_subtrees_of_any_contiguous_shares_make_the_whole_tree(count: int, data: st.DataObject) -> None:
     world_size = data.draw(st.integers(1, count))
     leaves = random_leaves(count, 5, data.draw(st.integers(0, 2**31)))
     shares = [share(count, rank, world_size) for rank in range(world_size)]
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_own_microbatch() -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def test_the_cost_on_paper() -> None:
+def test_the_formula_of_the_cost() -> None:
     elements = 1_000_000
     for world_size in (1, 2, 4, 8, 64, 1024):
         ring = 2 * 4 * (world_size - 1) * -(-elements // world_size)  # bytes a rank sends in a ring all-reduce

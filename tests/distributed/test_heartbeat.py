@@ -17,7 +17,7 @@ TIMEOUT = 4
 
 
 def exchange_until_lost(folder: Path, how: str) -> None:
-    """Rank 1 comes to grief in step 7; the others go on until they notice."""
+    """Rank 1 fails in step 7; the others continue until they notice."""
     log = os.open(folder / f"{os.environ['RANK']}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 2)
     with join_ranks("cpu", threads=1, deterministic=True, timeout=TIMEOUT) as here:

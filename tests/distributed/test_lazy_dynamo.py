@@ -27,5 +27,5 @@ assert "torch._dynamo.eval_frame" in sys.modules
 """
 
 
-def test_the_compiler_is_left_out_until_it_is_asked_for() -> None:
+def test_the_compiler_is_not_imported_until_it_is_used() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], check=True, cwd=REPOSITORY, timeout=120)

@@ -202,7 +202,7 @@ def test_safetensors_are_the_run_bit_for_bit(
         load(tmp_path / "model.safetensors")
 
 
-def test_graphs_carry_what_it_takes_to_use_them(run: Path, exported: subprocess.CompletedProcess[str]) -> None:
+def test_exported_graphs_have_the_metadata_to_use_them(run: Path, exported: subprocess.CompletedProcess[str]) -> None:
     classes = [f"digit {i}" for i in range(10)]
     carried = {"classes": "", "dataset": "", "weights_sha256": "", "config": ""}
     torch.export.load(run / "export" / "model.pt2", extra_files=carried)
@@ -225,7 +225,9 @@ def test_graphs_carry_what_it_takes_to_use_them(run: Path, exported: subprocess.
 # --- the model card -----------------------------------------------------------------------------------------
 
 
-def test_the_card_has_the_run_s_figures(run: Path, exported: subprocess.CompletedProcess[str], digits: Path) -> None:
+def test_the_card_has_the_metrics_of_the_run(
+    run: Path, exported: subprocess.CompletedProcess[str], digits: Path
+) -> None:
     text = (run / "export" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     read = yaml.safe_load(front)
@@ -330,8 +332,8 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     )
 
 
-def test_figures_of_other_weights_are_left_out(run: Path, tmp_path: Path) -> None:
-    """A checkpoint before the last: the run's figures are of other weights."""
+def test_metrics_of_other_weights_are_omitted(run: Path, tmp_path: Path) -> None:
+    """A checkpoint before the last: the metrics of the run belong to other weights."""
     copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
     state = torch.load(last(copy), weights_only=True)
     state["step"] -= 1

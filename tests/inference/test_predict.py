@@ -129,7 +129,7 @@ def test_loading_draws_no_random_numbers(run: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_predict_takes_one_or_many_of_any_kind(
+def test_predict_takes_one_or_several_images_of_any_kind(
     run: Path, network: TrainedNetwork, pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     probabilities = formula(run, torch.from_numpy(pixels[:2]).permute(0, 3, 1, 2) / 255).softmax(1)
@@ -222,7 +222,7 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_nothing_is_changed(
+def test_a_damaged_newest_checkpoint_is_skipped_and_nothing_is_changed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
@@ -239,7 +239,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_nothing_is_changed(
         load(last(copy))
 
 
-def test_what_is_no_trained_network_is_refused_in_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_sentence(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.pt"
     state = torch.load(last(run), weights_only=True)
     ran = tmp_path / "ran"
@@ -370,7 +370,7 @@ def test_standard_input(run: Path, pictures: Path) -> None:
     assert err == f"dist_train: {pictures / 'empty.png'}: cannot be read (not an image)\n"
 
 
-def test_a_reader_that_has_enough(run: Path, pictures: Path) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(run: Path, pictures: Path) -> None:
     line = shlex.join(command(run, *[pictures / "a.png"] * 200, "--batch", 1, module="dist_train predict"))
     done = subprocess.run(
         f"{line} | head -n 1",

@@ -164,7 +164,7 @@ def test_a_stop_while_downloading_ends_it_at_once(tmp_path: Path, number: signal
     assert not list((tmp_path / "data").glob(".*.new"))
 
 
-def test_a_server_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_times_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
         process = start(tmp_path, more={"HTTPS_PROXY": proxy, "https_proxy": proxy})
@@ -263,7 +263,7 @@ def test_a_mistake_is_answered_before_torch_is_imported(name: str, digits: Path,
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("setting", 2), ("setting", 4), ("other run", 4), ("damaged", 2)])
-def test_of_many_ranks_one_speaks(name: str, ranks: int, digits: Path, tmp_path: Path) -> None:
+def test_only_one_of_several_ranks_prints(name: str, ranks: int, digits: Path, tmp_path: Path) -> None:
     mistake, sentence = MISTAKES[name]
     process = start(tmp_path, "--preset", "digits", *mistake(tmp_path, digits), ranks=ranks)
     _, stderr = ended(process)
@@ -283,7 +283,7 @@ def test_more_ranks_than_microbatches(tmp_path: Path) -> None:
     assert "train.microbatches = 2 gives work to at most 2 ranks, but 3 were started" in said(stderr)[0]
 
 
-def test_a_data_set_that_cannot_be_written_to_will_do(digits: Path, tmp_path: Path) -> None:
+def test_a_read_only_data_set_is_sufficient(digits: Path, tmp_path: Path) -> None:
     mounted = tmp_path / "digits"
     mounted.mkdir()
     script = f"mount --bind {digits} {mounted} && mount -o remount,bind,ro {mounted} && ! touch {mounted}/x 2>/dev/null"

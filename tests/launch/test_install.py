@@ -62,7 +62,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
     return sdist, build("wheel", unpacked, folder), build("wheel", clone, direct)
 
 
-def test_what_is_in_them(archives: tuple[Path, Path, Path]) -> None:
+def test_contents_of_the_archives(archives: tuple[Path, Path, Path]) -> None:
     sdist, wheel, direct = archives
     with tarfile.open(sdist) as files:
         members = files.getmembers()

@@ -1,4 +1,4 @@
-"""The two commands' parts, as a new user meets them."""
+"""The quick start's commands, as a new user runs them."""
 
 from __future__ import annotations
 

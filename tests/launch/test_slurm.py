@@ -140,7 +140,7 @@ def test_sbatch_on_two_nodes(lab: Lab, limited: str) -> None:
     lab.same_bits(lab.run_dir(job))
 
 
-def test_requeue_goes_on_in_the_same_wandb_run(lab: Lab, limited: str) -> None:
+def test_requeue_resumes_the_same_wandb_run(lab: Lab, limited: str) -> None:
     job = lab.sbatch(["--nodes=2"], [*lab.long, "record.wandb=offline"])
     lab.trains(lab.run_dir(job))
     lab.cluster.run("scontrol", "requeue", job)
@@ -213,7 +213,7 @@ def test_a_node_dies(lab: Lab, limited: str) -> None:
 # submitit
 
 
-def test_submitit_on_two_nodes_is_preempted_and_goes_on(lab: Lab, limited: str) -> None:
+def test_submitit_on_two_nodes_is_preempted_and_resumes(lab: Lab, limited: str) -> None:
     job = submit.train([*lab.long, "--run-dir", str(lab.folder / "of submitit; $(touch oops)")], nodes=2)
     lab.trains(job.run_dir)
     assert job.state() == "RUNNING"
@@ -227,7 +227,9 @@ def test_submitit_on_two_nodes_is_preempted_and_goes_on(lab: Lab, limited: str) 
     lab.same_bits(job.run_dir)
 
 
-def test_submitit_says_why_it_failed(lab: Lab, limited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitit_reports_why_it_failed(
+    lab: Lab, limited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(FAILING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     job = submit.train(lab.long, nodes=2)
@@ -283,7 +285,9 @@ def test_the_time_limit(lab: Lab, limited: str) -> None:
     lab.same_bits(lab.run_dir(limited))
 
 
-def test_a_slurm_that_does_not_answer_is_no_end(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_not_ended_while_slurm_does_not_answer(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert slurm.state("999999") == ""
     text = (lab.cluster.at / "slurm.conf").read_text()
     (tmp_path / "slurm.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", text))

@@ -25,7 +25,7 @@ EXAMPLE = REPOSITORY / "dist_train" / "examples" / "sweep.yaml"
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
-    """The example with other top-level keys; those that are None are left out."""
+    """The example with other top-level keys; those that are None are removed."""
     tree = {**yaml.safe_load(EXAMPLE.read_text()), **changes}
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
@@ -209,7 +209,7 @@ cli()
 
 
 def wandb(server: Server, folder: Path, *arguments: object) -> str:
-    """Run a command of W&B's in a folder, logged in at the server, and return what it says."""
+    """Run a command of W&B in a folder, logged in at the server, and return its output."""
     variables = {
         "HOME": str(folder),
         "NETRC": str(folder / "netrc"),

@@ -180,7 +180,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(architectures(), st.integers(6, 12), st.integers(6, 12))
-def test_any_architecture_is_described_as_it_is(model: ModelConfig, height: int, width: int) -> None:
+def test_any_architecture_is_described_correctly(model: ModelConfig, height: int, width: int) -> None:
     try:
         layers(model, (3, height, width), 10)
     except UserError:
@@ -220,7 +220,7 @@ def test_picture_has_every_text_on_the_page_and_none_over_another(name: str) -> 
         assert sum(words.startswith("FC ") and words.endswith(f" {len(block.convolutions)}") for words in shown)
 
 
-def test_svg_stands_in_any_page() -> None:
+def test_svg_can_be_embedded_in_any_page() -> None:
     first, second = svg(*ARCHITECTURES["odd"], 'a <b> & "c"'), svg(*ARCHITECTURES["odd"], 'a <b> & "c"')
     assert first == second
     root = ElementTree.fromstring(first)

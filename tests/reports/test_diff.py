@@ -1,4 +1,4 @@
-"""Where two runs part: made-up run folders, each differing from a straight one in one thing, and real runs."""
+"""Where two runs first differ: made-up run folders, each with one difference, and real runs."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_tensors_are_named_in_the_order_of_the_network(verdict: Verdict) -> None
     ]
 
 
-def test_coarse_digests_tell_between_which_steps(verdict: Verdict) -> None:
+def test_coarse_digests_bound_the_first_different_step(verdict: Verdict) -> None:
     code, lines = verdict(parts_at=[99, 7], touches="stem.weight")
     assert code == 1
     assert lines == [
@@ -149,14 +149,14 @@ def test_digests_of_different_steps_are_not_compared(verdict: Verdict) -> None:
     ]
 
 
-def test_the_final_digest_where_nothing_else_tells(verdict: Verdict) -> None:
+def test_the_final_digest_where_nothing_else_can_be_compared(verdict: Verdict) -> None:
     code, lines = verdict(digest_every=0, parts_at=[99, 7], touches="output.bias")
     assert code == 1
     assert lines[0].startswith("different: first in the final weights, after step 10: ")
     assert lines[1] == "weights: first seen different at step 10 (not compared before)"
 
 
-def test_checkpoints_tell_where_digests_do_not(verdict: Verdict) -> None:
+def test_checkpoints_are_compared_where_digests_are_missing(verdict: Verdict) -> None:
     code, lines = verdict(digest_every=0, save=(3, 6, 8), parts_at=[99, 7], touches="output.bias")
     assert code == 1
     assert lines[:2] == [
@@ -165,7 +165,7 @@ def test_checkpoints_tell_where_digests_do_not(verdict: Verdict) -> None:
     ]
 
 
-def test_the_state_of_the_optimizers_counts(verdict: Verdict) -> None:
+def test_optimizer_state_is_compared(verdict: Verdict) -> None:
     code, lines = verdict(save=(5, 10), parts_at=[99, 7], touches="momentum")
     assert code == 1
     name = "optimizers.0.state.0.momentum"
@@ -190,7 +190,7 @@ def test_unreadable_checkpoint_is_not_compared(tmp_path: Path, capsys: pytest.Ca
     assert sentence.startswith(f"dist_train: {path} is not compared ({reason}")
 
 
-def test_unfinished_run_is_the_same_as_far_as_it_goes(verdict: Verdict) -> None:
+def test_unfinished_run_is_the_same_up_to_its_last_step(verdict: Verdict) -> None:
     code, lines = verdict(steps=[12, 8], finish=[True, False])
     assert code == 0
     assert lines == [
@@ -199,7 +199,7 @@ def test_unfinished_run_is_the_same_as_far_as_it_goes(verdict: Verdict) -> None:
     ]
 
 
-def test_finished_run_that_is_shorter_is_another(verdict: Verdict) -> None:
+def test_finished_run_that_is_shorter_is_different(verdict: Verdict) -> None:
     code, lines = verdict(steps=[10, 12], finish=[True, False])
     assert code == 1
     assert lines[0] == "different: first at step 11: b has it, a is finished before"

@@ -27,7 +27,7 @@ STATE: dict[str, Any] = {
 }
 
 
-def test_what_a_checkpoint_holds_to_the_file_and_back(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     holds = Checkpoint(**STATE, config="seed = 1", data=DATA)
     path = checkpoint.save(tmp_path, 7, holds.to_dict(), 1)
     state = checkpoint.load(path)
@@ -59,7 +59,7 @@ def test_checkpoints_of_earlier_versions() -> None:
 
 
 @pytest.mark.parametrize("state", [None, [], {}, {"step": 1}, {"step": 1, "model": {}, "data": {"dataset": "x"}}])
-def test_what_is_no_checkpoint(state: Any) -> None:
+def test_other_files_are_not_checkpoints(state: Any) -> None:
     with pytest.raises(ValueError, match=r"it is not a checkpoint|its description of the data set has another format"):
         Checkpoint.from_dict(state)
 
@@ -108,7 +108,9 @@ def test_a_damaged_newest_one_is_set_aside_and_named(
     assert path.with_name(path.name + ".damaged").exists()
 
 
-def test_a_failed_write_leaves_the_last_one_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_last_checkpoint_and_leaves_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(tmp_path, 5)
 
     def full(_: int) -> None:
@@ -135,7 +137,7 @@ def writer(folder: Path, failures: list[tuple[int, OSError]], before: Callable[[
     )
 
 
-def test_the_writer_takes_the_state_as_it_was(tmp_path: Path) -> None:
+def test_the_writer_copies_the_state(tmp_path: Path) -> None:
     failures: list[tuple[int, OSError]] = []
     wrote = writer(tmp_path, failures)
     weights = torch.zeros(1000)
@@ -152,7 +154,7 @@ def test_the_writer_takes_the_state_as_it_was(tmp_path: Path) -> None:
     assert not failures
 
 
-def test_the_writer_says_what_it_could_not_write_and_goes_on(tmp_path: Path) -> None:
+def test_the_writer_reports_a_failed_write_and_continues(tmp_path: Path) -> None:
     failures: list[tuple[int, OSError]] = []
     full = [False]
 

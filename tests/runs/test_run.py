@@ -1,4 +1,4 @@
-"""The reading of a run folder: what a run tells of itself, and one sentence from every command for damaged files."""
+"""Reading a run folder: the attributes of a run, and one sentence from every command for damaged files."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_every_metric_of_a_panel_is_logged(records: dict[str, list[Row]]) -> Non
     assert {key for key in numbers - drawn if not key.endswith("_tta")} == {"train/epoch"}
 
 
-def test_charts_ask_as_the_sdk_itself_does(records: dict[str, list[Row]]) -> None:
+def test_chart_queries_are_those_of_the_sdk(records: dict[str, list[Row]]) -> None:
     logged = {key: value for row in records["config"] for key, value in row["update"].items()}
     own = {key.rpartition(".")[2]: value["panel_config"] for key, value in logged.items() if ".visualize." in key}
     mine = {}

@@ -212,7 +212,7 @@ def test_the_key_is_nowhere(trained: Trained) -> None:
     assert not [file for file in files if KEY[:12].encode() in file.read_bytes()]
 
 
-def test_upload_is_the_run_once_more(trained: Trained) -> None:
+def test_upload_repeats_the_run(trained: Trained) -> None:
     done = trained.command(trained.run_dir, "--project", "again", "--entity", "us", module="dist_train upload")
     assert done.returncode == 0, done.stderr
     (again,) = [run for run in trained.server.runs.values() if run is not trained.run]
@@ -258,7 +258,7 @@ def test_upload_to_a_file_and_refusals(trained: Trained, tmp_path: Path) -> None
 # offline
 
 
-def test_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_offline_run_has_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     whole_run(run_dir, AUTO)
     told = f"W&B: offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/offline-run-*\n"
@@ -278,7 +278,7 @@ def test_offline_run_holds_the_record(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert [end.get("exit_code", 0) for end in of["exit"]] == [0]
 
 
-def test_sync_comes_to_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """Of a run that was preempted, moved, and went on."""
     for mode in ("online", "offline"):
         monkeypatch.setenv("WANDB_MODE", mode)
@@ -308,7 +308,7 @@ def test_sync_comes_to_the_online_curves(tmp_path: Path, monkeypatch: pytest.Mon
 # online
 
 
-def test_online_run_holds_the_record(
+def test_online_run_has_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server
 ) -> None:
     """Logged in by the key file alone."""
@@ -382,7 +382,7 @@ def test_checkpoint_that_is_gone_is_skipped(tmp_path: Path, capfd: pytest.Captur
     assert told in capfd.readouterr().err.splitlines()
 
 
-def test_sampling_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_samples_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "INTERVAL", 0.02)
     path = tmp_path / "system/rank-3.jsonl"
     for start in (1, 2):  # the second goes on in the first's file
@@ -427,7 +427,7 @@ def test_unreachable_server(
 
 
 @pytest.mark.parametrize("fault", ["dies", "slow", "errors"])
-def test_server_fails_on_the_way(
+def test_server_fails_during_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], server: Server, fault: str
 ) -> None:
     """It costs the training nothing, and `wandb sync` brings every row once the server is back."""
@@ -501,7 +501,7 @@ def test_hanging_process(
     assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 3000
 
 
-def test_helper_that_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_wandb_process_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As by Slurm, which signals all processes of a job; what it had not written is not lost."""
     recorder = opened(tmp_path, AUTO)
     _, helper = processes(capfd)

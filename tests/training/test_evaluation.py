@@ -58,7 +58,7 @@ def scores(network: nn.Module, images: Tensor, tta: str) -> Tensor:
 
 
 @pytest.mark.parametrize("tta", ["none", "mirror", "shift"])
-def test_figures_with_and_without_test_time_augmentation(digits: Path, tta: Tta) -> None:
+def test_metrics_with_and_without_test_time_augmentation(digits: Path, tta: Tta) -> None:
     data = loaded(digits)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
@@ -128,7 +128,7 @@ def test_details_are_those_of_each_image(digits: Path) -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_the_command_gives_the_runs_own_figures(digits: Path, tmp_path: Path) -> None:
+def test_the_command_gives_the_metrics_of_the_run(digits: Path, tmp_path: Path) -> None:
     """From the checkpoint alone, on one rank and on three, byte for byte."""
     run = tmp_path / "run"
     settings = [*TINY, "evaluate.tta=shift", "holdout=100", "train.device=cpu"]

@@ -1,4 +1,4 @@
-"""Faults at random moments do not change what comes out of a run; and the harness that says so can say no."""
+"""Faults at random moments do not change the result of a run; and the harness that checks this can fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def written(folder: Path, *steps: int, loss: float = 2.0, weights: str = "right"
     return folder
 
 
-def test_a_run_that_differs_is_told_from_one_that_does_not(tmp_path: Path) -> None:
+def test_runs_that_differ_are_distinguished_from_equal_ones(tmp_path: Path) -> None:
     right = written(tmp_path / "right", 1, 2, 3)
     with (right / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')

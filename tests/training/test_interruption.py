@@ -1,4 +1,4 @@
-"""Whatever interrupts a run: after it the same command goes on to the same bits, and says what happened."""
+"""Interrupted runs: the same command resumes them to the same bits, and reports what happened."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
 
 
 def stopped_at(folder: Path) -> None:
-    """All that was recorded is saved, and the record says why it ends."""
+    """All metrics are saved, and the history has the reason of the end."""
     recorded = max(row["step"] for row in lines(folder))
     assert checkpoint.steps(folder / "checkpoints")[-1] == recorded
     last = read_history(folder)[-1]
@@ -207,7 +207,7 @@ def test_a_second_job_on_a_run_folder_is_refused(digits: Path, tmp_path: Path) -
     assert len(second.stderr.splitlines()) == 1
 
 
-def test_another_environment_is_said_once_and_recorded(digits: Path, train: Train, tmp_path: Path) -> None:
+def test_another_environment_is_reported_once_and_recorded(digits: Path, train: Train, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = train("run", "every_steps=3")
     for path in (folder / "checkpoints").glob("step-00000010.pt*"):

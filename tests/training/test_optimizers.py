@@ -70,7 +70,7 @@ def test_muon_keeps_the_norm_and_moves_along_the_orthogonalised_momentum() -> No
         torch.testing.assert_close(kernel.detach(), start)
 
 
-def test_state_goes_on_exactly_where_it_was_saved() -> None:
+def test_saved_state_resumes_exactly() -> None:
     config = OptimConfig(default=Group(algorithm="adamw", lr=0.01), kernels=Group(algorithm="muon", lr=0.1))
     torch.manual_seed(0)
     first, second = network(), network()

@@ -1,4 +1,4 @@
-"""The run folder's record and its plots."""
+"""The metrics, history and plots of a run folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_validation_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [0, 3, 4, 5, 11, 12])
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "step", "st', b"\0\0\0\n\0"])
-def test_resumed_record_is_the_undisturbed_one(tmp_path: Path, cut: int, torn: bytes) -> None:
+def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path, cut: int, torn: bytes) -> None:
     """A run killed behind its checkpoint and gone on with leaves the same file, byte for byte."""
     recorder = opened(tmp_path / "straight")
     train(recorder, 1, 3 * EPOCH)
@@ -99,7 +99,7 @@ def test_resumed_record_is_the_undisturbed_one(tmp_path: Path, cut: int, torn: b
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "gap", "garbage"])
-def test_incomplete_record_is_not_resumed(tmp_path: Path, damage: str) -> None:
+def test_incomplete_metrics_are_not_resumed(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "metrics.jsonl"
     recorder = opened(tmp_path)
     train(recorder, 1, 6)
@@ -128,7 +128,7 @@ def test_lines_come_in_order(tmp_path: Path) -> None:
     recorder.close(1)
 
 
-def test_reader_tells_a_torn_end_from_damage(tmp_path: Path) -> None:
+def test_reader_distinguishes_a_torn_last_line_from_damage(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     recorder = opened(tmp_path)
     train(recorder, 1, 3 * EPOCH)

@@ -151,7 +151,7 @@ def test_training_learns(train: Train) -> None:
 
 
 def refused(*arguments: object, ranks: int = 1, code: int = 2) -> str:
-    """What the trainer says to bad input: one line, on rank 0 only."""
+    """The trainer's error for bad input: one line, from rank 0 only."""
     done = trainer(*arguments, ranks=ranks)
     said = [line for line in done.stderr.splitlines() if line.startswith("dist_train: ")]
     assert len(said) == 1, done.stderr
