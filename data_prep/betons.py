@@ -219,7 +219,7 @@ def prepare(
     except OSError as error:
         raise DataError(
             f"--out {out} cannot be written ({error.strerror or error}): "
-            "choose a writable folder on a disk with enough space"
+            "choose a folder that is writable, on a disk with enough space"
         ) from error
 
 

@@ -120,9 +120,9 @@ def test_the_bytes_are_those_that_ffcv_1_0_2_wrote(tmp_path: Path) -> None:
 def test_what_the_format_has_no_room_for_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "some.beton"
     for shape in ((2, 4, 4, 1), (2, 1, 70_000, 3), (2, 0, 4, 3)):
-        with pytest.raises(ValueError, match="no room"):
+        with pytest.raises(ValueError, match="cannot hold"):
             write(path, np.zeros(shape, np.uint8), np.zeros(2, np.int64))
-    with pytest.raises(ValueError, match="no room"):
+    with pytest.raises(ValueError, match="cannot hold"):
         write(path, np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int64))
     assert not path.exists()
 
@@ -155,24 +155,24 @@ def field(content: NDArray[np.uint8], part: str, name: str) -> NDArray[Any]:
     [
         ("header", "version", 3, "version 3 of the beton format where 2 can be read"),
         ("header", "fields", 3, "images with a label each"),
-        ("header", "page_size", 0, "not a whole"),
-        ("header", "page_size", PAGE + 1, "not a whole"),
-        ("header", "samples", 699, "not a whole"),
-        ("header", "samples", 2**64 - 1, "not a whole"),
-        ("header", "samples", 0, "not a whole"),
-        ("header", "allocations", 0, "not a whole"),
-        ("header", "allocations", 2**63 + 24, "not a whole"),
+        ("header", "page_size", 0, "not a complete"),
+        ("header", "page_size", PAGE + 1, "not a complete"),
+        ("header", "samples", 699, "not a complete"),
+        ("header", "samples", 2**64 - 1, "not a complete"),
+        ("header", "samples", 0, "not a complete"),
+        ("header", "allocations", 0, "not a complete"),
+        ("header", "allocations", 2**63 + 24, "not a complete"),
         ("fields", "type", 0, "images with a label each"),
         ("fields", "name", b"picture", "images with a label each"),
         ("table", "mode", 0, "raw images of one size"),
         ("table", "height", 31, "raw images of one size"),
         ("table", "width", 65_535, "raw images of one size"),
-        ("table", "pointer", 100, "not a whole"),
-        ("table", "pointer", 2**64 - 3072, "not a whole"),
-        ("table", "pointer", 3 * PAGE - 3071, "not a whole"),
-        ("allocations", "bytes", 3071, "not a whole"),
-        ("allocations", "bytes", 2**64 - 1, "not a whole"),
-        ("allocations", "pointer", PAGE + 1, "not a whole"),
+        ("table", "pointer", 100, "not a complete"),
+        ("table", "pointer", 2**64 - 3072, "not a complete"),
+        ("table", "pointer", 3 * PAGE - 3071, "not a complete"),
+        ("allocations", "bytes", 3071, "not a complete"),
+        ("allocations", "bytes", 2**64 - 1, "not a complete"),
+        ("allocations", "pointer", PAGE + 1, "not a complete"),
     ],
 )
 def test_inconsistent_numbers_are_refused(
@@ -190,7 +190,7 @@ def test_all_images_of_another_size_are_refused_too(whole: Path, tmp_path: Path)
         content = np.fromfile(whole, np.uint8)
         field(content, "table", "height")[:], field(content, "table", "width")[:] = height, width
         content.tofile(tmp_path / "wrong.beton")
-        with pytest.raises(ValueError, match="not a whole"):
+        with pytest.raises(ValueError, match="not a complete"):
             BetonFile(tmp_path / "wrong.beton")
 
 
@@ -227,7 +227,7 @@ def test_cut_and_garbled_files_are_refused_or_read_within_their_bounds(
 
 def test_an_empty_file_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty.beton").write_bytes(b"")
-    with pytest.raises(ValueError, match="not a whole"):
+    with pytest.raises(ValueError, match="not a complete"):
         BetonFile(tmp_path / "empty.beton")
     with pytest.raises(FileNotFoundError):
         BetonFile(tmp_path / "none.beton")

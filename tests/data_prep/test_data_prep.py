@@ -170,9 +170,9 @@ def as_version_3(folder: Path) -> None:
         pytest.param(cut("manifest.json", 200), ["manifest.json", "not a manifest"], id="cut manifest"),
         pytest.param(write("manifest.json", "[1]"), ["manifest.json", "not a manifest"], id="other JSON"),
         pytest.param(change("format", 999), ["manifest.json", "format 999"], id="other format"),
-        pytest.param(change("std", [0.2]), ["manifest.json", "garbles"], id="short std"),
-        pytest.param(change("splits", {}), ["manifest.json", "garbles"], id="no splits"),
-        pytest.param(change("ffcv_version", 1), ["manifest.json", "garbles"], id="no version"),
+        pytest.param(change("std", [0.2]), ["manifest.json", "missing or damaged"], id="short std"),
+        pytest.param(change("splits", {}), ["manifest.json", "missing or damaged"], id="no splits"),
+        pytest.param(change("ffcv_version", 1), ["manifest.json", "missing or damaged"], id="no version"),
         pytest.param(as_version_3, ["test.beton", "version 3 of the beton format"], id="other beton format"),
     ],
 )

@@ -218,7 +218,7 @@ def with_broken_files(source: Path) -> None:
         (shutil.rmtree, ["is not a folder"]),
         (without_images, ["has no images for empty", "or remove the folder"]),
         (with_one_image, ["has a single image for single"]),
-        (with_one_class, ["holds one class, class00", "two at least"]),
+        (with_one_class, ["holds one class, class00", "at least two"]),
         (with_an_unknown_test_class, ["test has classes that", "class02"]),
         (with_an_empty_test_part, ["test has no folders of classes"]),
         (with_broken_files, ["7 of the 36 images", "no.jpg (not an image)", " and 4 more", "remove or replace"]),
@@ -242,7 +242,7 @@ def test_missing_or_invalid_arguments_are_refused(shapes: Path, betons: Path, tm
     refused(run_here("--dataset", "shapes", *out), "'shapes' is unknown: choose one of cifar10, digits", "--source")
     refused(run_here("--dataset", "shapes", "--source", shapes, *out), "--image-size is missing")
     refused(write(tmp_path / "out", shapes, -1), "--image-size -1")
-    refused(write(tmp_path / "out", shapes, 26_755), "--image-size 26755", "give 26754 at most")
+    refused(write(tmp_path / "out", shapes, 26_755), "--image-size 26755", "give at most 26754")
     refused(write(tmp_path / "out", shapes, 20, "--test-fraction", 1), "--test-fraction 1.0", "between 0 and 1")
     refused(run_here("--image-size", 20, *out), "--image-size 20 is for images of your own, not for cifar10")
     before = snapshot(betons)

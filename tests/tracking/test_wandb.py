@@ -552,10 +552,10 @@ def until_told(capfd: pytest.CaptureFixture[str], words: str) -> None:
 def test_run_ends_when_rank_0_is_killed(tmp_path: Path) -> None:
     code = f"""if True:
         import os, signal
-        import test_record as here
-        recorder = here.opened(here.Path({str(tmp_path)!r}), here.RecordConfig(quiet=True))
-        here.train(recorder, 1, 12)
-        here.Path({str(tmp_path / "group")!r}).write_text(str(recorder._wandb._process.pid))
+        import recorded
+        recorder = recorded.opened(recorded.Path({str(tmp_path)!r}), recorded.RecordConfig(quiet=True))
+        recorded.train(recorder, 1, 12)
+        recorded.Path({str(tmp_path / "group")!r}).write_text(str(recorder._wandb._process.pid))
         os.kill(os.getpid(), signal.SIGKILL)
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
