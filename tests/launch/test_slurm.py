@@ -172,7 +172,7 @@ def test_cancel_ends_it_for_good(lab: Lab, limited: str) -> None:
     assert lab.cluster.ended(job) == "CANCELLED"
     lab.cluster.wait(lambda: not left_behind(lab.run_dir(job)), "its processes to end", 20)
     assert lab.cluster.job(job)["Restarts"] == "0"
-    # saved all the same: the folder can be gone on with, on one rank without Slurm
+    # what was saved can be resumed, on one rank without Slurm
     assert outcomes(lab.run_dir(job)) == ["preempted"]
     done = trainer(*lab.long, "--run-dir", lab.run_dir(job))
     assert done.returncode == 0, done.stderr

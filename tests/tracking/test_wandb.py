@@ -385,7 +385,7 @@ def test_checkpoint_that_is_gone_is_skipped(tmp_path: Path, capfd: pytest.Captur
 def test_failing_samples_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_metrics, "INTERVAL", 0.02)
     path = tmp_path / "system/rank-3.jsonl"
-    for start in (1, 2):  # the second goes on in the first's file
+    for start in (1, 2):  # the second appends to the file of the first
         with system_metrics.sampled(tmp_path, 3, torch.device("cpu")):
             until(lambda: path.exists() and path.read_text().count("\n") >= 5 * start)  # noqa: B023
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -77,7 +77,7 @@ def test_validation_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [0, 3, 4, 5, 11, 12])
 @pytest.mark.parametrize("torn", [b"", b'{"kind": "step", "st', b"\0\0\0\n\0"])
 def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path, cut: int, torn: bytes) -> None:
-    """A run killed behind its checkpoint and gone on with leaves the same file, byte for byte."""
+    """A run that is killed after its checkpoint and resumed leaves the same file, byte for byte."""
     recorder = opened(tmp_path / "straight")
     train(recorder, 1, 3 * EPOCH)
     recorder.close(0)

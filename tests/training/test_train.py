@@ -249,4 +249,4 @@ def test_what_is_not_finite_stops_the_run_with_its_step_and_images(digits: Path,
         assert len(set(microbatch["images"])) == 256 // 8
     assert f"microbatch {found['microbatches'][0]['microbatch']} " in said
     assert f"training images {found['microbatches'][0]['images'][0]}, " in said
-    assert refused(*base, *hot, code=1) == said  # the same command goes on from the last good checkpoint
+    assert refused(*base, *hot, code=1) == said  # the same command resumes from the last good checkpoint
