@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 # Exit codes. PREEMPTED is EX_TEMPFAIL of sysexits.h: the same command resumes the run.
 DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
-
 _OUTCOMES = {DONE: "done", PREEMPTED: "preempted"}
 
 

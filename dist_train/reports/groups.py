@@ -14,7 +14,6 @@ from dist_train.runs import layout
 from dist_train.runs.run import Run, members
 
 COLORS = 7  # --c0 to --c6 of report.css
-
 NAMED = 4  # the number of runs that are named where there may be more
 
 

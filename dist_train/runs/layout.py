@@ -8,41 +8,25 @@ from pathlib import Path
 from dist_train.config.loading import FILE
 
 SETTINGS = FILE  # the configuration as TOML; every folder with this file is a run folder
-
 METRICS = "metrics.jsonl"  # the metrics of every step and evaluation: see metrics.py
-
 SUMMARY = "summary.json"  # the results, once the run is done
-
 EVALUATION = "evaluation.json"  # the last evaluation in full
-
 HISTORY = "history.jsonl"  # starts, ends and faults
-
 DIVERGED = "diverged.json"  # the loss or the gradients that were not finite
-
 CHECKPOINTS = "checkpoints"  # the folder of checkpoints
-
 LOSS_PLOT, ACCURACY_PLOT = PLOTS = ("plots/loss.png", "plots/accuracy.png")
-
 SAMPLES = "system/rank-*.jsonl"  # a file for each rank: see system_metrics.py
-
 WANDB = "wandb"  # the folder of W&B's files
-
 EXPORT = "export"  # the folder of exported networks
-
 MEETINGS = "meetings"  # a folder with a file for each start of a job, through which its nodes find each other
 
 # files of a group
 
 MEMBERS = "members.json"  # {name of the run folder: the trainer's arguments}, as submitted
-
 TABLE = "table.md"
-
 _TABLE_LOCK = ".table.lock"
-
 _LOCK = ".lock"  # its text names the process that trains in the folder
-
 _CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-
 _CHECKSUM, _DAMAGED = ".sha256", ".damaged"
 
 

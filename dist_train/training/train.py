@@ -36,6 +36,8 @@ from dist_train.training.run_writer import RunWriter, Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
 
+# seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
+_DATA_TIMEOUT = 3600
 _WHITENING_PIXELS = 5000 * 32 * 32  # pixels of training images from which a whitening stem is computed
 
 
@@ -48,10 +50,6 @@ def build_model(config: Config, data: Data) -> BlockNetwork:
     if model.stem is not None and config.model.stem.kind == "whiten":
         whiten(model.stem, data.sample(max(1, _WHITENING_PIXELS // (height * width))))
     return model
-
-
-# seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
-_DATA_TIMEOUT = 3600
 
 
 @dataclass(frozen=True)
