@@ -135,6 +135,7 @@ class TrainStep:
 
 def _compiled(model: BlockNetwork, settings: TrainConfig) -> nn.Module:
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # TF32 stays off: it changes bits
+    warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # by microseconds a step
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a CUDA toolkit without a GPU
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # the compiler reads this one
     compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]

@@ -185,6 +185,7 @@ def test_the_same_bits_again(form: Form) -> None:
     torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled() -> None:
     convolutions = [convolution(), convolution(1, bias=True)]
     a, x = inputs(3, 5, 2, torch.float32)
