@@ -59,3 +59,8 @@ class LostPeerError(ConnectionError):
 def say(message: str) -> None:
     """Print a sentence for the user to stderr."""
     print(f"dist_train: {message}", file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -83,11 +83,15 @@ def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main")
 
 
 def trainer(
-    *arguments: object, ranks: int = 1, timeout: float = 300, variables: dict[str, str] | None = None
+    *arguments: object,
+    ranks: int = 1,
+    timeout: float = 300,
+    variables: dict[str, str] | None = None,
+    module: str = "dist_train.main",
 ) -> subprocess.CompletedProcess[str]:
-    """Run the trainer to its end. timeout: in seconds. variables: added to the environment."""
+    """Run the trainer, or another module, to its end. timeout: in seconds. variables: added to the environment."""
     return subprocess.run(
-        command(*arguments, ranks=ranks),
+        command(*arguments, ranks=ranks, module=module),
         cwd=REPOSITORY,
         env={**environment(), **(variables or {})},
         capture_output=True,

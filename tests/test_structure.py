@@ -35,7 +35,7 @@ WITHOUT_TORCH = (
 )
 WITHOUT_TORCH_TOO = (
     *("main", "data.dataset", "model.shapes", "training.recorder", "training.progress"),
-    *("runs.layout", "runs.contents", "runs.metrics", "runs.history", "runs.run", "runs.trees"),
+    *("runs.layout", "runs.contents", "runs.metrics", "runs.history", "runs.run"),
     *("launch.node", "launch.cluster", "launch.submit", "launch.quickstart"),
 )
 # The only modules that import others of ours inside a function: after the checks that need no torch, or for a command

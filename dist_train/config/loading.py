@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_train.config.settings import Config, Effect, OptimConfig
+from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -163,7 +164,7 @@ def digest(config: Config) -> str:
 
 def difference(first: Config, second: Config) -> list[str]:
     """Dotted keys, among those that the final weights depend on, in which two configurations differ."""
-    a, b = (_flat(_binding(to_dict(config))) for config in (first, second))
+    a, b = (dict(leaves(_binding(to_dict(config)))) for config in (first, second))
     return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
 
 
@@ -191,17 +192,6 @@ def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
         if place not in _EFFECTS or _EFFECTS[place].in_digest:
             bound[name] = _binding(value, place) if isinstance(value, dict) else value
     return bound
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts and lists by their dotted keys."""
-    if isinstance(value, dict):
-        pairs = [(_joined(prefix, key), item) for key, item in value.items()]
-    elif isinstance(value, list):
-        pairs = [(f"{prefix}.{index}", item) for index, item in enumerate(value)]
-    else:
-        return {prefix: value}
-    return {key: leaf for name, item in pairs for key, leaf in _flat(item, name).items()}
 
 
 def _without_none(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from dist_train.errors import LostPeerError, say
+from dist_train.errors import LostPeerError, first_line, say
 
 _BEAT = 1.0  # seconds between two heartbeats
 _ANSWER = 5.0  # seconds without an answer after which the store counts as lost
@@ -86,7 +86,7 @@ class Heartbeat:
         if first is None or second is None:
             return LostPeerError(
                 f"rank {self.rank} on {platform.node()} lost its peers in step {self.step}: the rendezvous store at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({_first_line(error)})"
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer either ({first_line(error)})"
             )
         waited = f" ({error})" if isinstance(error, TimeoutError) else ""
         context = f"rank {self.rank} was waiting for it in step {self.step}{waited}"
@@ -168,7 +168,3 @@ class Heartbeat:
 
 def _describe(rank: int, beat: dict[str, Any]) -> str:
     return f"rank {rank} (process {beat['pid']} on {beat['host']}, last seen in step {beat['step']})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dist_train import config
-from dist_train.errors import UserError, say
+from dist_train.config.trees import leaves
+from dist_train.errors import UserError, first_line, say
 from dist_train.runs.contents import read_checksum
 from dist_train.runs.layout import METRICS
 from dist_train.runs.metrics import Row
 from dist_train.runs.run import Run
-from dist_train.runs.trees import leaves
 
 
 class ComparedRun:
@@ -45,7 +45,7 @@ class ComparedRun:
                 raise ValueError(f"it {why}")
             return checkpoint.tensor_digests(checkpoint.read(path))
         except Exception as error:  # an unfinished run may have removed it, another version may have written it
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             say(f"{path} is not compared ({reason})")
             return None
 

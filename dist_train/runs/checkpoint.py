@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_train.config.trees import leaves
 from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
 from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
 from dist_train.runs.contents import read_checksum
 from dist_train.runs.environment import Environment
-from dist_train.runs.trees import leaves
 
 _OPTIMIZERS = "optimizers"  # prefix of the names of the optimizers' tensors in `tensor_digests`
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from dist_train import config
 from dist_train.config.settings import Config
+from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 from dist_train.runs import layout
 from dist_train.runs.contents import damaged, exists, read_evaluation, read_members, read_summary, unreadable
 from dist_train.runs.history import read_history
 from dist_train.runs.metrics import Row, read_digests, read_metrics
-from dist_train.runs.trees import leaves
 
 
 class Run:

@@ -84,11 +84,6 @@ class WandbRun:
                 self._torn = sent is not None and sent < len(data)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def report(sentence: str) -> None:
     """Print a sentence to stderr, in place of a progress bar."""
     wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # tqdm draws the progress bar again

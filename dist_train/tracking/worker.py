@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_train.errors import PREEMPTED
+from dist_train.errors import PREEMPTED, first_line
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
-from dist_train.tracking.client import first_line, report
+from dist_train.tracking.client import report
 from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
 
 POLL = 0.5  # seconds between two reads of the metrics

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, command, environment, trainer
+from conftest import REPOSITORY, environment, trainer
 from PIL import Image
 from torch import Tensor
 
@@ -101,14 +101,7 @@ def exported(run: Path) -> subprocess.CompletedProcess[str]:
 
 
 def exporting(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, module="dist_train export"),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return trainer(*arguments, module="dist_train export", timeout=300)
 
 
 def last(run: Path) -> Path:

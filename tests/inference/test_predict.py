@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_train import TrainedNetwork, data_prep, load, predict
+from dist_train.config.trees import leaves
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
@@ -26,7 +27,6 @@ from dist_train.errors import UserError
 from dist_train.inference.trained_network import Picture
 from dist_train.runs import checkpoint
 from dist_train.runs.checkpoint import DataDescription
-from dist_train.runs.trees import leaves
 
 Answer = list[tuple[str, float]]
 

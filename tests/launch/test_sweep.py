@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, command, environment
+from conftest import REPOSITORY, environment, trainer
 from wandb_server import ENTITY, Row, Server
 
 from dist_train import config
@@ -141,15 +141,7 @@ def test_dry_run_and_exit_code(
 def test_an_array_on_this_machine(tmp_path: Path, digits: Path) -> None:
     path = small(tmp_path, digits, **{"optim.default.lr": {"values": [0.01, 0.02]}})
     arguments = ["--local", "--at-most", "2", "--sweep", path, "record.wandb=disabled", "--run-dir", tmp_path / "group"]
-    done = subprocess.run(
-        command(*arguments, module="dist_train submit"),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    done = trainer(*arguments, module="dist_train submit", timeout=180)
     assert done.returncode == 0, done.stderr
     assert sorted(found.parent.name for found in tmp_path.glob("group/*/summary.json")) == ["lr0.01", "lr0.02"]
     assert done.stdout.endswith((tmp_path / "group" / "table.md").read_text())

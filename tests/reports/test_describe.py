@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import REPOSITORY, command, environment, trainer
+from conftest import trainer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -242,14 +241,7 @@ def test_command_takes_presets_files_run_folders_and_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["digits", "model.blocks.0.channels=48", "--picture", tmp_path / "a.svg"]
-    done = subprocess.run(
-        command(*arguments, module="dist_train describe"),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = trainer(*arguments, module="dist_train describe", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("digits: images of 3 x 32 x 32, 10 classes\n")
     assert "48 x 8 x 8" in done.stdout

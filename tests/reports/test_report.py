@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command, environment, trainer
+from conftest import trainer
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from dist_train.reports import figures
@@ -50,14 +50,7 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, module="dist_train report"),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return trainer(*arguments, module="dist_train report", timeout=120)
 
 
 @pytest.fixture(scope="session")
