@@ -34,14 +34,14 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     settings = config.load("block94", None, [])
-    model = BlockNetwork(settings.model, (3, 32, 32), 10, slots=1).to(memory_format=torch.channels_last)
+    model = BlockNetwork(settings.model, (3, 32, 32), 10)
     optimizers = Optimizers(model, settings.optim, 1000, 25)
-    images, labels, slot = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10, torch.tensor([0])
+    images, labels = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(images, slot)
+            logits = model(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizers.set_rates(1)
         optimizers.step(scaler)

@@ -98,15 +98,15 @@ class _FixedGradients(torch.autograd.Function):
         return (None, *(tensor.clone() for tensor in ctx.given))  # type: ignore[attr-defined]
 
 
-def network(preset: str, microbatches: int) -> tuple[config.Config, BlockNetwork]:
+def network(preset: str) -> tuple[config.Config, BlockNetwork]:
     """The preset's configuration, and its network with initial weights."""
     settings = config.load(preset, None, [])
-    return settings, BlockNetwork(settings.model, (3, 32, 32), 10, microbatches)
+    return settings, BlockNetwork(settings.model, (3, 32, 32), 10)
 
 
 def gradients_of_block94() -> list[Tensor]:
     """Tensors in the shapes of block94's gradients."""
-    return [p.detach() for p in network("block94", _MICROBATCHES)[1].parameters() if p.requires_grad]
+    return [p.detach() for p in network("block94")[1].parameters() if p.requires_grad]
 
 
 def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Module, int], Tensor], Way]:
@@ -116,7 +116,7 @@ def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Modu
     if work.preset is None:
         given = FixedGradients(gradients_of_block94() if work.elements is None else [torch.zeros(work.elements)])
         return given, lambda wrapped, slot: wrapped(), lambda: None
-    settings, model = network(work.preset, microbatches)
+    settings, model = network(work.preset)
     t = settings.train
     optimizers = Optimizers(model, settings.optim, 1000, 100)
     optimizers.set_rates(500)
@@ -127,7 +127,7 @@ def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Modu
 
     def loss(wrapped: nn.Module, slot: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=t.precision == "bf16"):
-            logits: Tensor = wrapped(images[slot], torch.tensor([slot]))
+            logits: Tensor = wrapped(images[slot])
         return F.cross_entropy(logits.float(), labels[slot], reduction="sum") / t.batch_size
 
     return model, loss, lambda: optimizers.step(scaler)

@@ -345,6 +345,7 @@ def _is_valid(manifest: Manifest) -> bool:
         and all(type(size) is int and size > 0 for size in sizes)
         and all(type(number) is float and 0 <= number <= 1 for number in numbers)
         and len(manifest.mean) == len(manifest.std) == manifest.image_shape[2] == 3
+        and min(manifest.std) > 0
         and len(manifest.classes) > 0
         and all(split.file == f"{name}.beton" for name, split in manifest.splits.items())
     )
@@ -398,7 +399,8 @@ def _content_sha256(images: Images, labels: Labels) -> str:
 
 
 def _mean_and_std(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) standard deviation of each channel, in 0..1, from exact integer sums."""
+    """Mean and (population) standard deviation of each channel, in 0..1, from exact integer sums. The deviation is 1
+    for a channel that varies by less than one of 256 levels: dividing by its own would amplify noise, or fail."""
     counts = np.zeros((3, 256), np.int64)  # histogram of each channel's values
     for start in range(0, len(images), 1000):
         for channel in range(3):
@@ -407,7 +409,5 @@ def _mean_and_std(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]
     totals = [int(row @ values) for row in counts]
     squares = [int(row @ values**2) for row in counts]
     mean = tuple(total / pixels / 255 for total in totals)
-    std = tuple(
-        math.sqrt(pixels * square - total**2) / pixels / 255 for total, square in zip(totals, squares, strict=True)
-    )
-    return mean, std
+    levels = (math.sqrt(pixels * square - total**2) / pixels for total, square in zip(totals, squares, strict=True))
+    return mean, tuple(level / 255 if level >= 1 else 1.0 for level in levels)

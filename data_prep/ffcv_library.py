@@ -133,16 +133,18 @@ class Stream:
 
     def batches(self, indices: NDArray[np.int64], size: int) -> Generator[Images, None, None]:
         """The images at `indices` in batches: (size, H, W, 3) uint8, in a buffer that the next batch overwrites."""
+        import numba
         import torch
 
-        loader, order = self._loader, indices.astype(np.uint64)
-        # ffcv sets torch's number of threads to its own while it runs, so its own must be torch's
-        loader.num_workers = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        loader, order, threads = self._loader, indices.astype(np.uint64), torch.get_num_threads()
+        loader.num_workers = min(threads, vars(numba.config)["NUMBA_NUM_THREADS"], len(os.sched_getaffinity(0)))
         # its sequential order returns the indices that it was made with; replace them for each epoch
         loader.batch_size, loader.traversal_order.indices, loader.first_traversal_order = size, order, order
         images = iter(loader)
         try:
             for (batch,) in images:
+                # ffcv has set it to its own number of workers, here and in its thread, before the first batch
+                torch.set_num_threads(threads)
                 yield batch.numpy()
         finally:
             # End ffcv's thread, also before the last batch: leave nothing to decode, and make room in its output queue

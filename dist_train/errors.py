@@ -38,9 +38,14 @@ class UserError(ValueError):
     code: ClassVar[int] = BAD_INPUT
 
 
+class NotFiniteError(UserError):
+    """A network has weights or gives results that are not finite. The message names them."""
+
+
 class DivergedError(ArithmeticError):
-    """The loss or a gradient is not finite. The message names the step and the last checkpoint; details: the step and
-    its microbatches with the values that are not finite, for JSON. Raised on all ranks together."""
+    """A loss, a gradient, a weight or a result of the evaluation is not finite. The message names the step and the last
+    checkpoint; details: the step and, of losses and gradients, its microbatches with the values that are not finite,
+    for JSON. Raised on all ranks together."""
 
     def __init__(self, message: str, details: dict[str, Any]) -> None:
         super().__init__(message)

@@ -21,7 +21,7 @@ from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.device import autocast
 from dist_train.distributed.ranks import join_ranks
-from dist_train.errors import DONE, UserError
+from dist_train.errors import DONE, NotFiniteError, UserError
 from dist_train.inference.trained_network import load
 from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.layout import is_run
@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
         model = trained.network.to(ranks.device)
         tta = args.tta or trained.config.evaluate.tta
-        evaluation = evaluate(model, data, args.split, ranks, autocast(ranks.device, t.precision), tta)
+        try:
+            evaluation = evaluate(model, data, args.split, ranks, autocast(ranks.device, t.precision), tta)
+        except NotFiniteError as error:
+            raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
         if ranks.main:
             details = evaluation.details(data, trained.step)
             if args.write:

@@ -36,6 +36,7 @@ else:
 FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
+_REMOVED = ("model.batch_norm.momentum",)  # settings of run folders of earlier versions; none changed the weights
 
 
 def presets() -> list[str]:
@@ -62,8 +63,9 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
 
 
 def parse(text: str) -> Config:
-    """The configuration of a text that `to_toml` wrote. Raises UserError and tomllib.TOMLDecodeError."""
-    return _checked(tomllib.loads(text))
+    """The configuration of a text that `to_toml` wrote, of this or an earlier version. Raises UserError and
+    tomllib.TOMLDecodeError."""
+    return _checked(_without_removed(tomllib.loads(text)))
 
 
 def _checked(tree: dict[str, Any]) -> Config:
@@ -173,7 +175,9 @@ def check_folder(run_dir: Path, settings: Config) -> None:
     OSError when the folder cannot be read or created."""
     path = run_dir / FILE
     if path.exists():
-        if differing := [key for key in difference(settings, load(None, path, [])) if key not in _EFFECTS]:
+        if differing := [
+            key for key in difference(settings, _checked(_without_removed(_read(path)))) if key not in _EFFECTS
+        ]:
             raise UserError(
                 f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
                 f"give the settings it was started with, or another folder"
@@ -192,6 +196,17 @@ def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
         if place not in _EFFECTS or _EFFECTS[place].in_digest:
             bound[name] = _binding(value, place) if isinstance(value, dict) else value
     return bound
+
+
+def _without_removed(tree: dict[str, Any]) -> dict[str, Any]:
+    for key in _REMOVED:
+        *path, last = key.split(".")
+        node: Any = tree
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+    return tree
 
 
 def _without_none(value: Any) -> Any:

@@ -183,8 +183,6 @@ class Output:
 class BatchNormConfig:
     """The BatchNorms of all blocks."""
 
-    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Weight of the newest batch in the running statistics, up to 1."""
     eps: PositiveFloat = 1e-5
     """Added to the variance."""
     scale: bool = True

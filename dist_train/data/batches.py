@@ -21,6 +21,10 @@ from dist_train.data.loaders import Resident, Stream
 from dist_train.distributed.ranks import Ranks
 from dist_train.randomness import derive, permutation, sample_bits
 
+# Images for the statistics of the channels, at least. Accuracy saturates at as few (Wu and Johnson 2021, "Rethinking
+# 'Batch' in BatchNorm", section 3.2).
+_STATISTICS = 1000
+
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -60,6 +64,13 @@ class Data:
             "holdout": shuffled[: config.holdout].sort().values,
             "test": torch.arange(manifest.splits["test"].count),
         }
+        # For statistics: training images in batches of equal size, which fit into memory as those of training or
+        # evaluation do
+        chosen = self.indices["train"][permutation(len(self.indices["train"]), derive(seed, "statistics"))]
+        chosen = chosen[: max(batch_size, _STATISTICS)]
+        self.statistics_batches = -(-len(chosen) // max(self.size, config.eval_batch))
+        chosen = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
+        self.indices["statistics"] = chosen
         self.steps_per_epoch = len(self.indices["train"]) // batch_size
         source = Resident if config.loader == "resident" else Stream
         self.sources = {split: source(config, split, ranks.device) for split in ("train", "test")}
@@ -103,6 +114,16 @@ class Data:
             for images, labels, _ in source.batches(torch.cat(own), size):
                 yield slice(first, first + len(labels)), self._normalised(images), labels
                 first += self.ranks.world_size * size
+
+    def statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels), as in Microbatch, of this rank's share of `statistics_batches`: training images as in an
+        evaluation, the same ones at every step, for the statistics of the network's channels."""
+        batches = self.indices["statistics"].view(self.statistics_batches, -1)
+        share = self.ranks.share(self.statistics_batches)
+        if share:
+            own = batches[share.start : share.stop].flatten()
+            for images, labels, _ in self.sources["train"].batches(own, batches.shape[1]):
+                yield self._normalised(images), labels
 
     def pixels(self, split: str, positions: Tensor) -> Tensor:
         """The unprocessed images at `positions`, (n,) int64, of a split: (n, H, W, C) uint8, on the CPU."""

@@ -158,8 +158,8 @@ def gather_shares(ranks: Ranks, own: Tensor, count: int) -> Tensor:
 
 
 def sum_integers(ranks: Ranks, counts: Tensor) -> Tensor:
-    """Sum an int64 tensor over the ranks: the same shape, on `ranks.wire` unless there is one rank. Integer sums are
-    exact, so their order does not matter."""
+    """Sum a tensor of integers over the ranks: the same shape and dtype, on `ranks.wire` unless there is one rank.
+    Integer sums are exact, so their order does not matter."""
     if ranks.world_size == 1:
         return counts
     counts = counts.to(ranks.wire)

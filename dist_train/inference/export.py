@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,6 @@ from dist_train.config.settings import RecordConfig
 from dist_train.files import write_atomic
 from dist_train.inference.model_card import Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
-from dist_train.model.network import BatchNorm
 from dist_train.runs.layout import SETTINGS
 from dist_train.runs.run import Run
 
@@ -34,18 +33,13 @@ _PARTS = (1, 8)  # indices at which the images are split into batches, whose siz
 
 
 def as_safetensors(network: TrainedNetwork) -> bytes:
-    """A safetensors file with the weights and all rows of the BatchNorm statistics, the same bits as in the
-    checkpoint."""
+    """A safetensors file with the weights and the BatchNorm statistics, the same bits as in the checkpoint."""
     weights = {name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}
     return save(weights, {"format": "pt", **stamp(network)})
 
 
 def as_graph(network: TrainedNetwork) -> ExportedProgram:
     """The graph from float32 images (N, C, H, W) from 0 to 1, any N, to logits."""
-    network = deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, BatchNorm):  # some runtimes accept only constant statistics: average the rows in advance
-            module.rows_mean, module.rows_var = module.rows_mean.mean(0, True), module.rows_var.mean(0, True)
     height, width, channels = network.image_shape
     with torch.no_grad():
         program = torch.export.export(

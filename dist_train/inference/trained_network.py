@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from dist_train.config.loading import parse, to_toml
 from dist_train.config.settings import Config, Tta
 from dist_train.data_prep.images import square, unreadable
-from dist_train.errors import UserError, say
-from dist_train.model.network import BlockNetwork, weights_digest
+from dist_train.errors import NotFiniteError, UserError, say
+from dist_train.model.network import BlockNetwork, check_finite, weights_digest
 from dist_train.model.tta import averaged
 from dist_train.runs import checkpoint, layout
 from dist_train.runs.checkpoint import Checkpoint, DataDescription, wrong
@@ -37,6 +37,7 @@ from dist_train.runs.environment import Environment
 Pixels = npt.NDArray[Any] | Tensor
 Picture = str | os.PathLike[str] | Image.Image | Pixels
 _BATCH = 256  # images in one forward pass of predict
+_DIVERGED = "its training diverged: use an earlier checkpoint, or train it with lower learning rates"
 _REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
 
 
@@ -73,7 +74,7 @@ class TrainedNetwork(nn.Module):
 
         images: uint8 (N, H, W, C), or floats from 0 to 1 (N, C, H, W), of the size of `image_shape`; the network
         normalises them itself. tta: `mirror` averages over mirrored views, `shift` over shifted ones too. Raises
-        ValueError for any other shape, dtype or range.
+        ValueError for any other shape, dtype or range, and NotFiniteError for logits that are not finite.
         """
         return self._scores(self._normalised(images), tta)
 
@@ -102,7 +103,10 @@ class TrainedNetwork(nn.Module):
     def _scores(self, x: Tensor, tta: Tta) -> Tensor:
         if not len(x):
             return x.new_zeros(0, len(self.classes))
-        return averaged(self.network, x, self.network(x).float(), tta)
+        scores = averaged(self.network, x, self.network(x).float(), tta)
+        if bad := int((~scores.isfinite()).any(1).sum()):
+            raise NotFiniteError(f"the logits of {bad} of {len(x)} images are not finite; {_DIVERGED}")
+        return scores
 
     def _normalised(self, images: Pixels) -> Tensor:
         """(N, C, H, W) as the network takes it, on its device."""
@@ -285,9 +289,7 @@ def _built(contents: Checkpoint, weights_sha256: str | None, path: Path) -> Trai
         with torch.random.fork_rng(
             devices=[]
         ):  # the initial weights, which are replaced, must not change the caller's random state
-            network = BlockNetwork(
-                settings.model, (channels, height, width), len(contents.data.classes), settings.train.microbatches
-            )
+            network = BlockNetwork(settings.model, (channels, height, width), len(contents.data.classes))
         network.load_state_dict(contents.model)
         trained = TrainedNetwork(network, settings, contents.data, contents.step, contents.environments)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
@@ -296,4 +298,8 @@ def _built(contents: Checkpoint, weights_sha256: str | None, path: Path) -> Trai
         ) from None
     if weights_sha256 not in (None, weights_digest(network)):
         raise UserError(f"{path}: its weights do not match their SHA-256: it is damaged; export it again")
+    try:
+        check_finite(network)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{path}: {error}; {_DIVERGED}") from None
     return trained.eval()

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
+from dist_train.errors import NotFiniteError, UserError
 from dist_train.model.mixing import average, mix, weighted_sum
 from dist_train.model.shapes import padding_of, shapes, training_flops
 
+_NO_VARIANCE = 1e-5  # of patches of normalised pixels: less than that of the rounding of pixels to 256 levels
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -30,34 +32,28 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy 2015) with one row of running statistics for each microbatch slot.
+    """Batch normalisation (Ioffe and Szegedy 2015): by the microbatch's own statistics in training, in evaluation by
+    `mean` and `var`, (channels,) float32.
 
-    A forward pass in training reads and writes only the row of its slot, so the rows do not depend on which rank runs
-    which microbatch; evaluation uses the average of the rows, in slot order. Rows: (slots, channels) float32.
+    Training does not change `mean` and `var`: `dist_train.training.batch_norm` measures them on training images.
+    Running averages would depend on the ranks, and lag behind the weights in short runs.
     """
 
-    rows_mean: Tensor
-    rows_var: Tensor
+    mean: Tensor
+    var: Tensor
 
-    def __init__(self, channels: int, slots: int, config: BatchNormConfig) -> None:
+    def __init__(self, channels: int, config: BatchNormConfig) -> None:
         super().__init__()
-        self.momentum, self.eps = config.momentum, config.eps
+        self.eps = config.eps
         self.weight = nn.Parameter(torch.ones(channels), requires_grad=config.scale)
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("rows_mean", torch.zeros(slots, channels))
-        self.register_buffer("rows_var", torch.ones(slots, channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
 
-    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
-        """Normalise x, (N, C, H, W). slot: an int64 tensor of shape (1,) in training, None in evaluation."""
-        if slot is None:
-            mean, var = self.rows_mean.mean(0), self.rows_var.mean(0)
-            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
-        mean, var = self.rows_mean[slot][0], self.rows_var[slot][0]
-        x = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-        with torch.no_grad():
-            self.rows_mean.index_copy_(0, slot, mean[None])
-            self.rows_var.index_copy_(0, slot, var[None])
-        return x
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, (N, C, H, W)."""
+        mean, var = (None, None) if self.training else (self.mean, self.var)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, eps=self.eps)
 
 
 class Mixing(nn.Module):
@@ -86,7 +82,7 @@ class Mixing(nn.Module):
 class MixedBlock(nn.Module):
     """One intermediate block: (N, C, H, W) to (N, channels, H', W')."""
 
-    def __init__(self, channels: int, config: Block, slots: int, batch_norm: BatchNormConfig) -> None:
+    def __init__(self, channels: int, config: Block, batch_norm: BatchNormConfig) -> None:
         super().__init__()
         self.config = config
         self.mixing = Mixing(channels, config)
@@ -104,7 +100,7 @@ class MixedBlock(nn.Module):
             for conv in config.convolutions
         )
         norms = {"branch": len(self.convolutions), "post": 1, "none": 0}[config.norm]
-        self.norms = nn.ModuleList(BatchNorm(config.channels, slots, batch_norm) for _ in range(norms))
+        self.norms = nn.ModuleList(BatchNorm(config.channels, batch_norm) for _ in range(norms))
         self.activation = _ACTIVATIONS[config.activation]
 
     @property
@@ -112,8 +108,8 @@ class MixedBlock(nn.Module):
         """A short name for each convolution."""
         return [conv.name for conv in self.config.convolutions]
 
-    def forward(self, x: Tensor, slot: Tensor | None) -> Tensor:
-        """x: (N, C, H, W), floating-point. slot: as in BatchNorm. Returns (N, channels, H', W')."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W), floating-point. Returns (N, channels, H', W')."""
         config = self.config
         averages, x = average(x, self.mixing.fc.weight.dtype)
         coefficients = self.mixing(averages)
@@ -122,7 +118,7 @@ class MixedBlock(nn.Module):
             for position, convolution in enumerate(self.convolutions):
                 branch = convolution(x)
                 if config.norm == "branch":
-                    branch = self.norms[position](branch, slot)
+                    branch = self.norms[position](branch)
                 if config.activate == "branch":
                     branch = self.activation(branch)
                 branches.append(branch)
@@ -132,7 +128,7 @@ class MixedBlock(nn.Module):
         if config.pool_at == "sum":
             x = self.pool(x)
         if config.norm == "post":
-            x = self.norms[0](x, slot)
+            x = self.norms[0](x)
         if config.activate == "post":
             x = self.activation(x)
         if config.pool_at == "end":
@@ -173,12 +169,11 @@ class OutputBlock(nn.Module):
 class BlockNetwork(nn.Module):
     """The whole network, in channels_last.
 
-    image_shape: (C, H, W). classes: number of logits. slots: microbatches in a global batch, the rows of
-    every BatchNorm. Initial weights are drawn from torch's global generator on the CPU. Raises UserError for an
-    architecture that cannot be built.
+    image_shape: (C, H, W). classes: number of logits. Initial weights are drawn from torch's global generator on the
+    CPU. Raises UserError for an architecture that cannot be built.
     """
 
-    def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int, slots: int) -> None:
+    def __init__(self, config: ModelConfig, image_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         entry, *exits = shapes(config, image_shape)
         stem = config.stem
@@ -191,7 +186,7 @@ class BlockNetwork(nn.Module):
             self.stem.weight.requires_grad_(False)
         channels = [shape[0] for shape in (entry, *exits)]
         self.blocks = nn.ModuleList(
-            MixedBlock(c, block, slots, config.batch_norm) for c, block in zip(channels, config.blocks, strict=False)
+            MixedBlock(c, block, config.batch_norm) for c, block in zip(channels, config.blocks, strict=False)
         )
         self.output = OutputBlock(channels[-1], classes, config.output)
         if config.init == "dirac":
@@ -200,17 +195,16 @@ class BlockNetwork(nn.Module):
                     _dirac(module)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor, slot: Tensor | None = None, stem_learns: bool = True) -> Tensor:
-        """images: normalised (N, C, H, W) floats. slot: the microbatch's slot, an int64 tensor of shape (1,),
-        in training; None in evaluation. stem_learns: False once the stem's rate stays 0, which saves the computation of
-        its gradient. Returns the logits (N, classes)."""
+    def forward(self, images: Tensor, stem_learns: bool = True) -> Tensor:
+        """images: normalised (N, C, H, W) floats. stem_learns: False once the stem's rate stays 0, which saves the
+        computation of its gradient. Returns the logits (N, classes)."""
         x = images
         if self.stem is not None:
             x = self.stem_activation(self.stem(x))
             if not stem_learns:
                 x = x.detach()  # saves the gradient of B1's input
         for block in self.blocks:
-            x = block(x, slot)
+            x = block(x)
         logits: Tensor = self.output(x)
         if self.stem is not None and not stem_learns:
             # DDP waits for a gradient of every parameter: give the stem's a zero one
@@ -237,7 +231,10 @@ def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
     """Set a `whiten` stem's kernels to the eigenvectors of the patches' covariance, scaled to unit variance,
     each with both signs (tysam-code/hlb-CIFAR10; Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1).
 
-    images: normalised (N, C, H, W) floats. eps: added to the eigenvalues. Computed in float64.
+    images: normalised (N, C, H, W) floats. eps: added to the eigenvalues. Computed in float64. Directions without
+    variance, of which grey images have many, are replaced by those with it: their outputs would be rounding errors,
+    amplified, and kernels of zeros would give constant channels, which no BatchNorm can normalise. Raises UserError for
+    images without any variance.
     """
     kernel = stem.kernel_size[0]
     products = torch.zeros(len(stem.weight) // 2, len(stem.weight) // 2, dtype=torch.float64)
@@ -247,8 +244,23 @@ def whiten(stem: nn.Conv2d, images: Tensor, eps: float = 5e-4) -> None:
         products += torch.bmm(patches, patches.transpose(1, 2)).sum(0)
         count += len(patches) * patches.shape[2]
     values, vectors = torch.linalg.eigh(products / count)
-    filters = (vectors / (values + eps).sqrt()).T.reshape(-1, *stem.weight.shape[1:])
+    (chosen,) = torch.nonzero(values > _NO_VARIANCE, as_tuple=True)
+    if not len(chosen):
+        raise UserError(
+            "model.stem.kind = whiten: the training images are all of one colour, the same in each; check the images"
+        )
+    missing = len(values) - len(chosen)
+    chosen = torch.cat((chosen.flip(0).repeat(missing)[:missing].sort().values, chosen))  # the strongest first
+    filters = (vectors / (values + eps).sqrt())[:, chosen].T.reshape(-1, *stem.weight.shape[1:])
     stem.weight.copy_(torch.cat((filters, -filters)))
+
+
+def check_finite(model: BlockNetwork) -> None:
+    """Raises NotFiniteError, which names them, when weights or statistics of BatchNorms are not finite."""
+    state = model.state_dict()
+    finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+    if bad := [name for name, good in zip(state, finite, strict=True) if not good]:
+        raise NotFiniteError(f"{len(bad)} of the network's {len(state)} tensors are not finite ({bad[0]} is the first)")
 
 
 def parameter_kind(name: str, parameter: Tensor) -> str:
@@ -264,12 +276,12 @@ def parameter_kind(name: str, parameter: Tensor) -> str:
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """The first 16 hexadecimal digits of the SHA-256 of each weight's and BatchNorm row's bytes, by name."""
+    """The first 16 hexadecimal digits of the SHA-256 of the bytes of each weight and BatchNorm statistic, by name."""
     return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in model.state_dict().items()}
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 in hex of the names and bytes of all weights and BatchNorm rows."""
+    """SHA-256 in hex of the names and bytes of all weights and BatchNorm statistics."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

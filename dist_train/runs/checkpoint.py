@@ -94,13 +94,20 @@ class Checkpoint:
             data = DataDescription.from_dict(known["data"]) if known.get("data") else None
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"its description of the data set has another format ({error!r})") from None
-        return cls(**{**known, "data": data})
+        return cls(**{**known, "model": _current(known["model"]), "data": data})
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that is written to the file."""
         fields = {key: getattr(self, key) for key in self.__dataclass_fields__}
         fields["data"] = self.data.to_dict() if self.data else None
         return {key: value for key, value in fields.items() if value is not None}
+
+
+def _current(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's state with this version's names: earlier ones had a row of statistics for each microbatch."""
+    return {
+        name.replace(".rows_", "."): tensor.mean(0) if ".rows_" in name else tensor for name, tensor in model.items()
+    }
 
 
 class Writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 from dist_train.config.settings import Tta
 from dist_train.data.batches import Data
 from dist_train.distributed.ranks import Ranks, sum_integers
+from dist_train.errors import NotFiniteError
 from dist_train.model.network import MixedBlock
 from dist_train.model.tta import averaged
 
-_UNIT = 2.0**-24  # losses and coefficients are summed as multiples of this: integer sums do not depend on the order
-_LARGEST = 1e3  # coefficients are clamped to this magnitude, so that a batch's sums of squares are exact in float64
 _BINS = 15  # confidence bins of the calibration error (Guo et al. 2017, "On Calibration of Modern Neural Networks")
 _WRONG = 40  # misclassified images that evaluation.json shows at most
 
@@ -32,9 +32,9 @@ class Evaluation:
     """A network's predictions on a split of N images.
 
     metrics: `loss` (mean cross entropy) and `accuracy` (a fraction), with test-time augmentation also as `*_tta`.
-    labels, predicted: (N,) int64. confidence: (N,) float32, the probability of the predicted class. sums: int64
-    (2, classes, branches of all blocks), the coefficients and their squares summed by label, in units of 2^-24.
-    branches: names of each block's convolutions.
+    labels, predicted: (N,) int64. confidence: (N,) float32, the probability of the predicted class. mixing: (N,
+    branches of all blocks) float32, the coefficients. branches: names of each block's convolutions. classes: their
+    number.
     """
 
     split: str
@@ -42,19 +42,19 @@ class Evaluation:
     labels: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
     confidence: npt.NDArray[np.float32]
-    sums: npt.NDArray[np.int64]
+    mixing: npt.NDArray[np.float32]
     branches: list[list[str]]
+    classes: int
 
     def coefficients(self) -> list[list[list[float]]]:
         """For each block and branch: [mean, standard deviation] of the mixing coefficient over the images."""
-        mean, square = self.sums.sum(1).astype(np.float64) * _UNIT / len(self.labels)
-        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        mean, spread = self.mixing.mean(0, np.float64), self.mixing.std(0, np.float64)
         return self._by_block([[float(m), float(s)] for m, s in zip(mean, spread, strict=True)])
 
     def confusion(self) -> npt.NDArray[np.int64]:
         """(classes, classes) int64: the number of images of the row's class that were classified as the column's."""
-        classes = self.sums.shape[1]
-        return np.bincount(self.labels * classes + self.predicted, minlength=classes**2).reshape(classes, classes)
+        pairs = self.labels * self.classes + self.predicted
+        return np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
 
     def calibration(self) -> dict[str, Any]:
         """`ece`, the expected calibration error (Guo et al. 2017), and `bins` of equal width: their `count`, mean
@@ -75,8 +75,10 @@ class Evaluation:
 
     def details(self, data: Data, step: int) -> dict[str, Any]:
         """The content of `evaluation.json`, described in `dist_train.runs.metrics`. step: finished steps."""
-        counts = np.bincount(self.labels, minlength=self.sums.shape[1])
-        by_class = self.sums[0] * _UNIT / np.maximum(counts, 1)[:, None]  # (classes, branches)
+        counts = np.bincount(self.labels, minlength=self.classes)
+        by_class = np.zeros((self.classes, self.mixing.shape[1]))
+        np.add.at(by_class, self.labels, self.mixing)
+        by_class /= np.maximum(counts, 1)[:, None]
         of_classes = zip(*map(self._by_block, by_class.tolist()), strict=True)
         return {
             "dataset": data.manifest.dataset,
@@ -128,15 +130,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on the split `test`, `holdout` or `train`, without augmentation except `tta`.
 
-    Only integers are summed over images and ranks, so the result is the same on all ranks and for any number of ranks.
-    Leaves the network in training mode.
+    Each image's results are gathered from the rank that has it, so the metrics are the same on all ranks and for any
+    number of ranks. Leaves the network in training mode. Raises NotFiniteError, on all ranks, when logits or losses are
+    not finite.
     """
     model.eval()
     blocks = [block for block in model.modules() if isinstance(block, MixedBlock)]
-    classes, branches = len(data.manifest.classes), sum(len(block.convolutions) for block in blocks)
-    totals = torch.zeros(2, 3, dtype=torch.int64, device=ranks.device)
-    answers = torch.zeros(len(data.indices[split]), 3, dtype=torch.int64, device=ranks.device)
-    sums = torch.zeros(2, classes, branches, dtype=torch.int64, device=ranks.device)
+    branches = [block.branches for block in blocks]
+    # columns: label, confidence, predicted class and loss, with TTA the latter two again, and the coefficients; floats
+    # by their bits
+    starts = {"": 2} if tta == "none" else {"": 2, "_tta": 4}
+    columns = 2 + 2 * len(starts) + sum(map(len, branches))
+    own = torch.zeros(len(data.indices[split]), columns, dtype=torch.int32, device=ranks.device)
     with _mixing(blocks) as coefficients:
         for place, images, labels in data.evaluation(split):
             with autocast:
@@ -145,31 +150,29 @@ def evaluate(
                 logits = [plain]
                 if tta != "none":
                     logits.append(averaged(model, images, plain, tta))
-            if blocks:
-                a = torch.cat(of_plain, 1).double().clamp(-_LARGEST, _LARGEST)
-                of_class = F.one_hot(labels, classes).double().T
-                sums += torch.stack([of_class @ (value / _UNIT).round() for value in (a, a**2)]).long()
+            results = [labels, plain.softmax(1).amax(1)]
+            for scores in logits:
+                results += [scores.argmax(1), F.cross_entropy(scores, labels, reduction="none")]
+            results += [a for block in of_plain for a in block.float().unbind(1)]
+            own[place] = torch.stack([r.view(torch.int32) if r.is_floating_point() else r.int() for r in results], 1)
             coefficients.clear()
-            for row, scores in zip(totals, logits, strict=False):
-                row += _counts(scores, labels)
-            confidence, predicted = plain.softmax(1).max(1)
-            answers[place] = torch.stack((labels, predicted, confidence.view(torch.int32)), 1)
     model.train()
-    metrics: dict[str, float] = {}
-    for suffix, (loss, right, count) in zip(("", "_tta"), sum_integers(ranks, totals).tolist(), strict=True):
-        if count:
-            metrics |= {f"loss{suffix}": loss * _UNIT / count, f"accuracy{suffix}": right / count}
     # each image's row is nonzero on one rank only, so the sum gathers the rows
-    label, predicted, confidence = sum_integers(ranks, answers).cpu().T.contiguous()
-    return Evaluation(
-        split,
-        metrics,
-        label.numpy(),
-        predicted.numpy(),
-        confidence.int().view(torch.float32).numpy(),
-        sum_integers(ranks, sums).cpu().numpy(),
-        [block.branches for block in blocks],
-    )
+    rows = sum_integers(ranks, own).cpu().numpy().T.copy()
+    floats = rows.view(np.float32)
+    labels, predicted, confidence = rows[0].astype(np.int64), rows[2].astype(np.int64), floats[1]
+    finite = np.isfinite(floats[[1, *(start + 1 for start in starts.values())]]).all(0)
+    if not finite.all():
+        raise NotFiniteError(
+            f"the logits of {np.count_nonzero(~finite):,} of {len(labels):,} images of the split {split} are not finite"
+        )
+    metrics: dict[str, float] = {}
+    for suffix, start in starts.items():
+        # fsum rounds once, so that the mean does not depend on the order
+        metrics[f"loss{suffix}"] = math.fsum(floats[start + 1].tolist()) / len(labels)
+        metrics[f"accuracy{suffix}"] = float(np.mean(rows[start] == labels))
+    mixing = np.ascontiguousarray(floats[2 + 2 * len(starts) :].T)
+    return Evaluation(split, metrics, labels, predicted, confidence, mixing, branches, len(data.manifest.classes))
 
 
 @contextmanager
@@ -191,10 +194,3 @@ def _png(pixels: npt.NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """(summed loss in units of 2^-24, correct images, images) of a batch: (3,) int64. logits: (n, classes) float32."""
-    losses = F.cross_entropy(logits, labels, reduction="none").double().clamp(max=1e4)
-    correct = (logits.argmax(1) == labels).sum()
-    return torch.stack(((losses / _UNIT).round().long().sum(), correct, correct.new_tensor(len(labels))))

@@ -1,4 +1,4 @@
-"""The training loop. Its only state is (weights, optimizer, BatchNorm rows, step)."""
+"""The training loop. Its only state is (weights, optimizer, step)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from dist_train.config.settings import Config, TrainConfig
 from dist_train.data.batches import Data, Microbatch
 from dist_train.distributed.device import autocast
 from dist_train.distributed.gradient_sum import FixedOrderSum
-from dist_train.distributed.ranks import Ranks, gather_shares
-from dist_train.model.network import BatchNorm, BlockNetwork
+from dist_train.distributed.ranks import Ranks
+from dist_train.model.network import BlockNetwork
 from dist_train.randomness import derive
 from dist_train.runs.checkpoint import Checkpoint
 from dist_train.signals import StopRequest
+from dist_train.training.batch_norm import measure_statistics
 from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
@@ -60,12 +61,13 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
     state: on this rank's device; the same on every rank before and after. writer: on rank 0 a RunWriter, a null object
     elsewhere. Returns the stop signal and its rank, "" when the run reached its last step. The checkpoint of the last
     step may still be in writing then.
-    Raises DivergedError, on every rank, when the loss or a gradient is no longer finite.
+    Raises DivergedError, on every rank, when a loss, a gradient, a weight or an evaluation is no longer finite.
     """
     train_step = TrainStep(config.train, data, ranks, state)
     schedule = Schedule(config, data.steps_per_epoch, config.train.log_every or (20 if ranks.on_gpu else 1))
-    log = StepLog(config.train, data, ranks, writer)
+    log = StepLog(config.train, data, ranks, writer, state.step)
     batches = data.steps(state.step)
+    cast = autocast(ranks.device, config.train.precision)
     stopped = ""
     while state.step < schedule.last_step and not stopped:
         # one optimizer step on the next global batch
@@ -78,18 +80,19 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
             stopped = log.exchange(state.step, 0 if last else stop.received)
         saves = due.checkpoint or bool(stopped)
 
-        # make the BatchNorm rows equal on every rank before they are saved, digested or evaluated
+        # the BatchNorm statistics belong to the weights that are saved, digested or evaluated
         if saves or due.digest:
-            gather_batch_norm(state.model, ranks)
+            with log.finite(state.step):
+                measure_statistics(state.model, data, ranks, cast)
         if due.digest:
             writer.weights(state.step, state.model)
         if due.evaluation:
             writer.phase("evaluating")
             tta = config.evaluate.tta if last else "none"
-            cast = autocast(ranks.device, config.train.precision)
-            evaluations = {
-                name: evaluate(state.model, data, split, ranks, cast, tta) for name, split in data.evaluated()
-            }
+            with log.finite(state.step):
+                evaluations = {
+                    name: evaluate(state.model, data, split, ranks, cast, tta) for name, split in data.evaluated()
+                }
             writer.evaluation(state.step, schedule.epoch(state.step), evaluations, data, last)
         if saves:
             writer.checkpoint(state.step, state.dump())
@@ -106,7 +109,6 @@ class TrainStep:
         network = _compiled(state.model, settings) if settings.compile else state.model
         self.gradients = FixedOrderSum(ranks, network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
-        self.slots = torch.arange(settings.microbatches, device=ranks.device)
         self.flops = cache(state.model.training_flops)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
@@ -120,7 +122,7 @@ class TrainStep:
             torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
             with self.gradients.microbatch(index) as gradient:
                 with self.autocast:
-                    logits: Tensor = self.gradients.ddp(batch.images, self.slots[batch.slot, None], stem_learns)
+                    logits: Tensor = self.gradients.ddp(batch.images, stem_learns)
                 loss = F.cross_entropy(
                     logits.float(), batch.labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
@@ -140,13 +142,3 @@ def _compiled(model: BlockNetwork, settings: TrainConfig) -> nn.Module:
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # the compiler reads this one
     compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     return compiled
-
-
-@torch.no_grad()
-def gather_batch_norm(model: BlockNetwork, ranks: Ranks) -> None:
-    """Copy all rows of the BatchNorms' statistics to every rank, each row from the rank that runs its microbatch."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            for rows in (module.rows_mean, module.rows_var):
-                share = ranks.share(len(rows))
-                rows.copy_(gather_shares(ranks, rows[share.start : share.stop], len(rows)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import Signals
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data
 from dist_train.distributed.ranks import Ranks, gather_shares
-from dist_train.errors import DivergedError
+from dist_train.errors import DivergedError, NotFiniteError
 from dist_train.training.run_writer import Writer
 
 
@@ -36,12 +38,14 @@ class StepMetrics:
 class StepLog:
     """Collects the metrics of the steps, and exchanges them and stop requests between the ranks."""
 
-    def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, writer: Writer) -> None:
+    def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, writer: Writer, step: int) -> None:
+        """step: finished steps."""
         self.batch_size, self.microbatches = settings.batch_size, settings.microbatches
         self.scaled = settings.precision == "fp16"
         self.data, self.ranks, self.writer = data, ranks, writer
         self.steps: list[StepMetrics] = []
         self.clock = time.perf_counter()
+        self.finite_until = step  # the last step after which weights and results were known to be finite
 
     def add(self, metrics: StepMetrics) -> None:
         """Keep the metrics of the next step until the next exchange. Does not wait for the device."""
@@ -79,6 +83,19 @@ class StepLog:
         received = int(max(part[3] for part in parts[-1]))
         return f"{Signals(received % 1000).name} on rank {received // 1000}" if received else ""
 
+    @contextmanager
+    def finite(self, step: int) -> Iterator[None]:
+        """A context in which a NotFiniteError becomes the DivergedError of the network after `step`, before it is
+        saved."""
+        try:
+            yield
+        except NotFiniteError as error:
+            since = f", as they were after step {self.finite_until}" if self.finite_until else ""
+            raise DivergedError(
+                f"after step {step} {error}{since}; {_remedy(step - 1)}", {"step": step, "microbatches": []}
+            ) from None
+        self.finite_until = step
+
     def restart_clock(self) -> None:
         """Do not count the time since the last exchange, spent on evaluations and checkpoints, as training."""
         self.clock = time.perf_counter()
@@ -100,8 +117,14 @@ class StepLog:
         images = ", ".join(map(str, worst["images"][:5])) + ", ..." * (len(worst["images"]) > 5)
         raise DivergedError(
             f"at step {step} the loss is {worst['loss']} and the largest gradient {worst['largest_gradient']} in "
-            f"microbatch {worst['microbatch']} (training images {images}; all in diverged.json); the checkpoints up "
-            f"to step {saved} are intact, and the same command resumes from the newest of them; to change its course "
-            f"lower the learning rates in [optim] or use train.precision=fp32, with a new --run-dir",
+            f"microbatch {worst['microbatch']} (training images {images}; all in diverged.json); {_remedy(saved)}",
             {"step": step, "microbatches": bad},
         )
+
+
+def _remedy(saved: int) -> str:
+    """saved: the last step that can have a checkpoint."""
+    return (
+        f"the checkpoints up to step {saved} are intact, and the same command resumes from the newest of them; to "
+        f"change its course lower the learning rates in [optim] or use train.precision=fp32, with a new --run-dir"
+    )

@@ -16,7 +16,7 @@ from dist_train.config import Config
 from dist_train.config import digest as config_digest
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
-from dist_train.distributed.device import DTYPES, matrix_rate
+from dist_train.distributed.device import DTYPES, autocast, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
 from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, say
@@ -30,6 +30,7 @@ from dist_train.runs.folder import check_data, open_folder
 from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
 from dist_train.runs.metrics import best_eval, read_metrics
 from dist_train.signals import StopRequest
+from dist_train.training.batch_norm import accuracy_by_mode
 from dist_train.training.loop import State, train
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import RunWriter, Writer
@@ -38,6 +39,7 @@ from dist_train.training.system_metrics import sampled
 
 # seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
 _DATA_TIMEOUT = 3600
+_MODES_DIFFER = 0.05  # difference of the accuracies in training and evaluation mode that is worth a remark
 _WHITENING_PIXELS = 5000 * 32 * 32  # pixels of training images from which a whitening stem is computed
 
 
@@ -45,8 +47,7 @@ def build_model(config: Config, data: Data) -> BlockNetwork:
     """The network with its initial weights, on the CPU; they depend on the configuration and the data set alone."""
     height, width, channels = data.manifest.image_shape
     torch.manual_seed(derive(config.train.seed, "init"))
-    classes, slots = len(data.manifest.classes), config.train.microbatches
-    model = BlockNetwork(config.model, (channels, height, width), classes, slots)
+    model = BlockNetwork(config.model, (channels, height, width), len(data.manifest.classes))
     if model.stem is not None and config.model.stem.kind == "whiten":
         whiten(model.stem, data.sample(max(1, _WHITENING_PIXELS // (height * width))))
     return model
@@ -110,6 +111,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         try:
             with sampling:
                 stopped = train(config, data, ranks, state, writer, stop)
+                remark = "" if stopped else _on_modes(model, data, ranks, config)
         except DivergedError as error:
             if ranks.main:
                 write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
@@ -136,6 +138,22 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
         else:
             _print_result(run_dir)
+            if remark:
+                say(remark)
+
+
+def _on_modes(model: BlockNetwork, data: Data, ranks: Ranks, config: Config) -> str:
+    """A remark on a network that is better with the BatchNorm statistics of each microbatch than in evaluation, else
+    ""."""
+    training, evaluation = accuracy_by_mode(model, data, ranks, autocast(ranks.device, config.train.precision))
+    if training - evaluation < _MODES_DIFFER:
+        return ""
+    return (
+        f"of the same {len(data.indices['statistics']):,} training images {100 * training:.1f} % are classified "
+        f"correctly with the BatchNorm statistics of each microbatch, as in training, and {100 * evaluation:.1f} % in "
+        f"evaluation; microbatches of {data.size} images are too small for this network: raise train.batch_size, or "
+        f"lower train.microbatches"
+    )
 
 
 def _matrix_rate(ranks: Ranks, precision: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import needs_ffcv
+from conftest import environment, needs_ffcv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,6 +57,29 @@ def test_stream_and_resident_and_ranks_give_the_same_microbatches(digits: Path, 
             for a, b in zip(mine[1:], theirs[1:], strict=True):
                 assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     assert expected[0][0][1].is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_ffcv
+@pytest.mark.parametrize(("variables", "cores"), [({"NUMBA_NUM_THREADS": "1"}, None), ({}, {0})])
+def test_streaming_keeps_torchs_number_of_threads(
+    digits: Path, variables: dict[str, str], cores: set[int] | None
+) -> None:
+    """On which the bits depend, also where ffcv cannot use as many."""
+    code = f"""
+import os, torch
+from pathlib import Path
+from dist_train.data.loaders import Stream
+from dist_train.config.settings import DataConfig
+os.sched_setaffinity(0, {cores or "os.sched_getaffinity(0)"})
+torch.set_num_threads(3)
+stream = Stream(DataConfig(dataset="digits", dir={str(digits)!r}), "train", torch.device("cpu"))
+for _ in range(2):
+    print([torch.get_num_threads() for _ in stream.batches(torch.arange(300), 100)], torch.get_num_threads())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**environment(), **variables}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == ["[3, 3, 3] 3"] * 2
 
 
 def test_an_epoch_shows_each_sample_at_most_once_and_epochs_differ(digits: Path) -> None:

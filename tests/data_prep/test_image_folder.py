@@ -77,6 +77,23 @@ def betons(shapes: Path) -> Path:
     return out
 
 
+def test_constant_channels_have_a_deviation_to_divide_by(tmp_path: Path) -> None:
+    """No blue at all, and a red that varies by less than one of 256 levels."""
+    for label in range(2):
+        (tmp_path / "source" / f"class{label}").mkdir(parents=True)
+        for number in range(5):
+            colour = (7 + (label == number == 0), 40 * number + 20 * label, 0)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "source" / f"class{label}" / f"{number}.png")
+    out = tmp_path / "betons"
+    written(out, tmp_path / "source", 8)
+    read = data_prep.check(out)
+    assert read.std[0] == read.std[2] == 1.0
+    assert 0.1 < read.std[1] < 0.5
+    edit_manifest(out, lambda content: content.update(std=[0.0, 0.2, 1.0]))
+    with pytest.raises(data_prep.DataError):
+        data_prep.check(out)
+
+
 # --- from files to pixels -----------------------------------------------------------------------------------
 
 

@@ -260,6 +260,16 @@ def test_other_files_are_refused_in_one_sentence(run: Path, tmp_path: Path) -> N
     refused("not a file of dist_train")
     torch.save({**state, "model": {}}, path)
     refused("does not fit this version")
+    broken = {name: tensor.clone() for name, tensor in state["model"].items()}
+    broken["output.logits.weight"][2, 5] = float("inf")
+    torch.save({**state, "model": broken}, path)
+    refused(
+        r"1 of the network's 21 tensors are not finite \(output.logits.weight is the first\); its training diverged"
+    )
+    broken["output.logits.weight"][:] = 3e38
+    torch.save({**state, "model": broken}, path)
+    with pytest.raises(UserError, match="the logits of 2 of 2 images are not finite"):
+        load(path).predict(np.full((2, 32, 32, 3), 200, np.uint8))
     path.write_text("hello")
     refused("not a file of dist_train")
     path.with_suffix(".safetensors").write_text("hello")

@@ -134,7 +134,7 @@ def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
 
 def built(channels: int, block: Block, seed: int = 0) -> MixedBlock:
     torch.manual_seed(seed)
-    module = MixedBlock(channels, block, 2, BatchNormConfig()).double()
+    module = MixedBlock(channels, block, BatchNormConfig()).double()
     torch.nn.init.normal_(module.mixing.fc.weight)  # it starts at zero, where the average would not matter
     torch.nn.init.normal_(module.mixing.fc.bias)
     return module
@@ -147,7 +147,7 @@ def test_block_is_the_formula(case: tuple[int, int, Block]) -> None:
     block = built(channels, config)
     x = torch.randn(3, channels, size, size, dtype=torch.float64)
     expected = formula(x.numpy(), block)
-    found = block(x, torch.tensor([1])).detach().numpy()
+    found = block(x).detach().numpy()
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -158,8 +158,8 @@ def test_block_gradients_are_the_formulas(case: tuple[int, int, Block], seed: in
     channels, size, config = case
     block = built(channels, config, seed)
     x = torch.randn(2, channels, size, size, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn_like(block(x, torch.tensor([0]))).detach()
-    (block(x, torch.tensor([0])) * direction).sum().backward()
+    direction = torch.randn_like(block(x)).detach()
+    (block(x) * direction).sum().backward()
     generator = np.random.default_rng(seed)
 
     def along() -> float:
@@ -187,7 +187,7 @@ def simple(**fields: Any) -> Block:
 
 def test_network_output_block_is_averages_through_the_hidden_layers() -> None:
     config = ModelConfig(blocks=[simple(norm="none", pool=2)], output=Output(hidden=[7, 5], activation="relu"))
-    network = BlockNetwork(config, (3, 8, 8), classes=6, slots=1).double()
+    network = BlockNetwork(config, (3, 8, 8), classes=6).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     first = network.blocks[0]
     assert isinstance(first, MixedBlock)
@@ -198,19 +198,13 @@ def test_network_output_block_is_averages_through_the_hidden_layers() -> None:
     assert network(x).shape == (2, 6)
 
 
-def test_batch_norm_rows_are_torchs_running_statistics_of_each_slot() -> None:
-    config = BatchNormConfig(momentum=0.3)
-    mine = BatchNorm(4, 2, config)
-    peers = [torch.nn.BatchNorm2d(4, momentum=0.3) for _ in range(2)]
-    for step in range(3):
-        for slot, peer in enumerate(peers):
-            x = torch.randn(5, 4, 3, 3) * (1 + slot) + step
-            torch.testing.assert_close(mine(x, torch.tensor([slot])), peer(x))
-    for rows, name in ((mine.rows_mean, "running_mean"), (mine.rows_var, "running_var")):
-        torch.testing.assert_close(rows, torch.stack([getattr(peer, name) for peer in peers]))
-    x = torch.randn(5, 4, 3, 3)
-    mean, var = mine.rows_mean.mean(0), mine.rows_var.mean(0)
-    torch.testing.assert_close(mine(x, None), F.batch_norm(x, mean, var, mine.weight, mine.bias))
+def test_batch_norm_is_torchs_in_both_modes() -> None:
+    mine, peer = BatchNorm(4, BatchNormConfig()), torch.nn.BatchNorm2d(4)
+    x = 2 * torch.randn(5, 4, 3, 3) + 1
+    torch.testing.assert_close(mine(x), peer(x))
+    mine.mean.copy_(peer.running_mean)  # type: ignore[arg-type]
+    mine.var.copy_(peer.running_var)  # type: ignore[arg-type]
+    torch.testing.assert_close(mine.eval()(x), peer.eval()(x))
 
 
 def test_dirac_kernels_pass_their_input_on() -> None:
@@ -218,10 +212,10 @@ def test_dirac_kernels_pass_their_input_on() -> None:
         blocks=[simple(norm="none", activate="none", convolutions=[Convolution(), Convolution(kernel=1)])],
         init="dirac",
     )
-    network = BlockNetwork(config, (3, 6, 6), 2, 1)
+    network = BlockNetwork(config, (3, 6, 6), 2)
     x = torch.randn(2, 3, 6, 6)
     # L copies at coefficients of 1 / sqrt(L)
-    torch.testing.assert_close(network.blocks[0](x, None)[:, :3], x * math.sqrt(2))
+    torch.testing.assert_close(network.blocks[0](x)[:, :3], x * math.sqrt(2))
 
 
 def test_whitened_patches_are_uncorrelated() -> None:
@@ -237,26 +231,42 @@ def test_whitened_patches_are_uncorrelated() -> None:
 def counted_flops(network: BlockNetwork, image_shape: tuple[int, int, int], stem_learns: bool = True) -> int:
     """Operations of the convolutions and matrix products of one image's forward and backward pass, as they run."""
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(2, *image_shape), torch.tensor([0]), stem_learns).sum().backward()
+        network(torch.zeros(2, *image_shape), stem_learns).sum().backward()
     return int(counter.get_total_flops()) // 2
+
+
+@pytest.mark.parametrize("directions", [1, 4])
+def test_whitening_has_no_kernels_of_directions_without_variance(directions: int) -> None:
+    """Grey images vary in four directions, images of one grey level each in one."""
+    stem = torch.nn.Conv2d(3, 24, 2)
+    grey = torch.randn(40, 1, 9 if directions == 4 else 1, 9 if directions == 4 else 1).expand(-1, 3, 9, 9)
+    whiten(stem, grey, eps=0.0)
+    out = F.conv2d(grey, stem.weight)
+    torch.testing.assert_close((out**2).mean((0, 2, 3)), torch.ones(24), rtol=1e-3, atol=1e-3)
+    assert torch.linalg.matrix_rank(stem.weight.detach().flatten(1), rtol=1e-3) == directions
+
+
+def test_whitening_of_images_of_one_colour_is_refused() -> None:
+    with pytest.raises(UserError, match="all of one colour"):
+        whiten(torch.nn.Conv2d(3, 24, 2), torch.zeros(10, 3, 8, 8))
 
 
 @pytest.mark.parametrize("kind", ["none", "conv", "whiten"])
 @pytest.mark.parametrize("learns", [True, False])
 def test_training_flops_are_those_that_run(kind: Any, learns: bool) -> None:
     config = ModelConfig(blocks=[simple(), simple()], stem=Stem(kind=kind))
-    network = BlockNetwork(config, (3, 9, 9), 10, 1)
+    network = BlockNetwork(config, (3, 9, 9), 10)
     assert counted_flops(network, (3, 9, 9), learns) == training_flops(config, (3, 9, 9), 10, learns)
 
 
 def test_a_stem_that_learns_no_more_leaves_every_other_gradient_as_it_was() -> None:
     config = ModelConfig(blocks=[simple(), simple()], stem=Stem(kind="conv"))
-    network = BlockNetwork(config, (3, 9, 9), 10, 1)
+    network = BlockNetwork(config, (3, 9, 9), 10)
     images = torch.randn(4, 3, 9, 9)
-    network(images, torch.tensor([0])).square().sum().backward()
+    network(images).square().sum().backward()
     before = {name: p.grad for name, p in network.named_parameters()}
     network.zero_grad()
-    network(images, torch.tensor([0]), stem_learns=False).square().sum().backward()
+    network(images, stem_learns=False).square().sum().backward()
     for name, p in network.named_parameters():
         assert p.grad is not None
         assert before[name] is not None
@@ -266,7 +276,7 @@ def test_a_stem_that_learns_no_more_leaves_every_other_gradient_as_it_was() -> N
 
 def test_pooling_all_takes_images_of_any_size() -> None:
     blocks = [simple(pool="all", pool_at="sum", channels=6)]
-    network = BlockNetwork(ModelConfig(blocks=blocks), (3, 9, 9), 10, 1).eval()
+    network = BlockNetwork(ModelConfig(blocks=blocks), (3, 9, 9), 10).eval()
     assert shapes(ModelConfig(blocks=blocks), (3, 9, 9))[-1] == (6, 1, 1)
     for size in (5, 8):
         assert network(torch.randn(2, 3, size, size)).shape == (2, 10)
@@ -282,7 +292,7 @@ def test_shapes_flops_and_parameter_kinds() -> None:
         output=Output(hidden=[5]),
     )
     assert shapes(config, (3, 16, 16)) == [(4, 16, 16), (4, 8, 8), (6, 6, 6)]
-    network = BlockNetwork(config, (3, 16, 16), 10, 1)
+    network = BlockNetwork(config, (3, 16, 16), 10)
     macs = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 2 * 4 + 6 * 5 + 5 * 10
     assert sum(map(sum, flops(config, (3, 16, 16), 10))) == 2 * macs
     assert counted_flops(network, (3, 16, 16)) == training_flops(config, (3, 16, 16), 10, True)

@@ -93,7 +93,7 @@ def ran(network: BlockNetwork, image_shape: Shape) -> list[tuple[tuple[int, ...]
 
 
 def same_as_the_network(model: ModelConfig, image_shape: Shape, classes: int) -> None:
-    network = BlockNetwork(model, image_shape, classes, 1)
+    network = BlockNetwork(model, image_shape, classes)
     rows = layers(model, image_shape, classes)
     assert [(row.shape, row.flops) for row in rows] == ran(network, image_shape)
     parts = {"input": nn.Module(), "stem": network.stem or nn.Module(), "output": network.output}

@@ -48,10 +48,12 @@ def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_earlier_versions() -> None:
-    """Without configuration and data set, and without the digests of that."""
+    """Without configuration and data set, without the digests of that, and with statistics of each microbatch."""
     found = Checkpoint.from_dict(STATE)
     assert (found.config, found.data) == (None, None)
     assert found.to_dict() == STATE
+    older = {"norm.rows_mean": torch.tensor([[1.0], [3.0]]), "norm.rows_var": torch.tensor([[2.0], [6.0]])}
+    assert Checkpoint.from_dict({**STATE, "model": older}).model == {"norm.mean": 2, "norm.var": 4}
     described = {key: value for key, value in DATA.to_dict().items() if key != "content_sha256"}
     data = Checkpoint.from_dict({**STATE, "config": "", "data": described}).data
     assert data is not None

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = group / "seed0"
     folder.mkdir(parents=True)
     settings = config.load("digits", None, ["artifacts=last"])
-    model = BlockNetwork(settings.model, DATA.image_shape[::-1], len(CLASSES), settings.train.microbatches)
+    model = BlockNetwork(settings.model, DATA.image_shape[::-1], len(CLASSES))
     holds = Checkpoint(2, model.state_dict(), environments=[CPU], config=config.to_toml(settings), data=DATA)
     checkpoint.save(layout.checkpoint_folder(folder), 2, holds.to_dict(), 2)
     rows = [{"kind": "step", "step": step, "epoch": step / 2, "loss": 1.0, "lr": 0.1} for step in (1, 2)]

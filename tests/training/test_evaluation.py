@@ -22,6 +22,7 @@ from dist_train.config.settings import DataConfig, Tta
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
+from dist_train.errors import NotFiniteError
 from dist_train.model.network import BlockNetwork
 from dist_train.training.evaluation import evaluate
 
@@ -78,12 +79,28 @@ def test_metrics_with_and_without_test_time_augmentation(digits: Path, tta: Tta)
         assert len(found.metrics) == (2 if tta == "none" else 4)
 
 
+@pytest.mark.parametrize("tta", ["none", "mirror"])
+def test_logits_that_are_not_finite_give_no_metrics(digits: Path, tta: Tta) -> None:
+    data = loaded(digits)
+    images = torch.cat([images for _, images, _ in data.evaluation("test")])
+    brightest = images.sum((1, 2, 3)).topk(2).indices
+    limit = images.sum((1, 2, 3))[brightest].min()
+
+    class Overflowing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            over = torch.where(x.sum((1, 2, 3)) > limit - 1e-2, float("inf"), 0.0)
+            return torch.stack((over, -over), 1).repeat(1, 5)
+
+    with pytest.raises(NotFiniteError, match=r"the logits of \d of 360 images of the split test are not finite"):
+        evaluate(Overflowing(), data, "test", ALONE, OFF, tta)
+
+
 def test_details_are_those_of_each_image(digits: Path) -> None:
     """Confusion, calibration, coefficients and wrong answers, from one forward pass of each image alone."""
     data = loaded(digits)
     settings = config.load("digits", None, [])
     torch.manual_seed(1)
-    network = BlockNetwork(settings.model, (3, 32, 32), 10, 4)
+    network = BlockNetwork(settings.model, (3, 32, 32), 10)
     for block in network.blocks:
         nn.init.normal_(block.mixing.fc.weight, std=0.5)  # type: ignore[union-attr, arg-type]
     nn.init.normal_(network.output.logits.weight, std=2.0)

@@ -15,7 +15,7 @@ from dist_train.training.optimizers import Muon, Optimizers, factor, orthogonali
 
 def network() -> BlockNetwork:
     block = Block(channels=4, convolutions=[Convolution(), Convolution(kernel=1)])
-    return BlockNetwork(ModelConfig(blocks=[block], stem=Stem(kind="conv", channels=4)), (3, 8, 8), 5, 1)
+    return BlockNetwork(ModelConfig(blocks=[block], stem=Stem(kind="conv", channels=4)), (3, 8, 8), 5)
 
 
 def test_schedule() -> None:

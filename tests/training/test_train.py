@@ -233,14 +233,12 @@ def test_a_run_folder_of_another_configuration_is_refused(digits: Path, train: T
 
 def test_what_is_not_finite_stops_the_run_with_its_step_and_images(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=1", "--run-dir", folder]
+    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "--run-dir", folder]
     hot = ["optim.default.algorithm=sgd", "optim.default.lr=1e30", "optim.warmup=0.0"]
     said = refused(*base, *hot, code=1)
     assert "the loss is " in said
     step = int(said.split(" at step ")[1].split()[0])
-    kept = sorted(folder.glob("checkpoints/step-*.pt"))
-    assert kept
-    assert kept[-1].name == f"step-{step - 1:08d}.pt"
+    assert not list(folder.glob("checkpoints/step-*.pt"))
     assert [row["step"] for row in lines(folder) if row["kind"] == "step"] == list(range(1, step))
     found = json.loads((folder / "diverged.json").read_text())
     assert found["step"] == step
@@ -249,4 +247,33 @@ def test_what_is_not_finite_stops_the_run_with_its_step_and_images(digits: Path,
         assert len(set(microbatch["images"])) == 256 // 8
     assert f"microbatch {found['microbatches'][0]['microbatch']} " in said
     assert f"training images {found['microbatches'][0]['images'][0]}, " in said
+    assert refused(*base, *hot, code=1) == said
+
+
+def test_weights_that_are_not_finite_are_not_saved(digits: Path, tmp_path: Path) -> None:
+    """The warm-up leaves the first step without effect; the update of the second breaks the network."""
+    folder = tmp_path / "run"
+    base = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=1", "--run-dir", folder]
+    hot = ["optim.default.algorithm=sgd", "optim.default.lr=1e38", "optim.warmup=0.5"]
+    said = refused(*base, *hot, code=1)
+    assert "after step 2 " in said
+    assert "tensors are not finite" in said
+    assert "as they were after step 1" in said
+    assert [path.name for path in folder.glob("checkpoints/step-*.pt")] == ["step-00000001.pt"]
+    assert not [row for row in lines(folder) if row["kind"] == "eval"]
+    assert json.loads((folder / "diverged.json").read_text()) == {"step": 2, "microbatches": []}
     assert refused(*base, *hot, code=1) == said  # the same command resumes from the last good checkpoint
+
+
+def test_few_steps_give_the_accuracy_of_training(digits: Path, tmp_path: Path) -> None:
+    """Six steps in all: running averages of the BatchNorm statistics would still be near their initial values."""
+    done = trainer(
+        *("--preset", "digits", f"data.dir={digits}", *TINY, "batch_size=1400", "epochs=6", "optim.warmup=0.0"),
+        *("--run-dir", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["test_accuracy"] > summary["train_accuracy"] - 0.05
+    assert summary["test_accuracy"] > 0.45
+    assert done.stderr == ""
