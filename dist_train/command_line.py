@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec
 
-from dist_train.errors import UserError, say
+from dist_train.errors import FAILED, UserError, first_line, needs_memory, say
 
 P = ParamSpec("P")
+MOST = 100_000  # more than any count of a command: pictures in a batch, nodes, blocks, pixels of a side
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr, and
-    every rank returns the error's exit code."""
+    every rank returns the error's exit code. Where memory is too small, each rank says so and returns FAILED."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -42,12 +44,22 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             if os.environ.get("RANK", "0") == "0":
                 say(str(error))
             return error.code
+        except (MemoryError, RuntimeError) as error:
+            if not needs_memory(error):
+                raise
+            say(f"not enough memory ({first_line(error)}); compute on fewer images at a time, or on another machine")
+            return FAILED
 
     return wrapper
 
 
-def positive(text: str) -> int:
-    """The type of an argument that is a whole number above 0. Raises argparse.ArgumentTypeError."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+def count(text: str, least: int = 0) -> int:
+    """The type of an argument that is a whole number from `least` to MOST. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {MOST}")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number from 1 to MOST. Raises argparse.ArgumentTypeError."""
+    return count(text, 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from dist_train.command_line import Parser, command
+from dist_train.command_line import Parser, command, count
 from dist_train.config.settings import RecordConfig
 from dist_train.errors import DONE
 from dist_train.tracking.dashboard import BLOCKS, NAME, save, workspace
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--blocks",
         metavar="N",
-        type=int,
+        type=count,
         default=BLOCKS,
         help="number of blocks with a panel (default: %(default)s, as block94 has)",
     )

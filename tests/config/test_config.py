@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dist_train import config
 from dist_train.config import loading
+from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
 
@@ -94,6 +96,51 @@ def test_mistakes_are_answered_in_one_sentence(settings: list[str], words: str) 
         config.load("block94", None, settings)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# each is out of range, not finite, or not what it seems
+EXTREME = ["inf", "-inf", "nan", "-0.0", "1e308", "5e-324", "1e19", "9" * 5000, "0x" + "f" * 5000, "²", "٣", "true"]
+EXTREME += ["-1", "1.5", "2147483648", "1e400", "1\ny = 2", "[" * 5000, "\udcff", "a\0b", "10000000000000000000"]
+
+
+def test_every_number_is_finite_and_in_range_or_refused() -> None:
+    block, conv = "model.blocks.0.", "model.blocks.0.convolutions.0."
+    names = [*loading._leaves(config.Config), "model.output.hidden.0", "data.smaller.0.size", "model.blocks.²"]
+    names += ["data.smaller.0.until_epoch", "model.blocks." + "9" * 5000, "a.\udcff", ".".join("a" * 3000)]
+    names += [block + name for name in ("channels", "temperature", "pool", "dropout")]
+    names += [conv + name for name in ("kernel", "dilation", "groups", "stride", "padding")]
+    given = 0
+    for name in names:
+        for text in EXTREME:
+            try:
+                found = config.load("block94", None, ["model.output.hidden=[3]", f"{name}={text}"])
+            except UserError:
+                continue
+            given += 1
+            assert config.parse(config.to_toml(found)) == found
+            for place, value in leaves(config.to_dict(found)):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    assert abs(value) <= 2**31 or place == "train.seed", place
+                    assert math.copysign(1, value) > 0 or value < 0, place
+    assert given > 100
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("epochs=inf", "train.epochs = inf: input should be a finite number"),
+        ("timeout=604801", "train.timeout = 604801: input should be less than or equal to 604800"),
+        ("threads=100000", "train.threads = 100000: input should be less than or equal to 1024"),
+        ("model.blocks.0.channels=10000000", "model.blocks.0.channels = 10000000: input should be less than or equal"),
+        ("model.blocks.0.temperature=1e-300", "model.blocks.0.temperature = 1e-300: input should be greater than or"),
+        ("seed=9223372036854775808", "train.seed: a whole number has at most 64 bits"),
+        ("model.blocks.²=3", "there is nothing at model.blocks.²"),
+        ("record.name=\udcff", "record.name = \udcff: not valid text"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        config.load("block94", None, [setting])
 
 
 def test_unknown_presets_and_unreadable_files_are_named(tmp_path: Path) -> None:
