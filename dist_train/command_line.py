@@ -6,7 +6,8 @@ import argparse
 import functools
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, ParamSpec
 
 from dist_train.errors import FAILED, UserError, first_line, needs_memory, say
@@ -26,6 +27,26 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises UserError for bad arguments, empty ones included."""
+        return super().parse_known_args(self._given(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises UserError for bad arguments, empty ones included."""
+        return super().parse_known_intermixed_args(self._given(args), namespace)
+
+    def _given(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments, none of which is empty: an empty path would be the current folder, an empty name the default,
+        and is mostly a shell variable that is not set. Raises UserError."""
+        given = [*(sys.argv[1:] if args is None else args)]
+        for before, argument in zip([self.prog, *given], given, strict=False):
+            option, _, value = argument.partition("=")
+            if not argument.strip():
+                self.error(f'{before} "": an empty argument; give it a value, or leave it out')
+            if option.startswith("--") and argument != option and not value.strip():
+                self.error(f"{argument}: an empty value; give one, or leave {option} out")
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""

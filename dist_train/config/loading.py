@@ -59,6 +59,10 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
         key, separator, text = setting.partition("=")
         if not separator:
             raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
+        if not text.strip():
+            raise UserError(
+                f"{setting}: an empty value; give one, leave the setting out, or write {key.strip()}='\"\"'"
+            )
         _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
     return _checked(tree)
 

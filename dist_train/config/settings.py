@@ -340,7 +340,7 @@ class RecordConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mode of W&B: `online`, `offline` or `disabled`, where wandb is not even imported. `auto`: WANDB_MODE if set, else
     online when logged in, else offline."""
-    project: str = "dist_train"
+    project: Annotated[str, Field(min_length=1)] = "dist_train"
     """W&B project."""
     group: str = ""
     """W&B group, which runs of one comparison share. Empty: none, or that of the environment."""
