@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 from dist_train.errors import FAILED, UserError, first_line, needs_memory, say
@@ -27,6 +29,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        self.register("type", None, _text)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does. Raises UserError for bad arguments, empty ones included."""
@@ -53,12 +56,48 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def is_text(argument: str) -> bool:
+    """Whether an argument is valid UTF-8: Python reads other bytes as surrogates, which only file names may have."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def check_path(what: str, path: Path) -> None:
+    """Raises UserError for a path to write to that is not UTF-8, which W&B, safetensors and others do not take. what:
+    the option or the argument."""
+    if not is_text(str(path.absolute())):
+        raise UserError(f"{what} {path}: its path is not UTF-8; rename the folder, or name another")
+
+
+def _text(argument: str) -> str:
+    """The type of an argument that has no other, and is not a path. Raises argparse.ArgumentTypeError."""
+    if not is_text(argument):
+        raise argparse.ArgumentTypeError(f"{argument} is not UTF-8")
+    return argument
+
+
+def use_utf8() -> None:
+    """Called by a process for its own command line, before anything else: file names, arguments and text are UTF-8 in
+    any locale, and stdout escapes what it cannot show.
+
+    Where the locale has another encoding, the process starts its command again in Python's UTF-8 mode, which its child
+    processes inherit."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr, and
-    every rank returns the error's exit code. Where memory is too small, each rank says so and returns FAILED."""
+    """Decorate a command's `main`, which returns its exit code, and reads the process's arguments where it gets none.
+
+    On a UserError rank 0 prints the message to stderr, and every rank returns the error's exit code. Where memory is
+    too small, each rank says so and returns FAILED."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        if not args:
+            use_utf8()
         try:
             return main(*args, **kwargs)
         except UserError as error:

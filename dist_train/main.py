@@ -25,6 +25,7 @@ from typing import NoReturn
 import psutil
 
 from dist_train import config, data_prep
+from dist_train.command_line import use_utf8
 from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
@@ -137,6 +138,8 @@ def _print_once(outcome: Outcome) -> None:
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
+    if arguments is None:
+        use_utf8()
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -148,7 +148,7 @@ class Job:
         # submitit's own result takes the loss of a node for the end of the job, although Slurm starts the job again
         if state in ("COMPLETED", "") and Run(self.run_dir).done:
             return Result.read(self.run_dir)
-        tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
+        tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if self.log.exists() else []
         ended = f"ended as {state}" if state else "has ended, and Slurm no longer knows how"
         raise JobError("\n".join([f"job {self.id} {ended}; the end of {self.log}:", *tail]))
 
@@ -200,7 +200,7 @@ def _sweep(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     would pass them on. Raises UserError, also for a sweep that requires W&B's server."""
     remedy = "or have W&B's server choose, with wandb sweep and wandb agent"
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--sweep {path}: cannot be read ({error.strerror}); name a W&B sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

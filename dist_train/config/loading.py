@@ -24,6 +24,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dist_train.command_line import check_path, is_text
 from dist_train.config.settings import Config, Effect, OptimConfig
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
@@ -90,13 +91,9 @@ def _check_values(tree: dict[str, Any]) -> None:
     for name, value in values:
         if isinstance(value, int) and not -_LONGEST <= value < _LONGEST:
             raise UserError(f"{name}: a whole number has at most 64 bits; use a smaller one")
-        if not _is_text(name) or (isinstance(value, str) and not _is_text(value)):
+        words = f"{name}{value if isinstance(value, str) else ''}"
+        if "\0" in words or not is_text(words):
             raise UserError(f"{name} = {value}: not valid text; settings are UTF-8, without zero bytes")
-
-
-def _is_text(text: str) -> bool:
-    """Whether a text can be written as UTF-8 and used as a path. An argument that is not UTF-8 has surrogates."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -196,6 +193,7 @@ def difference(first: Config, second: Config) -> list[str]:
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
     OSError when the folder cannot be read or created."""
+    check_path("--run-dir", run_dir)
     path = run_dir / FILE
     if path.exists():
         if differing := [key for key in difference(settings, load(None, path, [])) if key not in _EFFECTS]:
@@ -227,7 +225,7 @@ def _without_none(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
     except (ValueError, RecursionError) as error:  # ValueError also where a number has thousands of digits

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train import config
+from dist_train.command_line import check_path
 from dist_train.errors import UserError, code_of
 from dist_train.files import claimed
 from dist_train.runs import layout
@@ -26,6 +27,7 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
     """The messages that the training in a run folder would have sent to its W&B run. The folder is locked until `locks`
     is closed. args: project, entity, offline, of the command line. Raises UserError for a folder that is in use, lacks
     files, or has damaged ones."""
+    check_path("RUN_DIR", run_dir)
     run = Run(run_dir)
     run.need(layout.SETTINGS, layout.METRICS)
     try:

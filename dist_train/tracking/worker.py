@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dist_train.command_line import use_utf8
 from dist_train.errors import PREEMPTED, first_line
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
@@ -48,6 +49,7 @@ def main() -> int:
     Prints the run's address or folder. Returns the exit code: 0, or 1 when the run was not finished, or is offline
     although `record.wandb` is online; the reason is on stderr.
     """
+    use_utf8()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process, but rank 0 ends this one
     messages = _messages()
@@ -189,13 +191,13 @@ def logged_in(settings: Any) -> bool:
 
 def _run_id(path: Path) -> tuple[str, bool]:
     """The W&B run's id, and whether it is new. path: of the file in the run folder that stores the id."""
-    stored = path.read_text().strip() if path.exists() else ""
+    stored = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     # a sweep's agent chooses the id, and waits for the run that has it
     agents = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
     run_id = agents or stored or uuid.uuid4().hex[:12]
     if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id)
+        path.write_text(run_id, encoding="utf-8")
     return run_id, run_id != stored
 
 
@@ -224,7 +226,7 @@ class _RunFolderReader:
 
     def _first_sample(self) -> float | None:
         """Unix time of rank 0's first sample in seconds, None where there is none."""
-        with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open() as file:
+        with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open(encoding="utf-8") as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     return float(json.loads(line)["time"])
@@ -295,7 +297,7 @@ def _summarize(run: Any, message: Summary) -> None:
 
     row = {f"plots/{Path(plot).stem}": wandb.Image(plot) for plot in message.plots}
     if message.evaluation:
-        details = json.loads(Path(message.evaluation).read_text())
+        details = json.loads(Path(message.evaluation).read_text(encoding="utf-8"))
         row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
         run.summary[f"{details['split']}_ece"] = details["calibration"]["ece"]
     if row:
