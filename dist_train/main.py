@@ -42,6 +42,7 @@ from dist_train.errors import (
     say,
 )
 from dist_train.model.shapes import check_training
+from dist_train.tracking.variables import resolved
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
 _REPORTING = 10.0  # seconds that a rank waits for the rank that prints an error of all ranks
@@ -98,6 +99,7 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
     dataset.check(settings.data)
+    resolved(settings.record)  # raises UserError for what W&B does not accept
     return settings, run_dir
 
 

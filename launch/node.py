@@ -145,6 +145,8 @@ class Training:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
+            for name in ("WANDB_NAME", "WANDB_RUN_ID"):  # each member has its own
+                os.environ.pop(name, None)
         arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # overrides an earlier --run-dir
         known = len(read_history(self.run_dir))
         code = FAILED

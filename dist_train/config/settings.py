@@ -339,13 +339,13 @@ class RecordConfig:
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mode of W&B: `online`, `offline` or `disabled`, where wandb is not even imported. `auto`: WANDB_MODE if set, else
-    online when logged in, else offline."""
-    project: Annotated[str, Field(min_length=1)] = "dist_train"
-    """W&B project."""
+    online when logged in, else offline. WANDB_DISABLED=true is the same as WANDB_MODE=disabled."""
+    project: str = ""
+    """W&B project. Empty: WANDB_PROJECT if set, else dist_train."""
     group: str = ""
     """W&B group, which runs of one comparison share. Empty: none, or that of the environment."""
     name: str = ""
-    """Name in W&B and in titles of plots. Empty: that of the run folder."""
+    """Name in W&B and in titles of plots. Empty: that of the run folder; in W&B, WANDB_NAME if set."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
     quiet: bool = False

@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_train.config.settings import RecordConfig
 from dist_train.runs.layout import METRICS, SAMPLES
+from dist_train.tracking.variables import resolved
 
 INIT_TIMEOUT = 5.0  # seconds to wait for the server before the run continues offline
 FINISH_TIMEOUT = 15.0  # seconds for uploads at the end of the run
@@ -22,10 +23,10 @@ FINISH_TIMEOUT = 15.0  # seconds for uploads at the end of the run
 class Begin:
     """The first message, which describes the run.
 
-    run_dir: the run folder, absolute. mode: `record.wandb`. settings: of wandb.Settings. config: shown with the run.
-    branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products on all ranks, NaN
-    for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already. samples: whether
-    each rank samples its system metrics.
+    run_dir: the run folder, absolute. mode: `record.wandb`, or that of WANDB_MODE. settings: of wandb.Settings. config:
+    shown with the run. branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products
+    on all ranks, NaN for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already.
+    samples: whether each rank samples its system metrics.
     """
 
     run_dir: str
@@ -98,7 +99,10 @@ def begin(
         branches: for each block the names of its convolutions.
         offset: bytes of `metrics.jsonl` that a resumed run has logged already; only the lines after them are logged.
         matrix_rate: FLOP/s of matrix products on all ranks together; NaN for no MFU.
+
+    Raises UserError for settings or environment variables that W&B does not accept.
     """
+    record = resolved(record)
     run_dir = run_dir.absolute()
     samples = {str(path.relative_to(run_dir)): path.stat().st_size for path in run_dir.glob(SAMPLES)}
     settings = {

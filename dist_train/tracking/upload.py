@@ -19,6 +19,7 @@ from dist_train.runs.run import Run
 from dist_train.tracking.client import process
 from dist_train.tracking.messages import Artifact, Begin, End, Message, begin, encode
 from dist_train.tracking.messages import summary as summary_message
+from dist_train.tracking.variables import resolved
 
 FINISH_TIMEOUT = 3600.0  # seconds for the whole upload
 
@@ -43,8 +44,10 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
         settings.record,
         wandb="offline" if args.offline else "online",
         project=args.project or settings.record.project,
+        name=run.name,  # of its own, where there are several
         system="all",  # the system metrics of every rank in the folder
     )
+    resolved(record, "--project" if args.project else "record.project")
     begin_message = begin(
         run_dir,
         record,

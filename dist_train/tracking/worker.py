@@ -38,6 +38,7 @@ from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_o
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
 from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
+from dist_train.tracking.variables import run_id_given
 
 POLL = 0.5  # seconds between two reads of the metrics
 
@@ -173,7 +174,7 @@ def _online(mode: str, settings: Any) -> bool:
         return False
     if logged_in(settings):
         return True
-    if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb.init would prompt for a key and wait
+    if mode == "online":  # wandb.init would prompt for a key and wait
         report(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
     return False
 
@@ -192,9 +193,10 @@ def logged_in(settings: Any) -> bool:
 def _run_id(path: Path) -> tuple[str, bool]:
     """The W&B run's id, and whether it is new. path: of the file in the run folder that stores the id."""
     stored = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-    # a sweep's agent chooses the id, and waits for the run that has it
-    agents = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
-    run_id = agents or stored or uuid.uuid4().hex[:12]
+    given = run_id_given()
+    # a sweep's agent chooses the id, and waits for the run that has it; other runs are resumed under their own
+    agents = given if os.environ.get("WANDB_SWEEP_ID") else ""
+    run_id = agents or stored or given or uuid.uuid4().hex[:12]
     if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id, encoding="utf-8")

@@ -278,6 +278,32 @@ def test_offline_run_has_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert [end.get("exit_code", 0) for end in of["exit"]] == [0]
 
 
+def test_variables_name_an_offline_run_which_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"WANDB_PROJECT": "mine", "WANDB_NAME": "a name", "WANDB_RUN_ID": "an-id", "WANDB_MODE": ""}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run_dir = tmp_path / "run"
+    recorder = opened(run_dir, AUTO)
+    train(recorder, 1, 6)
+    recorder.close(errors.PREEMPTED)
+    monkeypatch.setenv("WANDB_RUN_ID", "another-id")
+    recorder = opened(run_dir, AUTO, resume_step=6)
+    train(recorder, 7, 12)
+    recorder.close(0)
+    for name in variables:
+        monkeypatch.delenv(name)
+    runs = [
+        record["run"] for number in (0, 1) for record in offline_records(run_dir, number) if record["type"] == "run"
+    ]
+    assert [(run["project"], run["display_name"], run["run_id"]) for run in runs] == [("mine", "a name", "an-id")] * 2
+
+
+def test_a_disabled_wandb_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    whole_run(tmp_path / "run", AUTO)
+    assert not (tmp_path / "run/wandb").exists()
+
+
 def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """Of a run that was preempted, moved, and went on."""
     for mode in ("online", "offline"):
