@@ -41,6 +41,7 @@ from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary,
 from dist_train.tracking.variables import run_id_given
 
 POLL = 0.5  # seconds between two reads of the metrics
+_ROWS_SHOWN = 10_000  # the most rows of a table that W&B's page shows
 
 
 def main() -> int:
@@ -318,6 +319,8 @@ def _details(details: Row) -> dict[str, Any]:
         for actual, row in zip(classes, details["confusion"], strict=True)
         for predicted, count in zip(classes, row, strict=True)
     ]
+    if len(counts) > _ROWS_SHOWN:
+        counts = [row for row in counts if row[2]]  # at most one for each image; what is missing is 0
     bins = [[b["confidence"], b["accuracy"], b["count"]] for b in details["calibration"]["bins"] if b["count"]]
     wrong = [
         [
@@ -334,6 +337,9 @@ def _details(details: Row) -> dict[str, Any]:
         [name, *(value for block in blocks for value in block["by_class"][number])]
         for number, name in enumerate(classes)
     ]
+    # wandb would cut longer tables, silently
+    longest = max(wandb.Table.MAX_ROWS, len(counts), len(by_class))
+    wandb.Table.MAX_ROWS, wandb.Table.MAX_ARTIFACT_ROWS = longest, max(wandb.Table.MAX_ARTIFACT_ROWS, longest)
     return {
         # the chart of wandb.plot.confusion_matrix, made from the counts
         "confusion_matrix": wandb.plot_table(

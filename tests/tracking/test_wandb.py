@@ -304,6 +304,31 @@ def test_a_disabled_wandb_starts_no_process(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "run/wandb").exists()
 
 
+def test_tables_of_many_classes_are_whole(tmp_path: Path) -> None:
+    """wandb cuts tables at 10,000 rows, which 101 classes exceed."""
+    run_dir, count = tmp_path / "run", 200
+    run_dir.mkdir()
+    confusion = [[int((b - a) % count < 60) for b in range(count)] for a in range(count)]
+    block = {"branches": ["3x3"], "mean": [1.0], "std": [0.0], "by_class": [[float(number)] for number in range(count)]}
+    evaluation = {
+        "classes": [f"class {number}" for number in range(count)],
+        "split": "test",
+        "images": 12_000,
+        "confusion": confusion,
+        "calibration": {"ece": 0.0, "bins": []},
+        "coefficients": [block],
+        "wrong": [],
+    }
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    whole_run(run_dir, RecordConfig(wandb="offline", quiet=True))
+    (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/evaluation/confusion_matrix_table_*.table.json")
+    rows = {(actual, predicted): n for actual, predicted, n in json.loads(file.read_text())["data"]}
+    assert rows == {
+        (f"class {a}", f"class {b}"): confusion[a][b] for a in range(count) for b in range(count) if confusion[a][b]
+    }
+    assert len({actual for actual, _ in rows}) == count
+
+
 def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     """Of a run that was preempted, moved, and went on."""
     for mode in ("online", "offline"):
