@@ -352,6 +352,9 @@ class RecordConfig:
     """No progress bar and no table in the terminal."""
     artifacts: Literal["none", "last", "all"] = "none"
     """Checkpoints that W&B keeps as artifacts: `none`, the `last` or `all`."""
+    share: Literal["all", "metrics"] = "all"
+    """What W&B gets: `all`; or `metrics`, without the machine (host name, paths, git remote, packages) and without test
+    images."""
     system: Literal["first", "all"] = "first"
     """System metrics that W&B shows: those of the `first` rank's host, sampled by W&B, or of `all` ranks, each
     sampled by itself."""

@@ -37,7 +37,7 @@ from dist_train.errors import PREEMPTED, first_line
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
-from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
+from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode, shared
 from dist_train.tracking.variables import run_id_given
 
 POLL = 0.5  # seconds between two reads of the metrics
@@ -92,7 +92,7 @@ def _follow(first: Begin, received: list[Message], messages: Iterator[Message | 
         if isinstance(message, Artifact):
             _log_checkpoint(run, Path(message.path))
         elif isinstance(message, Summary):
-            _summarize(run, message)
+            _summarize(run, message, first.share)
         elif isinstance(message, End):
             exit_code = message.exit_code
             break
@@ -294,18 +294,19 @@ def _log_checkpoint(run: Any, checkpoint: Path) -> None:
         run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
-def _summarize(run: Any, message: Summary) -> None:
-    """Log the plots, the last evaluation and the summary."""
+def _summarize(run: Any, message: Summary, share: str) -> None:
+    """Log the plots, the last evaluation and the summary. share: `record.share`."""
     import wandb
 
     row = {f"plots/{Path(plot).stem}": wandb.Image(plot) for plot in message.plots}
     if message.evaluation:
         details = json.loads(Path(message.evaluation).read_text(encoding="utf-8"))
-        row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
+        kept = () if share == "all" else ("wrong",)  # its rows are test images
+        row |= {f"evaluation/{name}": value for name, value in _details(details).items() if name not in kept}
         run.summary[f"{details['split']}_ece"] = details["calibration"]["ece"]
     if row:
         run.log(row)
-    run.summary.update(message.summary)
+    run.summary.update(shared(message.summary, share))
 
 
 def _details(details: Row) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -327,6 +328,46 @@ def test_tables_of_many_classes_are_whole(tmp_path: Path) -> None:
         (f"class {a}", f"class {b}"): confusion[a][b] for a in range(count) for b in range(count) if confusion[a][b]
     }
     assert len({actual for actual, _ in rows}) == count
+
+
+def test_the_machine_and_test_images_are_sent_unless_they_are_to_stay_here(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
+    wrong = {
+        "png": base64.b64encode(image.getvalue()).decode(),
+        "label": 0,
+        "predicted": 1,
+        "confidence": 0.9,
+        "index": 5,
+    }
+    evaluation = {
+        "classes": ["a", "b"],
+        "split": "test",
+        "images": 2,
+        "confusion": [[1, 1], [0, 0]],
+        "calibration": {"ece": 0.0, "bins": []},
+        "coefficients": [{"branches": ["3x3"], "by_class": [[1.0], [1.0]]}],
+        "wrong": [wrong],
+    }
+    private = [platform.node(), "/home/me/pictures", str(REPOSITORY), sys.executable, "0123abc"]
+    for share in ("all", "metrics"):
+        run_dir = tmp_path / share
+        run_dir.mkdir()
+        (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+        settings = RecordConfig(wandb="offline", quiet=True, share=share)
+        data = {"dir": "/home/me/pictures/b", "source": "/home/me/pictures", "flip": "none"}
+        config = {"data": data, "manifest": {"source": "/home/me/pictures"}, "code": {"git_commit": "0123abc"}}
+        recorder = opened(run_dir, settings, run_config=config)
+        train(recorder, 1, 12)
+        recorder.finish({"test_accuracy": 0.6, "versions": {"torch": str(REPOSITORY)}, "git_commit": "0123abc"})
+        recorder.close(0)
+        (folder,) = run_dir.glob("wandb/offline-run-*")
+        (record,) = folder.glob("*.wandb")
+        sent = record.read_bytes()
+        assert [word for word in private if word.encode() in sent] == (private if share == "all" else [])
+        assert (folder / "files/requirements.txt").exists() == (share == "all")
+        assert any(folder.glob("files/media/table/evaluation/wrong*")) == (share == "all")
+        assert b"test_accuracy" in sent
 
 
 def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
