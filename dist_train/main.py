@@ -27,6 +27,7 @@ import psutil
 from dist_train import config, data_prep
 from dist_train.command_line import use_utf8
 from dist_train.config.arguments import default_run_dir, parser, resolve
+from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver
@@ -42,6 +43,7 @@ from dist_train.errors import (
     say,
 )
 from dist_train.model.shapes import check_training
+from dist_train.runs.layout import is_run
 from dist_train.tracking.variables import resolved
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
@@ -98,6 +100,9 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
         config.check_folder(run_dir, settings)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
+    if not is_run(run_dir):
+        check_effects(settings, config.given(args.config, args.settings))
+    check_muon(settings)
     dataset.check(settings.data)
     resolved(settings.record)  # raises UserError for what W&B does not accept
     return settings, run_dir

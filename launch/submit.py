@@ -30,9 +30,11 @@ from typing import Any
 import submitit
 import yaml
 
+from dist_train import config
 from dist_train.command_line import MOST, Parser, command, count, positive
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
+from dist_train.config.effects import check_effects, check_muon
 from dist_train.distributed.launcher import gpus_here
 from dist_train.errors import DONE, FAILED, UserError
 from dist_train.files import write_atomic
@@ -318,7 +320,11 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
         raise UserError("--run-dir: the members of an array share one; give it once")
     trainings = []
     for member, arguments in named:
-        _, settings = resolve(trainer_parser().parse_intermixed_args(arguments))
+        given = trainer_parser().parse_intermixed_args(arguments)
+        _, settings = resolve(given)
+        check_muon(settings)
+        if not layout.is_run(folder / member):
+            check_effects(settings, config.given(given.config, given.settings))
         if nodes * max(gpus, 1) > settings.train.microbatches:
             raise UserError(
                 f"--nodes {nodes}{f' with --gpus-per-node {gpus}' * bool(gpus)}: train.microbatches = "

@@ -68,6 +68,13 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
     return _checked(tree)
 
 
+def given(file: Path | None, settings: list[str]) -> list[str]:
+    """The dotted keys of the settings in a file and on the command line, but not of a run's own file, which has all.
+    Raises UserError."""
+    keys = [_full_key(setting.partition("=")[0].strip()) for setting in settings]
+    return keys if file is None or file.name == FILE else [*keys, *(key for key, _ in leaves(_read(file)))]
+
+
 def parse(text: str) -> Config:
     """The configuration of a text that `to_toml` wrote. Raises UserError and tomllib.TOMLDecodeError."""
     return _checked(tomllib.loads(text))

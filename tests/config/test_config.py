@@ -12,6 +12,7 @@ import pytest
 
 from dist_train import config
 from dist_train.config import loading
+from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
@@ -217,3 +218,50 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
     of_items = [table for key, table, _ in loading._sections(config.Config) if ".0" in key]
     assert len(of_items) == 3
     assert not any("Effect(" in str(info.metadata) for table in of_items for info in table.__pydantic_fields__.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "words"),
+    [
+        ("block94", "optim.kernels.weight_decay=0.1", 'has no effect, since algorithm = "muon" has none; set another'),
+        ("block94", "model.blocks.0.temperature=2", 'coefficients = "raw"; set it to softmax'),
+        ("block94", "model.blocks.1.pool_kind=avg", "pool = 1; set pool"),
+        ("block94", "model.stem.channels=9", 'kind = "whiten"; set it to conv'),
+        ("block94", "model.output={dropout=0.2}", "model.output.dropout = 0.2 has no effect, since hidden = []"),
+        ("seed", "model.stem.kernel=5", 'kind = "none"; set kind'),
+        ("seed", "optim.stem.lr=1", 'model.stem.kind = "none"; set that'),
+        (
+            "digits",
+            "model.blocks=[{channels=8, activate='none', activation='relu', convolutions=[{}]}]",
+            'activate = "none"; set activate',
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_where_they_are_given(preset: str, setting: str, words: str) -> None:
+    found = config.load(preset, None, [setting])
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_effects(found, config.given(None, [setting]))
+    check_effects(found, [])
+
+
+def test_presets_examples_and_a_runs_own_file_have_none(tmp_path: Path) -> None:
+    for preset in config.presets():
+        check_effects(config.load(preset, None, []), config.given(config.PRESETS / f"{preset}.toml", []))
+    for example in (config.PRESETS.parent / "examples").glob("*.toml"):
+        check_effects(config.load(None, example, []), config.given(example, []))
+    # what a preset sets is not given, and may be without effect
+    settings = ["model.stem.kind=none", "model.blocks.0.pool=1", "optim.kernels.algorithm=sgd"]
+    found = config.load("block94", None, settings)
+    check_effects(found, config.given(None, settings))
+    (tmp_path / "config.toml").write_text(config.to_toml(found), encoding="utf-8")
+    check_effects(found, config.given(tmp_path / "config.toml", []))
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[optim.kernels]\nweight_decay = 0.1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"weight_decay = 0\.1 has no effect"):
+        check_effects(config.load("block94", mine, []), config.given(mine, []))
+
+
+@pytest.mark.parametrize("group", ["norms", "mixing", "output", "stem"])
+def test_muon_is_for_kernels_alone(group: str) -> None:
+    with pytest.raises(UserError, match=rf"optim\.{group}\.algorithm = muon: it is for kernels only"):
+        check_muon(config.load("block94", None, [f"optim.{group}.algorithm=muon"]))
