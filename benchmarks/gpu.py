@@ -65,7 +65,7 @@ def main() -> None:
     append(report, row(header) + "\n" + row("---" for _ in header))
     for name, command in commands(args).items():
         begin = time.monotonic()
-        with (args.out / f"{name}.txt").open("w") as log:
+        with (args.out / f"{name}.txt").open("w", encoding="utf-8") as log:
             try:
                 remaining = max(1.0, end - begin)
                 code = str(subprocess.run(command, stdout=log, stderr=log, timeout=remaining, check=False).returncode)

@@ -190,7 +190,7 @@ SCRIPTS: dict[str, type[Script]] = {
 
 def run(path: Path, device: str, count: int, warm_up: int, pacer: Pacer) -> None:
     """Run a script until `count` steps of each kind are measured, after `warm_up` that are not counted."""
-    script = SCRIPTS[path.name](path.read_text(), count, warm_up)
+    script = SCRIPTS[path.name](path.read_text(encoding="utf-8"), count, warm_up)
     text = script.text
     if device == "cpu":
         for pattern, replacement in _FOR_CPU:

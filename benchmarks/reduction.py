@@ -193,7 +193,7 @@ def in_turns(ways: list[Way], steps: int) -> list[list[Step]]:
 
 def through_loopback() -> int:
     """The number of bytes that the loopback has sent, headers included. Raises OSError where there is none."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
+    for line in Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == "lo":
             return int(numbers.split()[8])

@@ -58,7 +58,13 @@ def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str
     environment = {**kept, "HOME": str(home), "WANDB_MODE": "offline"}
     start = time.monotonic()
     setup = subprocess.run(
-        ["bash", "launch/setup.sh"], cwd=clone, env=environment, stderr=subprocess.PIPE, text=True, check=True
+        ["bash", "launch/setup.sh"],
+        cwd=clone,
+        env=environment,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        check=True,
     )
     row = {part: float(seconds) for part, seconds in _DONE.findall(setup.stderr)}
     whole = time.monotonic() - start
@@ -75,7 +81,7 @@ def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str
     )
     stepped = False
     while not stepped and process.poll() is None:
-        stepped = any('"step"' in path.read_text() for path in clone.glob(f"runs/*/{METRICS}"))
+        stepped = any('"step"' in path.read_text(encoding="utf-8") for path in clone.glob(f"runs/*/{METRICS}"))
         time.sleep(0.05)
     row["data step and start of the training"] = time.monotonic() - begun
     row["clone to the end of the first step"] = time.monotonic() - start

@@ -234,7 +234,7 @@ def print_turn(name: str, label: str, step: Step) -> None:
 def commit_of(clone: Path) -> str:
     """The name and the commit of a clone."""
     git = ["git", "-C", str(clone), "log", "-1", "--format=%h"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout.strip()
     return f"{clone.resolve().name} at {commit or 'no commit'}"
 
 

@@ -71,17 +71,19 @@ def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if cold:
         subprocess.run(["sync"], check=True)
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="utf-8")
         environment |= {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     out = folder / "seconds.json"
     launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *launch, "benchmarks.startup", "--child", out, *trainer]
     command += ["--run-dir", folder / "run", "log_every=1", "record.quiet=true"]
     begin = time.time()
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if not out.exists():
         sys.exit(done.stderr)
-    row: dict[str, float] = json.loads(out.read_text())
+    row: dict[str, float] = json.loads(out.read_text(encoding="utf-8"))
     row["launcher"] = row.pop("started") - begin
     row["sum"] = row.pop("ended") - begin
     row["rest"] = row["sum"] - sum(row.get(part, 0.0) for part in PARTS)
@@ -90,8 +92,8 @@ def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str
 
 def _child(out: Path, trainer: list[str]) -> None:
     """Run the trainer as a rank, and write its seconds by part to `out`."""
-    boot = time.time() - float(Path("/proc/uptime").read_text().split()[0])
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    boot = time.time() - float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     started = boot + ticks / os.sysconf("SC_CLK_TCK")
     import torch.distributed
 
@@ -138,7 +140,7 @@ def _child(out: Path, trainer: list[str]) -> None:
         step(self, **values)
         seconds["ended"] = time.time()
         seconds["first step"] = seconds["ended"] - seconds.pop("begun")
-        out.write_text(json.dumps(seconds))
+        out.write_text(json.dumps(seconds), encoding="utf-8")
         os._exit(0)  # the launcher ends the other ranks
 
     step_log.StepLog.__init__ = begins  # type: ignore[method-assign]

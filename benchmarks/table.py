@@ -56,5 +56,5 @@ def command(module: str) -> str:
 
 
 def append(path: Path, text: str) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -189,7 +189,7 @@ class Program:
 
     def failed(self) -> str:
         """The message for a program that has ended too early."""
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+        tail = "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
         return f"{self.name} has ended too early; the last lines that it printed:\n{tail}"
 
     def _read(self) -> Iterator[dict[str, Any]]:

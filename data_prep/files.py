@@ -31,7 +31,7 @@ def locked(path: Path) -> Iterator[None]:
     The kernel releases the lock when its holder ends, in any way, so a leftover lock file does no harm. Raises
     OSError if the file cannot be created or its file system has no locks.
     """
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

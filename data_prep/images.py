@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dist_train.command_line import is_text
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
 
@@ -83,6 +84,8 @@ def _files(folder: Path, not_images: list[Path]) -> Files:
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
     for class_folder in classes:
+        if not is_text(class_folder.name):
+            raise DataError(f"{class_folder}: the name of this class is not UTF-8: rename the folder")
         files[class_folder.name] = []
         for path in sorted(class_folder.rglob("*")):
             if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts):

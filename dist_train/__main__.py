@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
-        raise UserError(f"{name}: there is no such command; {f'did you mean {close[0]}?' if close else 'see --help'}")
+        raise UserError(
+            f"{name or repr(name)}: there is no such command; {f'did you mean {close[0]}?' if close else 'see --help'}"
+        )
     if name == "train":
         return _train(rest)
     code: int = importlib.import_module(COMMANDS[name].module).main(rest)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
-from dist_train.errors import UserError, say
+from dist_train.errors import FAILED, UserError, first_line, needs_memory, say
 
 P = ParamSpec("P")
+MOST = 100_000  # more than any count of a command: pictures in a batch, nodes, blocks, pixels of a side
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,30 +29,97 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        self.register("type", None, _text)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises UserError for bad arguments, empty ones included."""
+        return super().parse_known_args(self._given(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises UserError for bad arguments, empty ones included."""
+        return super().parse_known_intermixed_args(self._given(args), namespace)
+
+    def _given(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments, none of which is empty: an empty path would be the current folder, an empty name the default,
+        and is mostly a shell variable that is not set. Raises UserError."""
+        given = [*(sys.argv[1:] if args is None else args)]
+        for before, argument in zip([self.prog, *given], given, strict=False):
+            option, _, value = argument.partition("=")
+            if not argument.strip():
+                self.error(f'{before} "": an empty argument; give it a value, or leave it out')
+            if option.startswith("--") and argument != option and not value.strip():
+                self.error(f"{argument}: an empty value; give one, or leave {option} out")
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def is_text(argument: str) -> bool:
+    """Whether an argument is valid UTF-8: Python reads other bytes as surrogates, which only file names may have."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
+
+
+def check_path(what: str, path: Path) -> None:
+    """Raises UserError for a path to write to that is not UTF-8, which W&B, safetensors and others do not take. what:
+    the option or the argument."""
+    if not is_text(str(path.absolute())):
+        raise UserError(f"{what} {path}: its path is not UTF-8; rename the folder, or name another")
+
+
+def _text(argument: str) -> str:
+    """The type of an argument that has no other, and is not a path. Raises argparse.ArgumentTypeError."""
+    if not is_text(argument):
+        raise argparse.ArgumentTypeError(f"{argument} is not UTF-8")
+    return argument
+
+
+def use_utf8() -> None:
+    """Called by a process for its own command line, before anything else: file names, arguments and text are UTF-8 in
+    any locale, and stdout escapes what it cannot show.
+
+    Where the locale has another encoding, the process starts its command again in Python's UTF-8 mode, which its child
+    processes inherit."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr, and
-    every rank returns the error's exit code."""
+    """Decorate a command's `main`, which returns its exit code, and reads the process's arguments where it gets none.
+
+    On a UserError rank 0 prints the message to stderr, and every rank returns the error's exit code. Where memory is
+    too small, each rank says so and returns FAILED."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        if not args:
+            use_utf8()
         try:
             return main(*args, **kwargs)
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":
                 say(str(error))
             return error.code
+        except (MemoryError, RuntimeError) as error:
+            if not needs_memory(error):
+                raise
+            say(f"not enough memory ({first_line(error)}); compute on fewer images at a time, or on another machine")
+            return FAILED
 
     return wrapper
 
 
-def positive(text: str) -> int:
-    """The type of an argument that is a whole number above 0. Raises argparse.ArgumentTypeError."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+def count(text: str, least: int = 0) -> int:
+    """The type of an argument that is a whole number from `least` to MOST. Raises argparse.ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {MOST}")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a whole number from 1 to MOST. Raises argparse.ArgumentTypeError."""
+    return count(text, 1)

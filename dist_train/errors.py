@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -61,8 +62,15 @@ class LostPeerError(ConnectionError):
         self.reported_here = reported_here
 
 
+def needs_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: Python's and numpy's error, and torch's for a CPU and for a GPU."""
+    torchs = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
+    return isinstance(error, MemoryError) or bool(torchs)
+
+
 def say(message: str) -> None:
-    """Print a sentence for the user to stderr."""
+    """Print a sentence for the user to stderr. Control characters, which only quoted input can have, are escaped."""
+    message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], message)
     print(f"dist_train: {message}", file=sys.stderr, flush=True)
 
 

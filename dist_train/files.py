@@ -43,7 +43,7 @@ def claimed(path: Path, wait: float) -> Iterator[None]:
     wait: seconds to wait for another process to release it. Raises BlockingIOError, with that process as its message,
     when it does not, and OSError where the file system has no locks.
     """
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         deadline = time.monotonic() + wait
         while True:
             try:

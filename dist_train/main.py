@@ -13,6 +13,7 @@ if __name__ == "__main__":
     hold_back()
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -21,13 +22,29 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 from dist_train import config, data_prep
+from dist_train.command_line import use_utf8
 from dist_train.config.arguments import default_run_dir, parser, resolve
+from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
-from dist_train.distributed.launcher import check_world_size, first_of_node
-from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say
-from dist_train.model.shapes import shapes
+from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver
+from dist_train.errors import (
+    BAD_INPUT,
+    PREEMPTED,
+    DivergedError,
+    LostPeerError,
+    Outcome,
+    UserError,
+    first_line,
+    needs_memory,
+    say,
+)
+from dist_train.model.shapes import check_training
+from dist_train.runs.layout import is_run
+from dist_train.tracking.variables import resolved
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
 _REPORTING = 10.0  # seconds that a rank waits for the rank that prints an error of all ranks
@@ -63,7 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
                 say(outcome.reason)
         except BaseException as error:
             outcome.reason = f"{type(error).__name__}: {error}"
-            raise
+            if not needs_memory(error):
+                raise
+            outcome.reason = (
+                f"rank {os.environ.get('RANK', '0')} ran out of memory ({first_line(error)}); raise "
+                f"train.microbatches, lower train.batch_size or data.eval_batch, or make the network smaller"
+            )
+            say(outcome.reason)
     return outcome.code
 
 
@@ -77,7 +100,11 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
         config.check_folder(run_dir, settings)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
+    if not is_run(run_dir):
+        check_effects(settings, config.given(args.config, args.settings))
+    check_muon(settings)
     dataset.check(settings.data)
+    resolved(settings.record)  # raises UserError for what W&B does not accept
     return settings, run_dir
 
 
@@ -91,8 +118,12 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
         manifest = dataset.prepare(data)
         dataset.check_images(data, manifest, settings.train.batch_size)
         height, width, channels = manifest.image_shape
+        memory = psutil.virtual_memory().total
+        # that of a GPU is known only to torch
+        activations = math.inf if settings.train.device != "cpu" and has_driver() else memory
         for size in ((height, width), *((smaller.size, smaller.size) for smaller in data.smaller)):
-            shapes(settings.model, (channels, *size))
+            images, classes = manifest.splits["test"].count, len(manifest.classes)
+            check_training(settings, (channels, *size), classes, images, memory, activations)
         return waited, manifest
     start, reported = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
     while not dataset.is_written(data):
@@ -114,6 +145,8 @@ def _print_once(outcome: Outcome) -> None:
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
+    if arguments is None:
+        use_utf8()
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

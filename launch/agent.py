@@ -61,7 +61,7 @@ def _children() -> set[int]:
     pids: set[int] = set()
     for thread in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
-            pids.update(map(int, thread.read_text().split()))
+            pids.update(map(int, thread.read_text(encoding="utf-8").split()))
     return pids
 
 

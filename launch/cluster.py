@@ -33,7 +33,7 @@ def options(script: Path | None = None) -> dict[str, str | bool]:
     given. Raises UserError."""
     script = script or used_script()
     values: dict[str, str | bool] = {}
-    for line in script.read_text().splitlines():
+    for line in script.read_text(encoding="utf-8").splitlines():
         if line.startswith("#SBATCH"):
             match = _OPTION.fullmatch(line.strip())
             name = match and (match["long"] or _SHORT.get(match["short"]))
@@ -46,7 +46,7 @@ def options(script: Path | None = None) -> dict[str, str | bool]:
 def set_up(script: Path | None = None) -> list[str]:
     """A script's lines between "# set-up" and "# end of set-up". Raises UserError."""
     script = script or used_script()
-    lines = script.read_text().splitlines()
+    lines = script.read_text(encoding="utf-8").splitlines()
     first = [number for number, line in enumerate(lines) if line.startswith("# set-up")]
     last = [number for number, line in enumerate(lines) if line.startswith("# end of set-up")]
     if len(first) != 1 or len(last) != 1:
@@ -90,7 +90,7 @@ def partitions() -> dict[str, list[Node]]:
             "this machine with --local"
         )
     sinfo = ["sinfo", "--noheader", "--Node", "--format=%P|%N|%o|%G|%c|%l"]
-    done = subprocess.run(sinfo, capture_output=True, text=True, check=False)
+    done = subprocess.run(sinfo, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         reason = ["no reason given", *done.stderr.splitlines()][-1]
         raise UserError(f"Slurm does not answer ({reason}); ask its administrator, or use --local")
@@ -147,7 +147,9 @@ def check_shared(folder: Path, nodes: Sequence[Node]) -> None:
 
 def _own_names() -> set[str]:
     """The names and addresses of this machine."""
-    shown = subprocess.run(["hostname", "--all-ip-addresses"], capture_output=True, text=True, check=False).stdout
+    shown = subprocess.run(
+        ["hostname", "--all-ip-addresses"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
     return {os.uname().nodename, os.uname().nodename.split(".")[0], "localhost", *shown.split()}
 
 
@@ -157,7 +159,7 @@ def _file_system(folder: Path) -> str:
     while not folder.exists():
         folder = folder.parent
     folder, best, kind = folder.resolve(), Path(), ""
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
         _, escaped, mounted, *_ = line.split(" ")
         mount = Path(escaped.encode().decode("unicode_escape"))  # a space is written \040
         if (folder == mount or mount in folder.parents) and len(mount.parts) >= len(best.parts):
@@ -167,14 +169,22 @@ def _file_system(folder: Path) -> str:
 
 def state(job: str) -> str:
     """The state of a job in Slurm's terms; "" for a job that Slurm does not know, UNKNOWN while it does not answer."""
-    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     if match := re.search(r"\bJobState=(\w+)", shown.stdout):
         return match[1]
     if not re.search("not found|Invalid job id", shown.stdout + shown.stderr):
         return "UNKNOWN"
     sacct = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"]
     try:
-        states = subprocess.run(sacct, capture_output=True, text=True, check=False).stdout.split()
+        states = subprocess.run(
+            sacct, capture_output=True, encoding="utf-8", errors="replace", check=False
+        ).stdout.split()
     except FileNotFoundError:
         states = []
     return states[0] if states else ""

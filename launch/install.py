@@ -79,7 +79,13 @@ def timed(part: str) -> Iterator[None]:
 def run(command: list[str], variables: dict[str, str] | None = None) -> str:
     """Run a command silently. Returns its standard output. Raises InstallError."""
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **(variables or {})}, capture_output=True, text=True, check=False
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **(variables or {})},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         output = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -131,17 +137,17 @@ def resolve(uv: str, extras: list[str], preferred: str, variables: dict[str, str
     same form. Raises InstallError."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "versions.txt"
-        output.write_text(preferred)
+        output.write_text(preferred, encoding="utf-8")
         options = ["-q", "--no-header", "--no-annotate", "--python", sys.executable, "-o", str(output)]
         options += [word for extra in extras for word in ("--extra", extra)]
         run([uv, "pip", "compile", *options, "pyproject.toml"], variables)
-        return output.read_text()
+        return output.read_text(encoding="utf-8")
 
 
 def install(uv: str, extras: list[str], versions: str, variables: dict[str, str]) -> None:
     """Install this clone, editable, and its dependencies in these versions. Raises InstallError."""
     target = f"-e .[{','.join(extras)}]" if extras else "-e ."
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(versions)
         file.flush()
         run([uv, "pip", "install", "-q", "--python", sys.executable, *target.split(), "-c", file.name], variables)
@@ -176,7 +182,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="prefer installed versions to the lock")
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     args = parser.parse_args()
-    lock = "" if args.latest else LOCK.read_text()
+    lock = "" if args.latest else LOCK.read_text(encoding="utf-8")
     preferred = lock
     if args.keep:
         versions = installed()
@@ -203,7 +209,7 @@ def main() -> int:
 
 def _indirect(deviation: str) -> bool:
     """A sort key: dependencies that pyproject.toml names come before indirect ones."""
-    return f'"{deviation.split()[0]}>=' not in (REPOSITORY / "pyproject.toml").read_text()
+    return f'"{deviation.split()[0]}>=' not in (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ class Training:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
         if self.group:
             os.environ.setdefault("WANDB_RUN_GROUP", self.run_dir.parent.name)
+            for name in ("WANDB_NAME", "WANDB_RUN_ID"):  # each member has its own
+                os.environ.pop(name, None)
         arguments = [*self.arguments, "--run-dir", str(self.run_dir)]  # overrides an earlier --run-dir
         known = len(read_history(self.run_dir))
         code = FAILED
@@ -213,7 +215,7 @@ class Training:
         while time.monotonic() < deadline and not self.stopping:
             # list the folder: a network file system may cache that `path` does not exist, but not the listing
             if folder.is_dir() and path in folder.iterdir():
-                return path.read_text()
+                return path.read_text(encoding="utf-8")
             time.sleep(0.5)
         if self.stopping:
             return ""
@@ -267,12 +269,20 @@ def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
         return False
-    shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job, "--oneliner"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     # SIGTERM alone, without a preemption, is from srun, which ends all nodes when one has failed
     failed = {*received} == {signal.SIGTERM} and " PreemptTime=None " in shown.stdout
     if " JobState=RUNNING " not in shown.stdout or failed:
         return False
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["scontrol", "requeue", job], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode:
         reason = done.stderr.strip() or done.stdout.strip()
         say(f"job {job} could not be requeued ({reason}); submit it again with --run-dir {run_dir}")

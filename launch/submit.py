@@ -30,9 +30,11 @@ from typing import Any
 import submitit
 import yaml
 
-from dist_train.command_line import Parser, command
+from dist_train import config
+from dist_train.command_line import MOST, Parser, command, count, positive
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
+from dist_train.config.effects import check_effects, check_muon
 from dist_train.distributed.launcher import gpus_here
 from dist_train.errors import DONE, FAILED, UserError
 from dist_train.files import write_atomic
@@ -89,7 +91,7 @@ class Options:
             if not isinstance(value, bool) and not _PRINTABLE.fullmatch(value):
                 raise UserError(f"--{name} {value!r}: an option of sbatch is one line of printable characters")
         for name in ("nodes", "gpus-per-node", "cpus-per-task"):
-            if name in options and not str(options[name]).isdigit():
+            if name in options and not re.fullmatch("[0-9]{1,9}", str(options[name])):
                 raise UserError(f"--{name} {options[name]}: give a whole number")
         return options
 
@@ -148,7 +150,7 @@ class Job:
         # submitit's own result takes the loss of a node for the end of the job, although Slurm starts the job again
         if state in ("COMPLETED", "") and Run(self.run_dir).done:
             return Result.read(self.run_dir)
-        tail = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
+        tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:] if self.log.exists() else []
         ended = f"ended as {state}" if state else "has ended, and Slurm no longer knows how"
         raise JobError("\n".join([f"job {self.id} {ended}; the end of {self.log}:", *tail]))
 
@@ -200,7 +202,7 @@ def _sweep(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     would pass them on. Raises UserError, also for a sweep that requires W&B's server."""
     remedy = "or have W&B's server choose, with wandb sweep and wandb agent"
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--sweep {path}: cannot be read ({error.strerror}); name a W&B sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -249,10 +251,11 @@ def _numbers(text: str) -> list[int]:
     """The seeds in a list such as 0-4 or 0,2,5. Raises UserError."""
     numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        match = re.fullmatch("([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
+        seeds = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not 0 < len(seeds) <= MOST:
+            raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5, with at most {MOST} seeds")
+        numbers += seeds
     return numbers
 
 
@@ -317,7 +320,11 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
         raise UserError("--run-dir: the members of an array share one; give it once")
     trainings = []
     for member, arguments in named:
-        _, settings = resolve(trainer_parser().parse_intermixed_args(arguments))
+        given = trainer_parser().parse_intermixed_args(arguments)
+        _, settings = resolve(given)
+        check_muon(settings)
+        if not layout.is_run(folder / member):
+            check_effects(settings, config.given(given.config, given.settings))
         if nodes * max(gpus, 1) > settings.train.microbatches:
             raise UserError(
                 f"--nodes {nodes}{f' with --gpus-per-node {gpus}' * bool(gpus)}: train.microbatches = "
@@ -382,9 +389,9 @@ def _parser() -> argparse.ArgumentParser:
         f'for a copy to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
     )
     add = parser.add_argument
-    add("--nodes", metavar="N", type=int)
-    add("--gpus-per-node", metavar="N", type=int, help="(default: whole nodes)")
-    add("--cpus-per-node", metavar="N", type=int)
+    add("--nodes", metavar="N", type=positive)
+    add("--gpus-per-node", metavar="N", type=count, help="(default: whole nodes)")
+    add("--cpus-per-node", metavar="N", type=positive)
     add("--partition", metavar="NAME")
     add("--account", metavar="NAME")
     add("--time", metavar="LIMIT", help="minutes, H:M:S or D-H:M:S; at the limit a job is saved, requeued and resumed")
@@ -393,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="LIST", default="", help="an array over seeds: 0-4 or 0,2,5")
     add("--grid", metavar="KEY=V,V", action="append", default=[], help="an array over a setting's values; repeatable")
     add("--sweep", metavar="FILE", type=Path, help="an array over a W&B sweep's file, of method grid, without W&B")
-    add("--at-most", metavar="M", type=int, default=0, help="members that run at a time (default: all; --local: 1)")
+    add("--at-most", metavar="M", type=count, default=0, help="members that run at a time (default: all; --local: 1)")
     add("--wait", action="store_true", help="wait for the end, and print the accuracy or the table")
     add("--local", action="store_true", help="on this machine, without Slurm")
     add("--dry-run", action="store_true", help="check and print what would be submitted, submit nothing")

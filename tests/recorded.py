@@ -17,12 +17,12 @@ BRANCHES = [["3x3", "3x3 d2 s2"], ["5x5"]]  # names of the convolutions of two b
 MATRIX_RATE = 4e6  # FLOP/s
 
 
-def opened(run_dir: Path, config: RecordConfig = OFF, resume_step: int = 0) -> Recorder:
+def opened(run_dir: Path, config: RecordConfig = OFF, resume_step: int = 0, run_config: Row | None = None) -> Recorder:
     return Recorder(
         run_dir,
         config,
         dataset="digits",
-        run_config={"optim": {"lr": 0.5}},
+        run_config=run_config or {"optim": {"lr": 0.5}},
         total_steps=3 * EPOCH,
         resume_step=resume_step,
         matrix_rate=MATRIX_RATE,

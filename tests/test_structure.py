@@ -57,7 +57,7 @@ def modules() -> dict[str, Path]:
 
 def imports(path: Path) -> list[tuple[str, bool]]:
     """The modules of ours that a file imports anywhere in it, and whether that is inside a function."""
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {
         id(node)
         for function in ast.walk(tree)
@@ -133,7 +133,7 @@ def test_names_of_a_run_folder_stand_in_its_layout() -> None:
     literal = {
         module
         for module, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if package(module) != "data_prep"  # which has files of its own
         and isinstance(node, ast.Constant)
         and isinstance(node.value, str)
@@ -149,3 +149,27 @@ def test_configuration_reports_tracking_and_readers_need_no_torch() -> None:
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "torch was imported"
+
+
+def test_text_is_utf8_in_every_locale() -> None:
+    """Every file that is opened as text, and all text from other programs, has an encoding."""
+    sources = [
+        path
+        for name in ("dist_train", "launch", "data_prep", "benchmarks")
+        for path in REPOSITORY.glob(f"{name}/**/*.py")
+    ]
+    assert len(sources) > 90
+    missing = []
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            options = {keyword.arg: keyword.value for keyword in node.keywords}
+            modes = [value.value for value in [*node.args, *options.values()] if isinstance(value, ast.Constant)]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+            opens = name == "open" and not binary and ast.unparse(node.func) not in ("os.open", "Image.open")
+            reads = name in ("read_text", "write_text", "NamedTemporaryFile", "fdopen") and not binary
+            if (opens or reads or {"text", "universal_newlines"} & options.keys()) and "encoding" not in options:
+                missing.append(f"{path.relative_to(REPOSITORY)}:{node.lineno}: {ast.unparse(node)}")
+    assert missing == []

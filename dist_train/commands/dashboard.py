@@ -12,22 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 
-from dist_train.command_line import Parser, command
+from dist_train.command_line import Parser, command, count
 from dist_train.config.settings import RecordConfig
 from dist_train.errors import DONE
 from dist_train.tracking.dashboard import BLOCKS, NAME, save, workspace
+from dist_train.tracking.variables import PROJECT, resolved
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("dashboard", __doc__)
     add = parser.add_argument
-    add("--project", default=RecordConfig().project, help="W&B project (default: %(default)s)")
+    add("--project", help=f"W&B project (default: $WANDB_PROJECT, else {PROJECT})")
     add("--entity", metavar="E", default="", help="W&B user or team of the project (default: the account's own)")
     add("--name", default=NAME, help="name of the workspace (default: %(default)s)")
     add(
         "--blocks",
         metavar="N",
-        type=int,
+        type=count,
         default=BLOCKS,
         help="number of blocks with a panel (default: %(default)s, as block94 has)",
     )
@@ -39,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     args = _parser().parse_args(arguments)
-    view = workspace(args.project, args.entity, args.name, args.blocks)
+    project = resolved(RecordConfig(wandb="online", project=args.project or ""), "--project").project
+    view = workspace(project, args.entity, args.name, args.blocks)
     if args.json:
         print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))
     else:

@@ -43,7 +43,7 @@ def _resolve(what: str, settings: list[str]) -> tuple[str, Config]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("describe", __doc__)
-    parser.add_argument("what", metavar="PRESET|FILE", help="a preset, a TOML file, or a run folder")
+    parser.add_argument("what", metavar="PRESET|FILE", type=str, help="a preset, a TOML file, or a run folder")
     parser.add_argument(
         "settings", metavar="key=value", nargs="*", help="settings over those of the preset or the file"
     )

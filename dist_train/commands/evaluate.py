@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the images to evaluate on (default: %(default)s)",
     )
     add("--tta", choices=get_args(Tta), help="test-time augmentation (default: the run's)")
-    add("--data", metavar="DIR", help="folder of the betons (default: the run's)")
+    add("--data", metavar="DIR", type=str, help="folder of the betons (default: the run's)")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),

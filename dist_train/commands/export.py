@@ -20,7 +20,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from dist_train.command_line import Parser, command
+from dist_train.command_line import Parser, check_path, command
 from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.inference.export import FILES, export
 from dist_train.inference.trained_network import load
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     network = load(options.checkpoint, "cpu")
     run_dir = options.checkpoint if options.checkpoint.is_dir() else run_of(options.checkpoint)
     out = options.out or (run_dir or options.checkpoint.parent) / EXPORT
+    check_path("--out", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

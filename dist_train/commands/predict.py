@@ -116,8 +116,10 @@ def as_text(name: str, answer: Answer, width: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("predict", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, a run folder or a model.safetensors")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="a picture, a folder of them, or -")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder or a model.safetensors"
+    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=str, help="a picture, a folder of them, or -")
     parser.add_argument(
         "--top", metavar="N", type=positive, default=5, help="classes printed for each picture (default: 5)"
     )
@@ -139,7 +141,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for number in (signal.SIGPIPE, signal.SIGINT):  # exit quietly when `| head` closes the pipe, or at Ctrl-C
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names need not be valid text
     warnings.simplefilter("ignore")  # Pillow warns of flaws in pictures that it can read
 
     network = load(options.checkpoint, options.device)

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
-    text = page(options.runs, options.title, ["dist-train", "report", *arguments]).encode()
+    text = page(options.runs, options.title, ["dist-train", "report", *arguments]).encode(errors="backslashreplace")
     try:
         write_atomic(out, text)
     except OSError as error:

@@ -24,6 +24,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from dist_train.command_line import check_path, is_text
 from dist_train.config.settings import Config, Effect, OptimConfig
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
@@ -37,6 +38,8 @@ FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
 _REMOVED = ("model.batch_norm.momentum",)  # settings of run folders of earlier versions; none changed the weights
+_LONGEST = 2**63  # whole numbers in TOML have 64 bits
+_SHOWN = 60  # the most characters of a value in a message
 
 
 def presets() -> list[str]:
@@ -58,8 +61,19 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
         key, separator, text = setting.partition("=")
         if not separator:
             raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
+        if not text.strip():
+            raise UserError(
+                f"{setting}: an empty value; give one, leave the setting out, or write {key.strip()}='\"\"'"
+            )
         _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
     return _checked(tree)
+
+
+def given(file: Path | None, settings: list[str]) -> list[str]:
+    """The dotted keys of the settings in a file and on the command line, but not of a run's own file, which has all.
+    Raises UserError."""
+    keys = [_full_key(setting.partition("=")[0].strip()) for setting in settings]
+    return keys if file is None or file.name == FILE else [*keys, *(key for key, _ in leaves(_read(file)))]
 
 
 def parse(text: str) -> Config:
@@ -69,11 +83,26 @@ def parse(text: str) -> Config:
 
 
 def _checked(tree: dict[str, Any]) -> Config:
+    _check_values(tree)
     try:
         # as JSON: for Python objects, pydantic's strict validation does not accept a dict for a dataclass
         return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
+
+
+def _check_values(tree: dict[str, Any]) -> None:
+    """Raises UserError for values that cannot be written as JSON or TOML."""
+    try:
+        values = [*leaves(tree)]
+    except RecursionError:
+        raise UserError("the settings are nested more deeply than any setting; correct their names") from None
+    for name, value in values:
+        if isinstance(value, int) and not -_LONGEST <= value < _LONGEST:
+            raise UserError(f"{name}: a whole number has at most 64 bits; use a smaller one")
+        words = f"{name}{value if isinstance(value, str) else ''}"
+        if "\0" in words or not is_text(words):
+            raise UserError(f"{name} = {value}: not valid text; settings are UTF-8, without zero bytes")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -173,6 +202,7 @@ def difference(first: Config, second: Config) -> list[str]:
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
     OSError when the folder cannot be read or created."""
+    check_path("--run-dir", run_dir)
     path = run_dir / FILE
     if path.exists():
         if differing := [
@@ -217,10 +247,10 @@ def _without_none(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also where a number has thousands of digits
         raise UserError(f"{path}: not valid TOML ({error}); fix that line") from None
 
 
@@ -237,9 +267,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """The value of a setting on the command line: as in TOML, or the text itself, which needs no quotes."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return {"True": True, "False": False}.get(text, text)
+        tree = tomllib.loads(f"x = {text}")
+    except (ValueError, RecursionError):  # ValueError also where a number has thousands of digits
+        tree = {}
+    return tree["x"] if [*tree] == ["x"] else {"True": True, "False": False}.get(text, text)
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any, setting: str) -> None:
@@ -248,20 +279,26 @@ def _assign(tree: dict[str, Any], key: str, value: Any, setting: str) -> None:
     node: Any = tree
     for part in path:
         if isinstance(node, list):
-            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+            position = _position(part, node)
+            node = None if position is None else node[position]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
     if isinstance(node, dict):
         node[last] = value
-    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
+    elif isinstance(node, list) and (position := _position(last, node)) is not None:
+        node[position] = value
     else:
         raise UserError(f"{setting}: there is nothing at {key}; list items count from 0")
 
 
+def _position(part: str, items: list[Any]) -> int | None:
+    """The position in a list that a part of a key names, None for any other part."""
+    return int(part) if re.fullmatch("[0-9]{1,9}", part) and int(part) < len(items) else None
+
+
 def _tables(kind: Any) -> list[Any]:
     """The dataclasses in a type: itself, or those of a list's items or of a union's alternatives."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return [kind]
     return [table for argument in typing.get_args(kind) for table in _tables(argument)]
 
@@ -322,5 +359,8 @@ def _sentence(error: ValidationError) -> str:
         remedy = "give a --preset or a --config that has it" if key == "model" else "give it a value"
         return f"{key}: this setting is missing; {remedy}"
     value = first["input"]
-    shown = json.dumps(value) if isinstance(value, (str, bool, int, float)) else type(value).__name__
+    shown = json.dumps(value) if isinstance(value, (str, bool, int)) else type(value).__name__
+    shown = repr(value) if isinstance(value, float) else shown  # inf and nan as in TOML
+    if len(shown) > _SHOWN:
+        shown = f"{shown[:_SHOWN]}..."
     return f"{key} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}"

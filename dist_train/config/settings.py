@@ -9,17 +9,25 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from dist_train.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Every number has a range. The limits are far beyond what makes sense, and within what the numbers are used for:
+# integers of 32 bits, images that a beton can hold (16 bits a side), timers, float32. Whether a network of such sizes
+# fits into memory depends on the machine: model/shapes.py.
+_Finite = Annotated[float, Field(allow_inf_nan=False), AfterValidator(lambda number: number + 0.0)]  # -0.0 becomes 0.0
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Pixels = Annotated[int, Field(ge=1, le=2**16 - 1)]
+PixelsOrNone = Annotated[int, Field(ge=0, le=2**16 - 1)]
+Channels = Annotated[int, Field(ge=1, le=2**16)]
+Epochs = Annotated[_Finite, Field(gt=0, le=1e6)]
+EpochsOrNone = Annotated[_Finite, Field(ge=0, le=1e6)]
+Rate = Annotated[_Finite, Field(ge=0, le=1e6)]
+Fraction = Annotated[_Finite, Field(ge=0, lt=1)]
 Activation = Literal["relu", "gelu", "silu", "identity"]
 Where = Literal["branch", "post", "none"]
 Tta = Literal["none", "mirror", "shift"]
@@ -44,9 +52,9 @@ DEVICE = Effect("may change bits", in_digest=False)
 class Smaller:
     """A size of the training images in the first epochs."""
 
-    size: Positive
+    size: Pixels
     """Side of the images in pixels."""
-    until_epoch: PositiveFloat
+    until_epoch: Epochs
     """Epoch until which they have this size; may be a fraction, and rises from one size to the next."""
     how: Literal["crop", "scale"] = "crop"
     """`crop`: the middle of each image. `scale`: all of it, scaled down."""
@@ -62,23 +70,23 @@ class DataConfig:
     """Folder of the betons. Empty: data/DATASET."""
     source: Annotated[str, FREE] = ""
     """Folder that the betons are written from: images of your own, or CIFAR-10's official files. Empty: none."""
-    image_size: NonNegative = 0
+    image_size: PixelsOrNone = 0
     """Side of images of your own in pixels. 0: that of the betons."""
     loader: Annotated[Literal["resident", "stream"], FREE] = "resident"
     """`resident` holds the data set in the device's memory, `stream` reads it from its file in every epoch."""
-    holdout: NonNegative = 0
+    holdout: CountOrNone = 0
     """Training images kept as a validation split, the same ones for every seed."""
     flip: Literal["none", "random", "alternate"] = "alternate"
     """Mirror training images: `none`; `random`; `alternate`, every other epoch, from a random start for each image
     (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.6)."""
-    translate: NonNegative = 2
+    translate: PixelsOrNone = 2
     """Largest random shift of training images in pixels, the border reflected. 0: none."""
-    cutout: NonNegative = 0
+    cutout: PixelsOrNone = 0
     """Side in pixels of a square at a random place set to the mean (DeVries and Taylor 2017). 0: none."""
     smaller: list[Smaller] = field(default_factory=list)
     """Sizes that training images have at first, after the other augmentations (progressive resizing, Howard 2018).
     Evaluation is at full size."""
-    eval_batch: Positive = 500
+    eval_batch: Count = 500
     """Images in one forward pass of an evaluation."""
 
     @property
@@ -96,15 +104,15 @@ class DataConfig:
 class Convolution:
     """One convolution C_l of a block."""
 
-    kernel: Positive = 3
+    kernel: Pixels = 3
     """Side of the kernel in pixels."""
-    dilation: Positive = 1
+    dilation: Pixels = 1
     """Distance in pixels between the points of the kernel."""
-    groups: Positive = 1
+    groups: Channels = 1
     """Groups of channels that are convolved separately; divides the numbers of input and output channels."""
-    stride: Positive = 1
+    stride: Pixels = 1
     """Pixels by which the kernel moves."""
-    padding: NonNegative | Literal["same"] = "same"
+    padding: PixelsOrNone | Literal["same"] = "same"
     """Zeros on each side in pixels. `same` keeps the image size when the stride is 1."""
     bias: bool = False
     """Learn a bias for each output channel."""
@@ -120,7 +128,7 @@ class Convolution:
 class Block:
     """An intermediate block: a1*C1(x) + ... + aL*CL(x), with coefficients a computed from the channel averages of x."""
 
-    channels: Positive
+    channels: Channels
     """Output channels of the block and of each of its convolutions."""
     convolutions: Annotated[list[Convolution], Field(min_length=1)]
     """C1 to CL, which all read x and give images of one size."""
@@ -132,9 +140,9 @@ class Block:
     """`relu`, `gelu`, `silu` or `identity`."""
     coefficients: Literal["raw", "softmax", "sigmoid"] = "raw"
     """The coefficients a: `raw`, as the fully connected layer gives them; or its `softmax` or `sigmoid`."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[_Finite, Field(ge=1e-6, le=1e6)] = 1.0
     """Of `softmax`: the higher, the more even are the coefficients."""
-    pool: Positive | Literal["all"] = 1
+    pool: Pixels | Literal["all"] = 1
     """Side in pixels of the pooling windows, which do not overlap. 1: none. `all`: the whole image, to one pixel."""
     pool_kind: Literal["max", "avg"] = "max"
     """`max` or `avg` pooling."""
@@ -151,13 +159,13 @@ class Stem:
     kind: Literal["none", "conv", "whiten"] = "none"
     """`none`; `conv`, a learned convolution; or `whiten`, fixed kernels that decorrelate the training set's patches,
     with a learned bias (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", 3.1)."""
-    kernel: Positive = 2
+    kernel: Pixels = 2
     """Side of the kernel in pixels."""
-    stride: Positive = 1
+    stride: Pixels = 1
     """Pixels by which the kernel moves."""
-    padding: NonNegative = 0
+    padding: PixelsOrNone = 0
     """Zeros on each side in pixels."""
-    channels: Positive = 24
+    channels: Channels = 24
     """Output channels of `conv`; `whiten` has 2 * 3 * kernel^2."""
     activation: Activation = "gelu"
     """`relu`, `gelu`, `silu` or `identity`."""
@@ -167,7 +175,7 @@ class Stem:
 class Output:
     """The output block: channel averages, hidden layers, and one linear layer to the logits."""
 
-    hidden: list[Positive] = field(default_factory=list)
+    hidden: list[Channels] = field(default_factory=list)
     """Widths of the hidden layers."""
     activation: Activation = "relu"
     """After each hidden layer: `relu`, `gelu`, `silu` or `identity`."""
@@ -175,7 +183,7 @@ class Output:
     """Probability with which each output of a hidden layer is set to 0 in training."""
     bias: bool = True
     """Learn a bias for each logit."""
-    init_std: NonNegativeFloat = 0.0
+    init_std: Annotated[_Finite, Field(ge=0, le=1e3)] = 0.0
     """Standard deviation of the last layer's initial weights. 0: torch's default initialisation."""
 
 
@@ -183,7 +191,7 @@ class Output:
 class BatchNormConfig:
     """The BatchNorms of all blocks."""
 
-    eps: PositiveFloat = 1e-5
+    eps: Annotated[_Finite, Field(ge=1e-20, le=1)] = 1e-5
     """Added to the variance."""
     scale: bool = True
     """Learn a factor for each channel, besides its bias."""
@@ -209,13 +217,13 @@ class Group:
     algorithm: Literal["sgd", "adamw", "muon"] | None = None
     """`sgd`, with Nesterov momentum; `adamw`; or `muon`, for kernels (Jordan et al. 2024, "Muon: an optimizer for
     hidden layers in neural networks")."""
-    lr: NonNegativeFloat | None = None
+    lr: Rate | None = None
     """Peak learning rate, for the loss averaged over the global batch."""
     momentum: Fraction | None = None
     """Momentum of `sgd` and `muon`, beta1 of `adamw`; below 1."""
-    weight_decay: NonNegativeFloat | None = None
+    weight_decay: Rate | None = None
     """As torch's `sgd` and `adamw` define it; `muon` has none."""
-    until_epoch: NonNegativeFloat | None = None
+    until_epoch: EpochsOrNone | None = None
     """Epoch at which the schedule of this group ends; may be a fraction. Its rate is 0 afterwards. Not set: the end
     of the run."""
 
@@ -260,13 +268,13 @@ class OptimConfig:
 class TrainConfig:
     """The length of the run, its batches, and the arithmetic and devices of its ranks."""
 
-    epochs: PositiveFloat = 10
+    epochs: Epochs = 10
     """Length of the run in epochs; may be a fraction."""
-    batch_size: Positive = 2000
+    batch_size: Count = 2000
     """Images in a global batch, that is in a step of all ranks together; a multiple of the microbatches."""
-    microbatches: Positive = 8
+    microbatches: Annotated[int, Field(ge=1, le=2**16)] = 8
     """Fixed parts of a global batch, spread over the ranks. Any number of ranks up to it gives the same weights."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
     """Seed of the initial weights, the order of images, augmentation and dropout."""
     label_smoothing: Fraction = 0.0
     """Part of each label that is spread over all classes; below 1."""
@@ -276,16 +284,16 @@ class TrainConfig:
     """Compile the network with torch.compile."""
     deterministic: bool = True
     """Deterministic kernels, and fixed choices of cuDNN and cuBLAS, as bit-identity requires. TF32 is always off."""
-    threads: Annotated[Positive, DRIFTING] = 1
+    threads: Annotated[int, Field(ge=1, le=1024), DRIFTING] = 1
     """CPU threads of a rank."""
     device: Annotated[Literal["auto", "cpu", "cuda"], DEVICE] = "auto"
     """`cpu`; `cuda`; or `auto`, the GPU if there is one. CPUs and GPUs round differently."""
     backend: Annotated[Literal["auto", "nccl", "gloo"], FREE] = "auto"
     """Communication between ranks. `auto`: `nccl` between GPUs, `gloo` between CPUs. With `gloo` ranks can
     share a GPU."""
-    timeout: Annotated[Positive, FREE] = 600
-    """Seconds to wait for a rank in an exchange before it counts as lost."""
-    log_every: Annotated[NonNegative, FREE] = 0
+    timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600), FREE] = 600
+    """Seconds to wait for a rank in an exchange before it counts as lost, up to a week."""
+    log_every: Annotated[CountOrNone, FREE] = 0
     """Steps between two exchanges of losses and stop signals between the ranks. 0: 1 on a CPU, 20 on a GPU."""
 
 
@@ -307,7 +315,7 @@ class EvaluateConfig:
     of the logits of an image and its mirror image; or `shift`, the same of the image (half of the weight) and of it
     shifted by one pixel up and left, and down and right (a quarter each; Jordan 2024, "94% on CIFAR-10 in 3.29
     seconds", 3.5)."""
-    every: Positive = 1
+    every: Count = 1
     """Epochs between two evaluations; there is one at the end in any case."""
 
 
@@ -315,11 +323,11 @@ class EvaluateConfig:
 class CheckpointConfig:
     """When checkpoints are written, besides the one at the end, and how many are kept."""
 
-    every_epochs: Positive = 1
+    every_epochs: Count = 1
     """Epochs between two checkpoints."""
-    every_steps: NonNegative = 0
+    every_steps: CountOrNone = 0
     """Steps between two further checkpoints. 0: none."""
-    keep: Positive = 2
+    keep: Count = 2
     """Number of the newest checkpoints that are kept."""
 
 
@@ -329,23 +337,26 @@ class RecordConfig:
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Mode of W&B: `online`, `offline` or `disabled`, where wandb is not even imported. `auto`: WANDB_MODE if set, else
-    online when logged in, else offline."""
-    project: str = "dist_train"
-    """W&B project."""
+    online when logged in, else offline. WANDB_DISABLED=true is the same as WANDB_MODE=disabled."""
+    project: str = ""
+    """W&B project. Empty: WANDB_PROJECT if set, else dist_train."""
     group: str = ""
     """W&B group, which runs of one comparison share. Empty: none, or that of the environment."""
     name: str = ""
-    """Name in W&B and in titles of plots. Empty: that of the run folder."""
+    """Name in W&B and in titles of plots. Empty: that of the run folder; in W&B, WANDB_NAME if set."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
     quiet: bool = False
     """No progress bar and no table in the terminal."""
     artifacts: Literal["none", "last", "all"] = "none"
     """Checkpoints that W&B keeps as artifacts: `none`, the `last` or `all`."""
+    share: Literal["all", "metrics"] = "all"
+    """What W&B gets: `all`; or `metrics`, without the machine (host name, paths, git remote, packages) and without test
+    images."""
     system: Literal["first", "all"] = "first"
     """System metrics that W&B shows: those of the `first` rank's host, sampled by W&B, or of `all` ranks, each
     sampled by itself."""
-    digest_every: NonNegative = 0
+    digest_every: CountOrNone = 0
     """Steps between two digests of the weights in metrics.jsonl, besides those at the end of each epoch. 0: none."""
 
 

@@ -106,7 +106,7 @@ class Data:
         latter two as in Microbatch, not augmented. The split is divided into the same batches for any number of ranks,
         and each batch is on exactly one rank."""
         source = self.sources["test" if split == "test" else "train"]
-        size = self.config.eval_batch
+        size = min(self.config.eval_batch, len(self.indices[split]))  # ffcv reserves memory for whole batches
         chunks = self.indices[split].split(size)
         own = chunks[self.ranks.rank :: self.ranks.world_size]
         if own:

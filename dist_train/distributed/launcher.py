@@ -47,9 +47,14 @@ def check_world_size(microbatches: int) -> None:
         )
 
 
+def has_driver() -> bool:
+    """Whether this machine has the driver of a GPU."""
+    return any(Path(driver).exists() for driver in _DRIVER_FILES)
+
+
 def gpus_here() -> int:
     """The number of GPUs that torch finds on this machine. Imports torch only where there is a driver."""
-    if not any(Path(driver).exists() for driver in _DRIVER_FILES):
+    if not has_driver():
         return 0
     import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from dist_train.config.settings import Block, Convolution, ModelConfig
+from dist_train.config.settings import Block, Config, Convolution, ModelConfig
 from dist_train.errors import UserError
 
 
@@ -104,6 +104,58 @@ def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) 
         layers.append([*convolutions, 2 * shape[0] * len(convolutions)])
     widths = [inputs[-1][0], *config.output.hidden, classes]
     return [*layers, [2 * a * b for a, b in itertools.pairwise(widths)]]
+
+
+def check_training(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    test_images: int,
+    weights: float,
+    activations: float,
+) -> None:
+    """Raises UserError for a network that cannot be built or trained on images of this shape.
+
+    image_shape: (C, H, W). test_images: images that an evaluation may take at a time. weights, activations: bytes of
+    the memory for weights with their gradients, and for these and the images of the layers together.
+    """
+    model, train = config.model, config.train
+    inputs = shapes(model, image_shape)
+    images = train.batch_size // train.microbatches
+    for number, (block, before, after) in enumerate(zip(model.blocks, inputs, inputs[1:], strict=False), 1):
+        normalised = after if (block.norm, block.pool_at) == ("post", "sum") else summed(block, before)
+        if block.norm != "none" and images * math.prod(normalised[1:]) == 1:
+            raise UserError(
+                f"model.blocks: block {number}: its BatchNorm would have one value of each channel, since a microbatch "
+                f"(train.batch_size = {train.batch_size} in train.microbatches = {train.microbatches}) is one image, "
+                f'of one pixel there; raise train.batch_size, or set norm = "none"'
+            )
+    # at the least: float32 weights and gradients, and the outputs of all blocks, which the backward pass reads
+    stem, *blocks, output = flops(model, image_shape, classes)
+    count = sum(stem) // math.prod(inputs[0][1:]) + sum(output)  # two for each weight, as that many operations
+    for block, before, layers in zip(model.blocks, inputs, blocks, strict=False):
+        count += sum(layers[:-1]) // math.prod(summed(block, before)[1:]) + layers[-1]
+    learned = count // 2 * 8
+    if learned > weights:
+        raise UserError(
+            f"model: its weights and their gradients take {learned / 1e9:,.0f} GB, and this machine has "
+            f"{weights / 1e9:,.0f} GB of memory; lower the numbers of channels or the sizes of the kernels"
+        )
+    size = 4 if train.precision == "fp32" else 2
+    needed = learned + images * size * sum(map(math.prod, inputs))
+    if needed > activations:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} in train.microbatches = {train.microbatches}: a microbatch of "
+            f"{images:,} images takes at least {needed / 1e9:,.0f} GB, and this machine has "
+            f"{activations / 1e9:,.0f} GB of memory; lower train.batch_size, or make the network smaller"
+        )
+    evaluated = min(config.data.eval_batch, test_images)
+    needed = learned // 2 + evaluated * size * max(map(math.prod, inputs))
+    if needed > activations:
+        raise UserError(
+            f"data.eval_batch = {config.data.eval_batch}: {evaluated:,} images take at least {needed / 1e9:,.0f} GB, "
+            f"and this machine has {activations / 1e9:,.0f} GB of memory; lower it, or make the network smaller"
+        )
 
 
 def training_flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int, stem_learns: bool) -> int:

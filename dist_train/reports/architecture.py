@@ -214,7 +214,7 @@ def images(data: DataConfig, size: tuple[int, int] | None, classes: int | None) 
     manifest = data.folder / MANIFEST
     if not (size and classes) and manifest.exists():
         try:
-            contents = json.loads(manifest.read_text())
+            contents = json.loads(manifest.read_text(encoding="utf-8"))
             height, width, _ = contents["image_shape"]
             size, classes = size or (height, width), classes or len(contents["classes"])
         except (OSError, ValueError, LookupError, TypeError):

@@ -52,7 +52,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
     for panel in panels:
         all_figures += [*panel["blocks"], panel["confusion"], panel["classes"], panel["calibration"]]
     sources = Path(__file__).parent
-    scripts = [get_plotlyjs(), (sources / "report.js").read_text()]
+    scripts = [get_plotlyjs(), (sources / "report.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(sources),
         autoescape=True,
@@ -83,7 +83,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         history=[_event(name, row) for run, name, _ in runs for row in run.history],
         commands=_commands(runs, command),
         figures={each.id: {"data": each.traces, "layout": each.layout} for each in all_figures},
-        style=Markup((sources / "report.css").read_text()),
+        style=Markup((sources / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
@@ -309,7 +309,7 @@ def _settings(group: Group) -> Row:
         "values": [value or "none" for value in group.row.values],
         "path": str(first.run.folder / SETTINGS),
         "others": f"Of {first.name}. The others differ in nothing but train.seed: {seeds}." if others else "",
-        "toml": (first.run.folder / SETTINGS).read_text(),
+        "toml": (first.run.folder / SETTINGS).read_text(encoding="utf-8"),
     }
 
 

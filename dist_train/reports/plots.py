@@ -44,7 +44,7 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
     run = Run(run_dir)
     run.need(layout.METRICS)
     dataset = dataset or (run.settings.data.dataset if run.begun else "")
-    name = name or run_dir.resolve().name
+    name = (name or run_dir.resolve().name).encode(errors="backslashreplace").decode()  # it may not be UTF-8
     figures = {
         run_dir / layout.LOSS_PLOT: loss_figure(run.steps, dataset=dataset, name=name),
         run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name),

@@ -102,7 +102,7 @@ def write(group: Path) -> str:
     try:
         with locked(layout.table_lock_path(group)):
             text = table(members(group))
-            write_atomic(path, text.encode())
+            write_atomic(path, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or change its permissions") from None
     return text

@@ -141,7 +141,7 @@ def read_members(group: Path) -> dict[str, list[str]] | None:
 def read_checksum(checkpoint: Path) -> str | None:
     """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty."""
     try:
-        return checksum_path(checkpoint).read_text().split()[0]
+        return checksum_path(checkpoint).read_text(encoding="utf-8").split()[0]
     except (OSError, ValueError, IndexError):
         return None
 

@@ -48,7 +48,7 @@ class Run:
         """The configuration. The run must have begun."""
         path = self.folder / layout.SETTINGS
         try:
-            return config.parse(path.read_text())
+            return config.parse(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise unreadable(path, error) from None
         except ValueError as error:  # of a UserError too, the remedy is dropped: nobody wrote this file by hand

@@ -13,6 +13,7 @@ from typing import Any
 from dist_train.runs.layout import WANDB
 from dist_train.tracking import messages
 from dist_train.tracking.messages import Artifact, Begin, End, Message, encode
+from dist_train.tracking.variables import passed_on
 
 CLOSE_TIMEOUT = messages.INIT_TIMEOUT + messages.FINISH_TIMEOUT + 10.0  # seconds that `close` waits at most
 _WORKER = "dist_train.tracking.worker"
@@ -26,7 +27,7 @@ def process(first: Begin) -> dict[str, Any]:
             "WANDB_ERROR_REPORTING": "false",  # otherwise even an offline run connects to W&B, and waits
             "WANDB_SILENT": "true",
             "WANDB_DATA_DIR": str(Path(first.run_dir, WANDB)),  # for files that wait for their upload
-            **{name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},  # a sweep agent's
+            **passed_on(),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # so that it imports the same modules
         },
         "start_new_session": True,  # no Ctrl-C: rank 0 receives it, and ends this process
@@ -38,9 +39,9 @@ class WandbRun:
 
     @classmethod
     def start(cls, first: Begin) -> WandbRun | None:
-        """Start the W&B process of a run; None when its mode is `auto` and WANDB_MODE is `disabled`, or when it
-        cannot be started, which is reported on stderr."""
-        if first.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled":
+        """Start the W&B process of a run; None when its mode is `disabled`, or when it cannot be started, which is
+        reported on stderr."""
+        if first.mode == "disabled":
             return None
         try:
             worker = subprocess.Popen(**process(first), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)

@@ -13,19 +13,31 @@ from typing import Any
 
 from dist_train.config.settings import RecordConfig
 from dist_train.runs.layout import METRICS, SAMPLES
+from dist_train.tracking.variables import resolved
 
 INIT_TIMEOUT = 5.0  # seconds to wait for the server before the run continues offline
 FINISH_TIMEOUT = 15.0  # seconds for uploads at the end of the run
+# settings of wandb that keep the machine out of a run: host, user, command line, folders, git, packages, code
+_NO_MACHINE = {
+    "host": "",
+    "program": "dist_train",
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+    "disable_git": True,
+    "disable_code": True,
+}
+_OF_MACHINE = ("versions", "git_commit", "environments")  # in summary.json
 
 
 @dataclass(frozen=True)
 class Begin:
     """The first message, which describes the run.
 
-    run_dir: the run folder, absolute. mode: `record.wandb`. settings: of wandb.Settings. config: shown with the run.
-    branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products on all ranks, NaN
-    for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already. samples: whether
-    each rank samples its system metrics.
+    run_dir: the run folder, absolute. mode: `record.wandb`, or that of WANDB_MODE. settings: of wandb.Settings. config:
+    shown with the run. branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products
+    on all ranks, NaN for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already.
+    samples: whether each rank samples its system metrics. share: `record.share`.
     """
 
     run_dir: str
@@ -36,6 +48,7 @@ class Begin:
     matrix_rate: float
     sent: dict[str, int]
     samples: bool
+    share: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,10 @@ def begin(
         branches: for each block the names of its convolutions.
         offset: bytes of `metrics.jsonl` that a resumed run has logged already; only the lines after them are logged.
         matrix_rate: FLOP/s of matrix products on all ranks together; NaN for no MFU.
+
+    Raises UserError for settings or environment variables that W&B does not accept.
     """
+    record = resolved(record)
     run_dir = run_dir.absolute()
     samples = {str(path.relative_to(run_dir)): path.stat().st_size for path in run_dir.glob(SAMPLES)}
     settings = {
@@ -116,17 +132,34 @@ def begin(
         "finish_timeout_raises": True,
         "x_stats_pid": os.getpid(),
         "x_transaction_log_flush_interval": 1.0,  # a killed run loses the rows of 1 s instead of 15 s
+        **(_NO_MACHINE if record.share == "metrics" else {}),
     }
     return Begin(
         run_dir=str(run_dir),
         mode=record.wandb,
         settings=settings,
-        config=config,
+        config=config if record.share == "all" else _without_machine(config),
         branches=[list(names) for names in branches],
         matrix_rate=matrix_rate,
         sent={METRICS: offset, **samples},
         samples=record.system == "all",
+        share=record.share,
     )
+
+
+def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
+    """What is shown with a run, without folders, commit and versions."""
+    folders = {"data": ("dir", "source"), "manifest": ("source", "ffcv_version")}
+    kept = {key: value for key, value in config.items() if key != "code"}
+    for section, names in folders.items():
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key not in names}
+    return kept
+
+
+def shared(values: dict[str, Any], share: str) -> dict[str, Any]:
+    """The contents of a summary.json that W&B gets. share: `record.share`."""
+    return {key: value for key, value in values.items() if share == "all" or key not in _OF_MACHINE}
 
 
 def summary(values: dict[str, Any], plots: Sequence[Path], evaluation: Path) -> Summary:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train import config
+from dist_train.command_line import check_path
 from dist_train.errors import UserError, code_of
 from dist_train.files import claimed
 from dist_train.runs import layout
@@ -18,6 +19,7 @@ from dist_train.runs.run import Run
 from dist_train.tracking.client import process
 from dist_train.tracking.messages import Artifact, Begin, End, Message, begin, encode
 from dist_train.tracking.messages import summary as summary_message
+from dist_train.tracking.variables import resolved
 
 FINISH_TIMEOUT = 3600.0  # seconds for the whole upload
 
@@ -26,6 +28,7 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
     """The messages that the training in a run folder would have sent to its W&B run. The folder is locked until `locks`
     is closed. args: project, entity, offline, of the command line. Raises UserError for a folder that is in use, lacks
     files, or has damaged ones."""
+    check_path("RUN_DIR", run_dir)
     run = Run(run_dir)
     run.need(layout.SETTINGS, layout.METRICS)
     try:
@@ -41,8 +44,10 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
         settings.record,
         wandb="offline" if args.offline else "online",
         project=args.project or settings.record.project,
+        name=run.name,  # of its own, where there are several
         system="all",  # the system metrics of every rank in the folder
     )
+    resolved(record, "--project" if args.project else "record.project")
     begin_message = begin(
         run_dir,
         record,

@@ -32,13 +32,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dist_train.command_line import use_utf8
 from dist_train.errors import PREEMPTED, first_line
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
-from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode
+from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode, shared
+from dist_train.tracking.variables import run_id_given
 
 POLL = 0.5  # seconds between two reads of the metrics
+_ROWS_SHOWN = 10_000  # the most rows of a table that W&B's page shows
 
 
 def main() -> int:
@@ -48,6 +51,7 @@ def main() -> int:
     Prints the run's address or folder. Returns the exit code: 0, or 1 when the run was not finished, or is offline
     although `record.wandb` is online; the reason is on stderr.
     """
+    use_utf8()
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)  # Slurm signals every process, but rank 0 ends this one
     messages = _messages()
@@ -88,7 +92,7 @@ def _follow(first: Begin, received: list[Message], messages: Iterator[Message | 
         if isinstance(message, Artifact):
             _log_checkpoint(run, Path(message.path))
         elif isinstance(message, Summary):
-            _summarize(run, message)
+            _summarize(run, message, first.share)
         elif isinstance(message, End):
             exit_code = message.exit_code
             break
@@ -171,7 +175,7 @@ def _online(mode: str, settings: Any) -> bool:
         return False
     if logged_in(settings):
         return True
-    if "online" in (mode, os.environ.get("WANDB_MODE")):  # wandb.init would prompt for a key and wait
+    if mode == "online":  # wandb.init would prompt for a key and wait
         report(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
     return False
 
@@ -189,13 +193,14 @@ def logged_in(settings: Any) -> bool:
 
 def _run_id(path: Path) -> tuple[str, bool]:
     """The W&B run's id, and whether it is new. path: of the file in the run folder that stores the id."""
-    stored = path.read_text().strip() if path.exists() else ""
-    # a sweep's agent chooses the id, and waits for the run that has it
-    agents = os.environ.get("WANDB_RUN_ID", "") if os.environ.get("WANDB_SWEEP_ID") else ""
-    run_id = agents or stored or uuid.uuid4().hex[:12]
+    stored = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    given = run_id_given()
+    # a sweep's agent chooses the id, and waits for the run that has it; other runs are resumed under their own
+    agents = given if os.environ.get("WANDB_SWEEP_ID") else ""
+    run_id = agents or stored or given or uuid.uuid4().hex[:12]
     if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id)
+        path.write_text(run_id, encoding="utf-8")
     return run_id, run_id != stored
 
 
@@ -224,7 +229,7 @@ class _RunFolderReader:
 
     def _first_sample(self) -> float | None:
         """Unix time of rank 0's first sample in seconds, None where there is none."""
-        with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open() as file:
+        with contextlib.suppress(FileNotFoundError), samples_path(self._dir, 0).open(encoding="utf-8") as file:
             for line in file:
                 with contextlib.suppress(ValueError):
                     return float(json.loads(line)["time"])
@@ -289,18 +294,19 @@ def _log_checkpoint(run: Any, checkpoint: Path) -> None:
         run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
 
-def _summarize(run: Any, message: Summary) -> None:
-    """Log the plots, the last evaluation and the summary."""
+def _summarize(run: Any, message: Summary, share: str) -> None:
+    """Log the plots, the last evaluation and the summary. share: `record.share`."""
     import wandb
 
     row = {f"plots/{Path(plot).stem}": wandb.Image(plot) for plot in message.plots}
     if message.evaluation:
-        details = json.loads(Path(message.evaluation).read_text())
-        row |= {f"evaluation/{name}": value for name, value in _details(details).items()}
+        details = json.loads(Path(message.evaluation).read_text(encoding="utf-8"))
+        kept = () if share == "all" else ("wrong",)  # its rows are test images
+        row |= {f"evaluation/{name}": value for name, value in _details(details).items() if name not in kept}
         run.summary[f"{details['split']}_ece"] = details["calibration"]["ece"]
     if row:
         run.log(row)
-    run.summary.update(message.summary)
+    run.summary.update(shared(message.summary, share))
 
 
 def _details(details: Row) -> dict[str, Any]:
@@ -314,6 +320,8 @@ def _details(details: Row) -> dict[str, Any]:
         for actual, row in zip(classes, details["confusion"], strict=True)
         for predicted, count in zip(classes, row, strict=True)
     ]
+    if len(counts) > _ROWS_SHOWN:
+        counts = [row for row in counts if row[2]]  # at most one for each image; what is missing is 0
     bins = [[b["confidence"], b["accuracy"], b["count"]] for b in details["calibration"]["bins"] if b["count"]]
     wrong = [
         [
@@ -330,6 +338,9 @@ def _details(details: Row) -> dict[str, Any]:
         [name, *(value for block in blocks for value in block["by_class"][number])]
         for number, name in enumerate(classes)
     ]
+    # wandb would cut longer tables, silently
+    longest = max(wandb.Table.MAX_ROWS, len(counts), len(by_class))
+    wandb.Table.MAX_ROWS, wandb.Table.MAX_ARTIFACT_ROWS = longest, max(wandb.Table.MAX_ARTIFACT_ROWS, longest)
     return {
         # the chart of wandb.plot.confusion_matrix, made from the counts
         "confusion_matrix": wandb.plot_table(

@@ -46,7 +46,7 @@ def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -
         process.cpu_percent()  # measures the time since its previous call
     while True:
         over = end.wait(INTERVAL)
-        with suppress(psutil.Error, OSError), path.open("a") as file:
+        with suppress(psutil.Error, OSError), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_sample(process, device)) + "\n")
         if over:
             return

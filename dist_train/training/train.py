@@ -226,7 +226,7 @@ def _summary(
 
 
 def _print_result(run_dir: Path) -> None:
-    summary = json.loads((run_dir / SUMMARY).read_text())
+    summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     print(
         f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from dist_train import config
 from dist_train.config import loading
+from dist_train.config.effects import check_effects, check_muon
+from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
 
@@ -96,6 +99,51 @@ def test_mistakes_are_answered_in_one_sentence(settings: list[str], words: str) 
     assert "\n" not in str(caught.value)
 
 
+# each is out of range, not finite, or not what it seems
+EXTREME = ["inf", "-inf", "nan", "-0.0", "1e308", "5e-324", "1e19", "9" * 5000, "0x" + "f" * 5000, "²", "٣", "true"]
+EXTREME += ["-1", "1.5", "2147483648", "1e400", "1\ny = 2", "[" * 5000, "\udcff", "a\0b", "10000000000000000000"]
+
+
+def test_every_number_is_finite_and_in_range_or_refused() -> None:
+    block, conv = "model.blocks.0.", "model.blocks.0.convolutions.0."
+    names = [*loading._leaves(config.Config), "model.output.hidden.0", "data.smaller.0.size", "model.blocks.²"]
+    names += ["data.smaller.0.until_epoch", "model.blocks." + "9" * 5000, "a.\udcff", ".".join("a" * 3000)]
+    names += [block + name for name in ("channels", "temperature", "pool", "dropout")]
+    names += [conv + name for name in ("kernel", "dilation", "groups", "stride", "padding")]
+    given = 0
+    for name in names:
+        for text in EXTREME:
+            try:
+                found = config.load("block94", None, ["model.output.hidden=[3]", f"{name}={text}"])
+            except UserError:
+                continue
+            given += 1
+            assert config.parse(config.to_toml(found)) == found
+            for place, value in leaves(config.to_dict(found)):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    assert abs(value) <= 2**31 or place == "train.seed", place
+                    assert math.copysign(1, value) > 0 or value < 0, place
+    assert given > 100
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("epochs=inf", "train.epochs = inf: input should be a finite number"),
+        ("timeout=604801", "train.timeout = 604801: input should be less than or equal to 604800"),
+        ("threads=100000", "train.threads = 100000: input should be less than or equal to 1024"),
+        ("model.blocks.0.channels=10000000", "model.blocks.0.channels = 10000000: input should be less than or equal"),
+        ("model.blocks.0.temperature=1e-300", "model.blocks.0.temperature = 1e-300: input should be greater than or"),
+        ("seed=9223372036854775808", "train.seed: a whole number has at most 64 bits"),
+        ("model.blocks.²=3", "there is nothing at model.blocks.²"),
+        ("record.name=\udcff", "record.name = \udcff: not valid text"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        config.load("block94", None, [setting])
+
+
 def test_unknown_presets_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean block94"):
         config.load("blok94", None, [])
@@ -170,3 +218,50 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
     of_items = [table for key, table, _ in loading._sections(config.Config) if ".0" in key]
     assert len(of_items) == 3
     assert not any("Effect(" in str(info.metadata) for table in of_items for info in table.__pydantic_fields__.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "words"),
+    [
+        ("block94", "optim.kernels.weight_decay=0.1", 'has no effect, since algorithm = "muon" has none; set another'),
+        ("block94", "model.blocks.0.temperature=2", 'coefficients = "raw"; set it to softmax'),
+        ("block94", "model.blocks.1.pool_kind=avg", "pool = 1; set pool"),
+        ("block94", "model.stem.channels=9", 'kind = "whiten"; set it to conv'),
+        ("block94", "model.output={dropout=0.2}", "model.output.dropout = 0.2 has no effect, since hidden = []"),
+        ("seed", "model.stem.kernel=5", 'kind = "none"; set kind'),
+        ("seed", "optim.stem.lr=1", 'model.stem.kind = "none"; set that'),
+        (
+            "digits",
+            "model.blocks=[{channels=8, activate='none', activation='relu', convolutions=[{}]}]",
+            'activate = "none"; set activate',
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused_where_they_are_given(preset: str, setting: str, words: str) -> None:
+    found = config.load(preset, None, [setting])
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_effects(found, config.given(None, [setting]))
+    check_effects(found, [])
+
+
+def test_presets_examples_and_a_runs_own_file_have_none(tmp_path: Path) -> None:
+    for preset in config.presets():
+        check_effects(config.load(preset, None, []), config.given(config.PRESETS / f"{preset}.toml", []))
+    for example in (config.PRESETS.parent / "examples").glob("*.toml"):
+        check_effects(config.load(None, example, []), config.given(example, []))
+    # what a preset sets is not given, and may be without effect
+    settings = ["model.stem.kind=none", "model.blocks.0.pool=1", "optim.kernels.algorithm=sgd"]
+    found = config.load("block94", None, settings)
+    check_effects(found, config.given(None, settings))
+    (tmp_path / "config.toml").write_text(config.to_toml(found), encoding="utf-8")
+    check_effects(found, config.given(tmp_path / "config.toml", []))
+    mine = tmp_path / "mine.toml"
+    mine.write_text("[optim.kernels]\nweight_decay = 0.1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"weight_decay = 0\.1 has no effect"):
+        check_effects(config.load("block94", mine, []), config.given(mine, []))
+
+
+@pytest.mark.parametrize("group", ["norms", "mixing", "output", "stem"])
+def test_muon_is_for_kernels_alone(group: str) -> None:
+    with pytest.raises(UserError, match=rf"optim\.{group}\.algorithm = muon: it is for kernels only"):
+        check_muon(config.load("block94", None, [f"optim.{group}.algorithm=muon"]))

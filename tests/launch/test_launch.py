@@ -73,7 +73,13 @@ def test_members() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "grid", "sentence"),
-    [("a", [], "--seeds a: write it as"), ("", ["lr"], "--grid lr: write it as"), ("1,1", [], "would be called seed1")],
+    [
+        ("a", [], "--seeds a: write it as"),
+        ("4-0", [], "--seeds 4-0: write it as"),
+        ("0-99999999999", [], "--seeds 0-99999999999: write it as"),
+        ("", ["lr"], "--grid lr: write it as"),
+        ("1,1", [], "would be called seed1"),
+    ],
 )
 def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -276,6 +277,97 @@ def test_offline_run_has_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert (run["project"], run["run_group"], run["display_name"]) == ("dist_train", "a group", "run")
     assert run["tags"] == ["first", "second"]
     assert [end.get("exit_code", 0) for end in of["exit"]] == [0]
+
+
+def test_variables_name_an_offline_run_which_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"WANDB_PROJECT": "mine", "WANDB_NAME": "a name", "WANDB_RUN_ID": "an-id", "WANDB_MODE": ""}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run_dir = tmp_path / "run"
+    recorder = opened(run_dir, AUTO)
+    train(recorder, 1, 6)
+    recorder.close(errors.PREEMPTED)
+    monkeypatch.setenv("WANDB_RUN_ID", "another-id")
+    recorder = opened(run_dir, AUTO, resume_step=6)
+    train(recorder, 7, 12)
+    recorder.close(0)
+    for name in variables:
+        monkeypatch.delenv(name)
+    runs = [
+        record["run"] for number in (0, 1) for record in offline_records(run_dir, number) if record["type"] == "run"
+    ]
+    assert [(run["project"], run["display_name"], run["run_id"]) for run in runs] == [("mine", "a name", "an-id")] * 2
+
+
+def test_a_disabled_wandb_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    whole_run(tmp_path / "run", AUTO)
+    assert not (tmp_path / "run/wandb").exists()
+
+
+def test_tables_of_many_classes_are_whole(tmp_path: Path) -> None:
+    """wandb cuts tables at 10,000 rows, which 101 classes exceed."""
+    run_dir, count = tmp_path / "run", 200
+    run_dir.mkdir()
+    confusion = [[int((b - a) % count < 60) for b in range(count)] for a in range(count)]
+    block = {"branches": ["3x3"], "mean": [1.0], "std": [0.0], "by_class": [[float(number)] for number in range(count)]}
+    evaluation = {
+        "classes": [f"class {number}" for number in range(count)],
+        "split": "test",
+        "images": 12_000,
+        "confusion": confusion,
+        "calibration": {"ece": 0.0, "bins": []},
+        "coefficients": [block],
+        "wrong": [],
+    }
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    whole_run(run_dir, RecordConfig(wandb="offline", quiet=True))
+    (file,) = run_dir.glob("wandb/offline-run-*/files/media/table/evaluation/confusion_matrix_table_*.table.json")
+    rows = {(actual, predicted): n for actual, predicted, n in json.loads(file.read_text())["data"]}
+    assert rows == {
+        (f"class {a}", f"class {b}"): confusion[a][b] for a in range(count) for b in range(count) if confusion[a][b]
+    }
+    assert len({actual for actual, _ in rows}) == count
+
+
+def test_the_machine_and_test_images_are_sent_unless_they_are_to_stay_here(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "png")
+    wrong = {
+        "png": base64.b64encode(image.getvalue()).decode(),
+        "label": 0,
+        "predicted": 1,
+        "confidence": 0.9,
+        "index": 5,
+    }
+    evaluation = {
+        "classes": ["a", "b"],
+        "split": "test",
+        "images": 2,
+        "confusion": [[1, 1], [0, 0]],
+        "calibration": {"ece": 0.0, "bins": []},
+        "coefficients": [{"branches": ["3x3"], "by_class": [[1.0], [1.0]]}],
+        "wrong": [wrong],
+    }
+    private = [platform.node(), "/home/me/pictures", str(REPOSITORY), sys.executable, "0123abc"]
+    for share in ("all", "metrics"):
+        run_dir = tmp_path / share
+        run_dir.mkdir()
+        (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+        settings = RecordConfig(wandb="offline", quiet=True, share=share)
+        data = {"dir": "/home/me/pictures/b", "source": "/home/me/pictures", "flip": "none"}
+        config = {"data": data, "manifest": {"source": "/home/me/pictures"}, "code": {"git_commit": "0123abc"}}
+        recorder = opened(run_dir, settings, run_config=config)
+        train(recorder, 1, 12)
+        recorder.finish({"test_accuracy": 0.6, "versions": {"torch": str(REPOSITORY)}, "git_commit": "0123abc"})
+        recorder.close(0)
+        (folder,) = run_dir.glob("wandb/offline-run-*")
+        (record,) = folder.glob("*.wandb")
+        sent = record.read_bytes()
+        assert [word for word in private if word.encode() in sent] == (private if share == "all" else [])
+        assert (folder / "files/requirements.txt").exists() == (share == "all")
+        assert any(folder.glob("files/media/table/evaluation/wrong*")) == (share == "all")
+        assert b"test_accuracy" in sent
 
 
 def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
