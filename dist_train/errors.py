@@ -64,3 +64,9 @@ def say(message: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, for a sentence that names the file: of an error of the operating system without its number
+    and its file."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

@@ -114,41 +114,49 @@ class Writer:
         *,
         before: Callable[[], None],
         written: Callable[[Path], None],
-        failed: Callable[[int, OSError], None],
+        failed: Callable[[int, Exception], None],
     ) -> None:
         """keep: the number of checkpoints to keep. stamp: entries that every checkpoint has besides the state.
         Callbacks, called in the thread: before, ahead of each file; written, with the path of each finished file;
-        failed, with the step and the error when a file could not be written; older checkpoints stay."""
+        failed, with the step and the error when a file could not be written, for whatever reason; older checkpoints
+        stay."""
         self.folder, self.keep, self.stamp = folder, keep, stamp
         self.before, self.written, self.failed = before, written, failed
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the state after `step` steps, once the previous checkpoint is written. The tensors of
         `state` may change after the call."""
         self.wait()
-        copied = {**_copied(state), **self.stamp}
-        self.thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
-        self.thread.start()
+        self.error = None
+        try:
+            copied = {**_copied(state), **self.stamp}
+            thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
+            thread.start()
+        except Exception as error:  # such as too little memory for the copy
+            self._fail(step, error)
+        else:
+            self.thread = thread
 
-    def wait(self) -> OSError | None:
-        """Wait until the last checkpoint is written. Returns its error, None when it is on the disk."""
+    def wait(self) -> Exception | None:
+        """Wait, in any thread, until the last checkpoint is written. Returns its error, None when it is on the disk."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
         return self.error
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        self.error = None
         try:
             self.before()
             path = save(self.folder, step, state, self.keep)
-        except OSError as error:
-            self.error = error
-            self.failed(step, error)
+        except Exception as error:
+            self._fail(step, error)
         else:
             self.written(path)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.error = error
+        self.failed(step, error)
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -19,7 +19,7 @@ from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
-from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, say
+from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, reason, say
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
@@ -112,7 +112,10 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
                 stopped = train(config, data, ranks, state, writer, stop)
         except DivergedError as error:
             if ranks.main:
-                write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
+                try:
+                    write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
+                except OSError as failure:
+                    say(f"{run_dir / DIVERGED} cannot be written ({reason(failure)})")
             raise
 
         def finish() -> str:
@@ -123,14 +126,14 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), "seconds": seconds})
 
         missing = on_main(ranks, finish)
-        outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
-        outcome.reason = stopped or missing
+        outcome.code = FAILED if missing else PREEMPTED if stopped else DONE
+        outcome.reason = f"{missing} could not be written" if missing else stopped
         if not ranks.main:
             return
         if missing:
             say(
-                f"{run_dir}: {missing} could not be written; free disk space and start the same command again: "
-                f"it resumes from the newest checkpoint"
+                f"{run_dir}: {missing} could not be written; make room, or remove the cause, and start the same "
+                f"command again: it resumes from the newest checkpoint"
             )
         elif stopped:
             print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")

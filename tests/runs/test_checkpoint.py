@@ -126,7 +126,7 @@ def test_a_failed_write_keeps_the_last_checkpoint_and_leaves_no_partial_file(
     assert checkpoint.load(newest)["step"] == 5
 
 
-def writer(folder: Path, failures: list[tuple[int, OSError]], before: Callable[[], None] = lambda: None) -> Writer:
+def writer(folder: Path, failures: list[tuple[int, Exception]], before: Callable[[], None] = lambda: None) -> Writer:
     return Writer(
         folder,
         2,
@@ -138,7 +138,7 @@ def writer(folder: Path, failures: list[tuple[int, OSError]], before: Callable[[
 
 
 def test_the_writer_copies_the_state(tmp_path: Path) -> None:
-    failures: list[tuple[int, OSError]] = []
+    failures: list[tuple[int, Exception]] = []
     wrote = writer(tmp_path, failures)
     weights = torch.zeros(1000)
     for step in (1, 2, 3):
@@ -154,23 +154,22 @@ def test_the_writer_copies_the_state(tmp_path: Path) -> None:
     assert not failures
 
 
-def test_the_writer_reports_a_failed_write_and_continues(tmp_path: Path) -> None:
-    failures: list[tuple[int, OSError]] = []
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), MemoryError(), RuntimeError("on purpose")])
+def test_the_writer_reports_a_failed_write_and_continues(tmp_path: Path, failure: Exception) -> None:
+    failures: list[tuple[int, Exception]] = []
     full = [False]
 
     def before() -> None:
         if full[0]:
-            raise OSError(28, "No space left on device")
+            raise failure
 
     wrote = writer(tmp_path, failures, before)
     wrote.write(1, {"step": 1})
     assert wrote.wait() is None
     full[0] = True
     wrote.write(2, {"step": 2})
-    error = wrote.wait()
-    assert error is not None
-    assert error.errno == 28
-    assert failures == [(2, error)]
+    assert wrote.wait() is failure
+    assert failures == [(2, failure)]
     assert checkpoint.steps(tmp_path) == [1]
     full[0] = False
     wrote.write(3, {"step": 3})

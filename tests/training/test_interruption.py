@@ -264,8 +264,8 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
         timeout=120,
     )
     said = (out / "full.log").read_text()
-    assert "could not be written (No space left on device); the one of step 5 is kept; training continues" in said
-    assert "the checkpoint of step 10 (No space left on device) could not be written; free disk space" in said
+    assert "could not be written (No space left on device); the one of step 5 is kept" in said
+    assert "the checkpoint of step 10 (No space left on device) could not be written; make room" in said
     assert (out / "full.code").read_text() == "1\n"
     assert [row["step"] for row in lines(out) if row["kind"] == "step"] == list(range(1, 11))
     assert "checkpoint_failed" in {row["event"] for row in read_history(out)}
@@ -274,3 +274,35 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
     summary = json.loads((out / "run" / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(out / "run") == lines(tmp_path / "undisturbed")
+
+
+def test_the_newest_checkpoint_is_written_before_the_process_leaves(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=1", "--run-dir", tmp_path / "run"]
+    faulty = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "slow"})
+    assert faulty.returncode == 1
+    assert "at step 4 the loss is nan" in faulty.stderr
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2, 3]
+    assert read_history(tmp_path / "run")[-1]["outcome"] == "failed"
+    # exit code 75 promises that all is saved
+    faulty = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "unwritable"})
+    assert faulty.returncode == 1
+    assert "the checkpoint of step 4 could not be written (unexpected pos 64 vs 0); the one of step 3" in faulty.stderr
+    assert "Traceback" not in faulty.stderr
+    assert read_history(tmp_path / "run")[-1]["outcome"] == "failed"
+
+
+def test_the_last_evaluation_comes_after_the_last_checkpoint(digits: Path, tmp_path: Path) -> None:
+    """Where its details need too much memory the run is done all the same, and says how to make up for them."""
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "--run-dir", tmp_path / "run"]
+    done = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "details"})
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"evaluation.json cannot be written (MemoryError); later: dist-train evaluate {tmp_path / 'run'}" in done.stderr
+    )
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
+    # a process that is killed there leaves a run that ends without them
+    (tmp_path / "run" / "summary.json").unlink()
+    done = trainer(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "evaluation.json cannot be written (the run was interrupted before); later: " in done.stderr
