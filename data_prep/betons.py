@@ -14,7 +14,7 @@ import numpy as np
 from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
-from dist_train.data_prep.files import DataError, locked, sha256_of, sync
+from dist_train.data_prep.files import DataError, locked, sha256_of, sync, temporary
 from dist_train.data_prep.images import TEST_FRACTION, load_images
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
@@ -196,7 +196,7 @@ def prepare(
         real.parent.mkdir(parents=True, exist_ok=True)
         with locked(real.parent / f".{real.name}.lock"):
             # only the holder of the lock creates these two, so existing ones were left by a killed process
-            fresh, old = real.parent / f".{real.name}.new", real.parent / f".{real.name}.old"
+            fresh, old = temporary(real, "new"), temporary(real, "old")
             for leftover in (fresh, old):
                 if leftover.exists():
                     shutil.rmtree(leftover)

@@ -1,5 +1,6 @@
-"""Errors of data_prep, and its use of the file system: a lock, checksums, fsync."""
+"""Errors of data_prep, and its use of the file system: a lock, checksums, fsync, names of its own."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,15 +30,31 @@ def locked(path: Path) -> Iterator[None]:
     """A context that holds an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
 
     The kernel releases the lock when its holder ends, in any way, so a leftover lock file does no harm. Raises
-    OSError if the file cannot be created or its file system has no locks.
+    OSError if the file cannot be created, is a link, or its file system has no locks.
     """
-    with path.open("a") as file:
+    with open(path, "a", opener=no_links) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def no_links(path: str, flags: int) -> int:
+    """An opener for `open` that refuses a symbolic link, whose target is somebody else's file. Raises OSError."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a symbolic link", path) from None
+
+
+def temporary(path: Path, name: str) -> Path:
+    """A path beside `path` for a file or folder that is moved to it once it is complete, and that nobody else gives to
+    a file: `.PATH.NAME.dist_train`."""
+    return path.with_name(f".{path.name}.{name}.dist_train")
 
 
 def sha256_of(path: Path) -> str:

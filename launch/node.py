@@ -201,8 +201,6 @@ class Training:
                 endpoint = f"{os.environ.get('SLURMD_NODENAME', platform.node())}:{free.getsockname()[1]}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                for old in folder.iterdir():
-                    old.unlink()
                 write_atomic(path, endpoint.encode())
             except OSError as error:
                 raise UserError(

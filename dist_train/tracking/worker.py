@@ -33,6 +33,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.errors import PREEMPTED, first_line
+from dist_train.files import write_atomic
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
@@ -195,7 +196,7 @@ def _run_id(path: Path) -> tuple[str, bool]:
     run_id = agents or stored or uuid.uuid4().hex[:12]
     if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id)
+        write_atomic(path, run_id.encode())
     return run_id, run_id != stored
 
 

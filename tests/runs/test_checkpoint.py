@@ -179,7 +179,7 @@ def test_the_writer_reports_a_failed_write_and_continues(tmp_path: Path, failure
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     saved(tmp_path, 5)
-    (tmp_path / ".step-00000010.pt.4711").write_bytes(b"half of it")
+    (tmp_path / ".step-00000010.pt.4711.dist_train").write_bytes(b"half of it")
     (tmp_path / "step-00000010.pt.sha256").write_text("0" * 64)
     checkpoint.clean(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005.pt", "step-00000005.pt.sha256"]

@@ -211,6 +211,18 @@ def test_the_commands_take_the_intact_run(group: Path, capsys: pytest.CaptureFix
     assert "90.00 %" in (group / "seed0" / "export" / "README.md").read_text()
 
 
+def test_an_export_replaces_no_files_but_those_of_an_export(group: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = group / "seed0", group / "site"
+    out.mkdir()
+    for folder, name in ((out, "README.md"), (run, "config.toml")):
+        (folder / name).touch()
+        before = (folder / name).read_bytes()
+        assert main(["export", str(run), "--format", "safetensors", "--out", str(folder)]) == errors.BAD_INPUT
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence == f"dist_train: --out {folder}: holds {name}, which is not of an export; name another folder"
+        assert (folder / name).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("file", "entry", "value", "words"),
     [
