@@ -351,10 +351,15 @@ def _is_valid(manifest: Manifest) -> bool:
 
 
 def _load(dataset: str, source: Path | None, image_size: int, test_fraction: float | None) -> Pixels:
-    if dataset in DATASETS:
-        return load(dataset, source)
-    assert source is not None
-    return load_images(source, image_size, test_fraction)
+    try:
+        if dataset in DATASETS:
+            return load(dataset, source)
+        assert source is not None
+        return load_images(source, image_size, test_fraction)
+    except OSError as error:
+        if source is None:
+            raise
+        raise DataError(f"--source {source} cannot be read ({error.strerror or error}): choose another") from error
 
 
 def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test_fraction: float | None) -> Manifest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -64,6 +66,23 @@ def say(message: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_REMEDIES = {
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.ENOSPC: "make room, or name another",
+    errno.EDQUOT: "make room, or name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+
+
+def unusable(error: OSError) -> str:
+    """The sentence on a file or folder of the user, or an output, that the operating system does not let us use."""
+    if error.filename is None:
+        return f"the output cannot be written ({reason(error)}); send it somewhere else"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else f"file {error.filename}"
+    return f"{name}: cannot be used ({reason(error)}); {_REMEDIES.get(error.errno or 0, 'name another')}"
 
 
 def reason(error: BaseException) -> str:

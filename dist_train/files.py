@@ -18,20 +18,24 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Replace the content of `path` by `data` atomically: even a power cut leaves the old file or the new one complete.
     A link is replaced by a file, and its target is left as it is; to a device or a pipe the data are written.
 
-    Raises OSError, and then leaves no partial file."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_bytes(data)
-        return
+    Raises OSError, which names `path`, and then leaves no partial file."""
     partial = temporary(path, str(os.getpid()))
     try:
-        partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:
-            file.write(data)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(data)
+            return
+        try:
+            partial.unlink(missing_ok=True)
+            with partial.open("xb") as file:
+                file.write(data)
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the partial file's
+        raise
 
 
 def remove_partial(folder: Path) -> None:

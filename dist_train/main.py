@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_train import config, data_prep
+from dist_train.command_line import survive_output
 from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node
-from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say
+from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say, unusable
 from dist_train.model.shapes import shapes
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
@@ -60,6 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
         except LostPeerError as error:
             outcome.reason = str(error)
             if error.reported_here:
+                say(outcome.reason)
+        except OSError as error:
+            outcome.reason = f"{type(error).__name__}: {error}"
+            if error.filename is None:
+                raise
+            outcome.reason = unusable(error)
+            if outcome.detected_by == "node":
+                outcome.code = BAD_INPUT
+                _print_once(outcome)
+            else:
                 say(outcome.reason)
         except BaseException as error:
             outcome.reason = f"{type(error).__name__}: {error}"
@@ -114,6 +125,7 @@ def _print_once(outcome: Outcome) -> None:
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
+    survive_output()
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_train.command_line import command
+from dist_train.command_line import command, survive_output
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node
@@ -311,4 +311,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    survive_output()
     sys.exit(main())
