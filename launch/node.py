@@ -161,8 +161,11 @@ class Training:
             code = code_of(_outcome(self.run_dir, known, self.stopping))
         if code == DONE and node.main and self.group:
             try:
-                print(table.write(self.run_dir.parent), flush=True)
-            except UserError as error:  # another member's folder is damaged; this training is done
+                text, damaged = table.write(self.run_dir.parent)
+                print(text, flush=True)
+                for each in damaged:
+                    say(str(each))
+            except UserError as error:  # of the group; this training is done
                 say(f"no table: {error}")
         return code
 

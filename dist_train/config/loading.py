@@ -62,8 +62,16 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
 
 
 def parse(text: str) -> Config:
-    """The configuration of a text that `to_toml` wrote. Raises UserError and tomllib.TOMLDecodeError."""
-    return _checked(tomllib.loads(text))
+    """The configuration of a text that `to_toml` wrote. Raises UserError, and ValueError for a text that is no TOML."""
+    return _checked(_toml(text))
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Raises ValueError."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _checked(tree: dict[str, Any]) -> Config:
@@ -202,10 +210,10 @@ def _without_none(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return _toml(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid TOML ({error}); fix that line") from None
 
 
@@ -222,8 +230,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """The value of a setting on the command line: as in TOML, or the text itself, which needs no quotes."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"x = {text}")["x"]
+    except ValueError:
         return {"True": True, "False": False}.get(text, text)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_train.runs.contents import history_line
 from dist_train.runs.layout import HISTORY
 from dist_train.runs.metrics import Row, finite
 
@@ -34,9 +34,5 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
 def read_history(run_dir: Path) -> list[Row]:
     """The valid lines of `history.jsonl`, none where there is no such file. Raises OSError."""
     path = run_dir / HISTORY
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict) and "event" in row:
-                rows.append(row)
-    return rows
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for line in lines if (row := history_line(line)) is not None]

@@ -38,10 +38,16 @@ from typing import Any
 from dist_train.data_prep.files import sync
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
+from dist_train.runs.contents import metrics_line
 from dist_train.runs.layout import EVALUATION, METRICS
 
 Row = dict[str, Any]
 KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
+# what resuming requires of a line; those of earlier versions, which are shown all the same, may have less
+_RESUMED = {
+    "step": {"images_per_second", "correct", "images", "flops"},
+    "eval": {"test_loss", "train_loss", "train_accuracy"},
+}
 
 
 class MetricsFile:
@@ -170,7 +176,7 @@ class MetricsFile:
         data = self._path.read_bytes() if self._path.exists() else b""
         keep = 0
         for row, end in _rows(data):
-            if row["step"] > resume_step:
+            if row["step"] > resume_step or not row.keys() >= _RESUMED.get(row["kind"], set()):
                 break
             if row["kind"] == "eval":
                 self.last_eval = row
@@ -291,11 +297,7 @@ def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
     """Each line's object and the offset after the line, up to the first line that is torn or not valid."""
     start = 0
     while (end := data.find(b"\n", start) + 1) > 0:
-        try:
-            row = json.loads(data[start:end])
-        except ValueError:
-            return
-        if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
+        if (row := metrics_line(data[start:end])) is None:
             return
         yield row, end
         start = end

@@ -25,6 +25,7 @@ from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
 from dist_train.randomness import derive
 from dist_train.runs import checkpoint
+from dist_train.runs.contents import read_summary
 from dist_train.runs.environment import device_name, git_commit, versions
 from dist_train.runs.folder import check_data, open_folder
 from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
@@ -92,7 +93,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             outcome.code = DONE
             if ranks.main:
                 print(f"{run_dir} is finished already")
-                _print_result(run_dir)
+                _print_result(run_dir, manifest.dataset)
             return
 
         model = build_model(config, data).to(ranks.device)
@@ -138,7 +139,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         elif stopped:
             print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
         else:
-            _print_result(run_dir)
+            _print_result(run_dir, manifest.dataset)
 
 
 def _matrix_rate(ranks: Ranks, precision: str) -> int:
@@ -210,13 +211,14 @@ def _summary(
     }
 
 
-def _print_result(run_dir: Path) -> None:
-    summary = json.loads((run_dir / SUMMARY).read_text())
+def _print_result(run_dir: Path, dataset: str) -> None:
+    summary = read_summary(run_dir)
+    assert summary is not None
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     print(
-        f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
+        f"{dataset}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
-        f"{summary['seconds']:.1f} s in all\n"
+        f"{summary.get('seconds', 0.0):.1f} s in all\n"
         f"curves: {run_dir / LOSS_PLOT}, {run_dir / ACCURACY_PLOT}; metrics: {run_dir / METRICS}, {run_dir / SUMMARY}",
         flush=True,
     )
