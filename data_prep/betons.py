@@ -310,6 +310,8 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder, write)}"
         )
     try:
+        if any(type(raw[key]) is not list for key in ("classes", "image_shape", "mean", "std")):
+            raise TypeError
         height, width, channels = raw["image_shape"]
         manifest = Manifest(
             dataset=raw["dataset"],

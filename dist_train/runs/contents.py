@@ -212,11 +212,15 @@ def read_members(group: Path) -> dict[str, list[str]] | None:
 
 
 def read_checksum(checkpoint: Path) -> str | None:
-    """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty."""
+    """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty. Raises UserError where
+    it cannot be read."""
+    path = checksum_path(checkpoint)
     try:
-        return checksum_path(checkpoint).read_text().split()[0]
-    except (OSError, ValueError, IndexError):
+        return path.read_text().split()[0]
+    except (FileNotFoundError, ValueError, IndexError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def metrics_line(line: bytes) -> dict[str, Any] | None:

@@ -17,8 +17,8 @@ _CLAIM = 5.0  # seconds to wait for the ranks of a run that was just stopped to 
 
 def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path | None:
     """Create or check a run folder, and lock it until `held` is closed. Returns its newest whole checkpoint, None
-    without one. Raises UserError when the folder is in use, belongs to another run, has files that are not of a run, or
-    cannot be written."""
+    without one. Raises UserError when the folder is in use, belongs to another run, has files that are not of a run,
+    only damaged checkpoints, or results without a checkpoint, or cannot be written."""
     checkpoints = layout.checkpoint_folder(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,13 @@ def open_folder(run_dir: Path, settings: config.Config, held: ExitStack) -> Path
         ) from None
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({reason(error)}); name another folder") from None
-    return checkpoint.newest(checkpoints)
+    newest = checkpoint.newest(checkpoints)
+    if newest is None and (run_dir / layout.SUMMARY).exists():
+        raise UserError(
+            f"--run-dir {run_dir}: holds the results of a run, but no checkpoint of it; name another folder to train "
+            f"again, or remove {layout.SUMMARY} to start the run over in this one"
+        )
+    return newest
 
 
 def _check_names(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
-from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, reason, say
+from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
@@ -39,6 +39,7 @@ from dist_train.training.system_metrics import sampled
 
 # seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
 _DATA_TIMEOUT = 3600
+_START_OVER = "restore it from a copy, remove it to resume from the one before it, or start in another folder"
 _WHITENING_PIXELS = 5000 * 32 * 32  # pixels of training images from which a whitening stem is computed
 
 
@@ -86,7 +87,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
         last_step = total_steps(config, data.steps_per_epoch)
         newest = on_main(ranks, lambda: open_folder(run_dir, config, held))
-        resumed = checkpoint.read(newest) if newest else None
+        resumed = checkpoint.read(newest, _START_OVER) if newest else None
         if resumed:
             check_data(resumed, manifest, run_dir)
         if newest and step_of(newest) == last_step and (run_dir / SUMMARY).exists():
@@ -99,8 +100,13 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         model = build_model(config, data).to(ranks.device)
         optimizers = Optimizers(model, config.optim, last_step, data.steps_per_epoch)
         state = State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
-        if resumed:
-            state.load(resumed)
+        if newest and resumed:
+            try:
+                if resumed.step != step_of(newest):
+                    raise ValueError(f"it is of step {resumed.step}")
+                state.load(resumed)
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{newest} does not fit this run ({first_line(error)}); {_START_OVER}") from None
         rate = _matrix_rate(ranks, t.precision)
         writer = Writer()
         if ranks.main:

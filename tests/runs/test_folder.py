@@ -70,6 +70,13 @@ def test_a_folder_that_is_not_of_a_run_is_refused(tmp_path: Path, settings: Conf
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_results_without_a_checkpoint_are_not_started_over(tmp_path: Path, settings: Config) -> None:
+    opened(tmp_path, settings)
+    (tmp_path / layout.SUMMARY).write_text("{}")
+    with pytest.raises(UserError, match=r"holds the results of a run, but no checkpoint of it; name another folder"):
+        opened(tmp_path, settings)
+
+
 def test_a_link_and_a_pipe_in_place_of_a_file(tmp_path: Path) -> None:
     theirs, link = tmp_path / "theirs", tmp_path / "link"
     theirs.write_text("theirs")

@@ -306,3 +306,28 @@ def test_the_last_evaluation_comes_after_the_last_checkpoint(digits: Path, tmp_p
     done = trainer(*arguments)
     assert done.returncode == 0, done.stderr
     assert "evaluation.json cannot be written (the run was interrupted before); later: " in done.stderr
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(digits: Path, train: Train, tmp_path: Path) -> None:
+    train("run", "epochs=1", "keep=1")
+    folder = tmp_path / "run"
+    (path,) = (folder / "checkpoints").glob("*.pt")
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "keep=1", "--run-dir", folder]
+    record, state = (folder / "metrics.jsonl").read_bytes(), checkpoint.load(path)
+
+    def refused() -> str:
+        done = trainer(*arguments)
+        assert done.returncode == 2, done.stderr
+        (sentence,) = done.stderr.splitlines()
+        assert (folder / "metrics.jsonl").read_bytes() == record
+        return sentence.removeprefix("dist_train: ")
+
+    for content in ({"step": 5, "model": 0}, {**state, "step": 4}, {**state, "optimizers": []}):
+        (folder / "summary.json").unlink(missing_ok=True)
+        checkpoint.save(path.parent, 5, content, keep=1)  # with a right checksum
+        assert refused().startswith(f"{path}")
+    path.write_bytes(b"junk")
+    for _ in range(2):
+        said = refused()
+        assert said.startswith(f"checkpoint {path} does not match its checksum, and there is no other to resume from; ")
+        assert said.endswith(f"remove the folder {path.parent} to start the run over")
