@@ -58,6 +58,11 @@ class LostPeerError(ConnectionError):
         self.reported_here = reported_here
 
 
+class LostRecordError(Exception):
+    """The file of the metrics, or its folder, was moved or deleted while a run wrote to it. The message is for the
+    user."""
+
+
 def say(message: str) -> None:
     """Print a sentence for the user to stderr."""
     print(f"dist_train: {message}", file=sys.stderr, flush=True)

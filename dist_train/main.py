@@ -27,7 +27,17 @@ from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node
-from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say, unusable
+from dist_train.errors import (
+    BAD_INPUT,
+    PREEMPTED,
+    DivergedError,
+    LostPeerError,
+    LostRecordError,
+    Outcome,
+    UserError,
+    say,
+    unusable,
+)
 from dist_train.model.shapes import shapes
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
@@ -58,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
                 say(outcome.reason)
+        except LostRecordError as error:
+            outcome.reason = str(error)
+            say(outcome.reason)
         except LostPeerError as error:
             outcome.reason = str(error)
             if error.reported_here:

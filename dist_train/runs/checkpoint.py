@@ -199,7 +199,7 @@ class Writer:
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the state after `step` steps and remove all but the newest `keep` checkpoints. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run folder that was moved is not made anew
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()

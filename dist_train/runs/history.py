@@ -26,6 +26,8 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
             file.seek(max(0, file.tell() - 1))
             torn = file.read() not in (b"", b"\n")  # a process was killed while it wrote the last line
             file.write(b"\n" * torn + line)
+    except FileNotFoundError:
+        return  # the folder was moved or deleted, which the metrics tell
     except OSError as error:
         message = f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped"
         print(message, file=sys.stderr, flush=True)

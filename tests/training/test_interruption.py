@@ -331,3 +331,23 @@ def test_a_run_without_a_whole_checkpoint_is_not_started_over(digits: Path, trai
         said = refused()
         assert said.startswith(f"checkpoint {path} does not match its checksum, and there is no other to resume from; ")
         assert said.endswith(f"remove the folder {path.parent} to start the run over")
+
+
+def test_a_run_folder_that_is_moved_or_deleted_ends_the_run_at_once(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=300", "every_steps=2"]
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    process = begun(folder, 5, *arguments)
+    folder.rename(moved)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"{folder / 'metrics.jsonl'} is not the file that this run writes any more" in said
+    assert "Traceback" not in said
+    assert not folder.exists()
+    steps = checkpoint.steps(moved / "checkpoints")
+    process = begun(moved, steps[-1] + 3, *arguments)
+    shutil.rmtree(moved, ignore_errors=True)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"resuming after step {steps[-1]}" in said
+    assert "any more: it or its folder was moved, replaced or deleted; move it back" in said
+    assert "Traceback" not in said
