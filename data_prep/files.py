@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.errors import NO_NETWORK, UserError
+from dist_train.errors import NO_NETWORK, UserError, say
 
 
 class DataError(UserError):
@@ -30,15 +30,29 @@ def locked(path: Path) -> Iterator[None]:
     """A context that holds an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
 
     The kernel releases the lock when its holder ends, in any way, so a leftover lock file does no harm. Raises
-    OSError if the file cannot be created, is a link, or its file system has no locks.
+    OSError if the file cannot be created or is a link.
     """
     with open(path, "a", opener=no_links) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), path)
         except BlockingIOError:
             print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock(file: int, path: Path) -> None:
+    """Lock an open file exclusively. Raises BlockingIOError where another process holds the lock. On a file system
+    without locks this is said, and nothing is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        say(
+            f"{path} cannot be locked ({error.strerror}): nothing keeps a second process from writing there at the "
+            f"same time, so start only one"
+        )
 
 
 def no_links(path: str, flags: int) -> int:

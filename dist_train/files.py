@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.data_prep.files import no_links, sync, temporary
+from dist_train.data_prep.files import lock, no_links, sync, temporary
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
@@ -52,13 +51,14 @@ def claimed(path: Path, wait: float) -> Iterator[None]:
     process; the kernel releases the lock when the process ends, in any way.
 
     wait: seconds to wait for another process to release it. Raises BlockingIOError, with that process as its message,
-    when it does not, and OSError where the file is a link, or the file system has no locks.
+    when it does not, and OSError where the file is a link. On a file system without locks nothing is locked: see
+    `data_prep.files.lock`.
     """
-    with open(path, "a+", opener=no_links) as file:
+    with open(path, "a+", errors="replace", opener=no_links) as file:
         deadline = time.monotonic() + wait
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno(), path)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:

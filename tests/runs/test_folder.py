@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from dist_train import config
 from dist_train.config.settings import Config
+from dist_train.data_prep.files import locked
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.runs import layout
@@ -75,6 +78,22 @@ def test_results_without_a_checkpoint_are_not_started_over(tmp_path: Path, setti
     (tmp_path / layout.SUMMARY).write_text("{}")
     with pytest.raises(UserError, match=r"holds the results of a run, but no checkpoint of it; name another folder"):
         opened(tmp_path, settings)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_and_said(
+    tmp_path: Path, settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert opened(tmp_path, settings) is None
+    with locked(tmp_path / ".table.lock"):
+        pass
+    assert [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"dist_train: {tmp_path / name} cannot be locked" for name in (".lock", ".table.lock")
+    ]
 
 
 def test_a_link_and_a_pipe_in_place_of_a_file(tmp_path: Path) -> None:
