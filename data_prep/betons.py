@@ -14,7 +14,7 @@ import numpy as np
 from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
-from dist_train.data_prep.files import DataError, locked, sha256_of, sync
+from dist_train.data_prep.files import DataError, locked, sha256_of, sync, temporary
 from dist_train.data_prep.images import TEST_FRACTION, load_images
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
@@ -196,7 +196,7 @@ def prepare(
         real.parent.mkdir(parents=True, exist_ok=True)
         with locked(real.parent / f".{real.name}.lock"):
             # only the holder of the lock creates these two, so existing ones were left by a killed process
-            fresh, old = real.parent / f".{real.name}.new", real.parent / f".{real.name}.old"
+            fresh, old = temporary(real, "new"), temporary(real, "old")
             for leftover in (fresh, old):
                 if leftover.exists():
                     shutil.rmtree(leftover)
@@ -310,6 +310,8 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             f"{path} has format {raw['format']} but this version reads format {FORMAT}: {_remedy(folder, write)}"
         )
     try:
+        if any(type(raw[key]) is not list for key in ("classes", "image_shape", "mean", "std")):
+            raise TypeError
         height, width, channels = raw["image_shape"]
         manifest = Manifest(
             dataset=raw["dataset"],
@@ -352,10 +354,15 @@ def _is_valid(manifest: Manifest) -> bool:
 
 
 def _load(dataset: str, source: Path | None, image_size: int, test_fraction: float | None) -> Pixels:
-    if dataset in DATASETS:
-        return load(dataset, source)
-    assert source is not None
-    return load_images(source, image_size, test_fraction)
+    try:
+        if dataset in DATASETS:
+            return load(dataset, source)
+        assert source is not None
+        return load_images(source, image_size, test_fraction)
+    except OSError as error:
+        if source is None:
+            raise
+        raise DataError(f"--source {source} cannot be read ({error.strerror or error}): choose another") from error
 
 
 def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test_fraction: float | None) -> Manifest:

@@ -1,5 +1,6 @@
-"""Errors of data_prep, and its use of the file system: a lock, checksums, fsync."""
+"""Errors of data_prep, and its use of the file system: a lock, checksums, fsync, names of its own."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.errors import NO_NETWORK, UserError
+from dist_train.errors import NO_NETWORK, UserError, say
 
 
 class DataError(UserError):
@@ -29,15 +30,45 @@ def locked(path: Path) -> Iterator[None]:
     """A context that holds an exclusive lock on the file `path` (created if missing, never removed), waiting if needed.
 
     The kernel releases the lock when its holder ends, in any way, so a leftover lock file does no harm. Raises
-    OSError if the file cannot be created or its file system has no locks.
+    OSError if the file cannot be created or is a link.
     """
-    with path.open("a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=no_links) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), path)
         except BlockingIOError:
             print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock(file: int, path: Path) -> None:
+    """Lock an open file exclusively. Raises BlockingIOError where another process holds the lock. On a file system
+    without locks this is said, and nothing is locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        say(
+            f"{path} cannot be locked ({error.strerror}): nothing keeps a second process from writing there at the "
+            f"same time, so start only one"
+        )
+
+
+def no_links(path: str, flags: int) -> int:
+    """An opener for `open` that refuses a symbolic link, whose target is somebody else's file. Raises OSError."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a symbolic link", path) from None
+
+
+def temporary(path: Path, name: str) -> Path:
+    """A path beside `path` for a file or folder that is moved to it once it is complete, and that nobody else gives to
+    a file: `.PATH.NAME.dist_train`."""
+    return path.with_name(f".{path.name}.{name}.dist_train")
 
 
 def sha256_of(path: Path) -> str:

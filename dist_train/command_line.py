@@ -7,12 +7,23 @@ import functools
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
-from dist_train.errors import FAILED, UserError, first_line, needs_memory, say
+from dist_train.errors import (
+    BAD_INPUT,
+    FAILED,
+    LostPeerError,
+    UserError,
+    first_line,
+    needs_memory,
+    reason,
+    say,
+    unusable,
+)
 
 P = ParamSpec("P")
 MOST = 100_000  # more than any count of a command: pictures in a batch, nodes, blocks, pixels of a side
@@ -91,15 +102,18 @@ def use_utf8() -> None:
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a command's `main`, which returns its exit code, and reads the process's arguments where it gets none.
 
-    On a UserError rank 0 prints the message to stderr, and every rank returns the error's exit code. Where memory is
-    too small, each rank says so and returns FAILED."""
+    Bad input is one sentence on stderr, from rank 0, and the error's exit code on every rank; so are files, folders and
+    outputs that cannot be used. Where memory is too small, each rank says so and returns FAILED. A reader that closes
+    the pipe, such as `head`, ends the command in silence, with the code that a shell shows for SIGPIPE."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
         if not args:
             use_utf8()
         try:
-            return main(*args, **kwargs)
+            code = main(*args, **kwargs)
+            print(end="", flush=True)
+            return code
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":
                 say(str(error))
@@ -109,8 +123,66 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
                 raise
             say(f"not enough memory ({first_line(error)}); compute on fewer images at a time, or on another machine")
             return FAILED
+        except LostPeerError as error:
+            if error.reported_here:
+                say(str(error))
+            return FAILED
+        except OSError as error:
+            if error.errno is None:
+                raise
+            if error.filename is None:
+                _close_output()
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            say(unusable(error))
+            return BAD_INPUT
 
     return wrapper
+
+
+class _Log(io.FileIO):
+    """An output that drops what cannot be written. number: of its descriptor. complain: called with the first error."""
+
+    def __init__(self, number: int, complain: Callable[[OSError], None]) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._complain: Callable[[OSError], None] | None = complain
+
+    def write(self, data: Any) -> int:
+        try:
+            written: int | None = super().write(data)
+        except OSError as error:
+            written, complain, self._complain = None, self._complain, None
+            if complain:
+                complain(error)
+        return memoryview(data).nbytes if written is None else written
+
+
+def survive_output() -> None:
+    """Have stdout and stderr drop what they cannot take: a training goes on when its log is on a full disk, or when the
+    reader of a pipe has ended."""
+
+    def report(error: OSError) -> None:
+        say(f"the output cannot be written ({reason(error)}) and is dropped; training continues")
+
+    for number, complain in ((1, report), (2, lambda _: None)):
+        stream = (sys.stdout, sys.stderr)[number - 1]
+        if stream is None:  # closed: a file that is opened later must not get its number
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+        buffer = io.BufferedWriter(_Log(number, complain))
+        encoding = stream.encoding if stream else "utf-8"
+        text = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=number == 2 or buffer.raw.isatty())
+        if number == 1:
+            sys.stdout = text
+        else:
+            sys.stderr = text
+
+
+def _close_output() -> None:
+    """Drop what stdout could not take, which the interpreter would try to write again when it ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def count(text: str, least: int = 0) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -68,6 +70,11 @@ def needs_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(torchs)
 
 
+class LostRecordError(Exception):
+    """The file of the metrics, or its folder, was moved or deleted while a run wrote to it. The message is for the
+    user."""
+
+
 def say(message: str) -> None:
     """Print a sentence for the user to stderr. Control characters, which only quoted input can have, are escaped."""
     message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], message)
@@ -77,3 +84,26 @@ def say(message: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_REMEDIES = {
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.ENOSPC: "make room, or name another",
+    errno.EDQUOT: "make room, or name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+
+
+def unusable(error: OSError) -> str:
+    """The sentence on a file or folder of the user, or an output, that the operating system does not let us use."""
+    if error.filename is None:
+        return f"the output cannot be written ({reason(error)}); send it somewhere else"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else f"file {error.filename}"
+    return f"{name}: cannot be used ({reason(error)}); {_REMEDIES.get(error.errno or 0, 'name another')}"
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, for a sentence that names the file: of an error of the operating system without its number
+    and its file."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

@@ -25,7 +25,7 @@ from typing import NoReturn
 import psutil
 
 from dist_train import config, data_prep
-from dist_train.command_line import use_utf8
+from dist_train.command_line import survive_output, use_utf8
 from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.settings import check_batch
@@ -36,11 +36,13 @@ from dist_train.errors import (
     PREEMPTED,
     DivergedError,
     LostPeerError,
+    LostRecordError,
     Outcome,
     UserError,
     first_line,
     needs_memory,
     say,
+    unusable,
 )
 from dist_train.model.shapes import check_training
 from dist_train.runs.layout import is_run
@@ -74,9 +76,22 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
                 say(outcome.reason)
+        except LostRecordError as error:
+            outcome.reason = str(error)
+            say(outcome.reason)
         except LostPeerError as error:
             outcome.reason = str(error)
             if error.reported_here:
+                say(outcome.reason)
+        except OSError as error:
+            outcome.reason = f"{type(error).__name__}: {error}"
+            if error.filename is None:
+                raise
+            outcome.reason = unusable(error)
+            if outcome.detected_by == "node":
+                outcome.code = BAD_INPUT
+                _print_once(outcome)
+            else:
                 say(outcome.reason)
         except BaseException as error:
             outcome.reason = f"{type(error).__name__}: {error}"
@@ -147,6 +162,7 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
     if arguments is None:
         use_utf8()
+    survive_output()
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

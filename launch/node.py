@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_train.command_line import command
+from dist_train.command_line import command, survive_output
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node
@@ -163,8 +163,11 @@ class Training:
             code = code_of(_outcome(self.run_dir, known, self.stopping))
         if code == DONE and node.main and self.group:
             try:
-                print(table.write(self.run_dir.parent), flush=True)
-            except UserError as error:  # another member's folder is damaged; this training is done
+                text, damaged = table.write(self.run_dir.parent)
+                print(text, flush=True)
+                for each in damaged:
+                    say(str(each))
+            except UserError as error:  # of the group; this training is done
                 say(f"no table: {error}")
         return code
 
@@ -203,8 +206,6 @@ class Training:
                 endpoint = f"{os.environ.get('SLURMD_NODENAME', platform.node())}:{free.getsockname()[1]}"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                for old in folder.iterdir():
-                    old.unlink()
                 write_atomic(path, endpoint.encode())
             except OSError as error:
                 raise UserError(
@@ -323,4 +324,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    survive_output()
     sys.exit(main())

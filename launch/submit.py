@@ -36,7 +36,7 @@ from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
 from dist_train.config.effects import check_effects, check_muon
 from dist_train.distributed.launcher import gpus_here
-from dist_train.errors import DONE, FAILED, UserError
+from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
@@ -470,7 +470,11 @@ def _wait(jobs: Sequence[Job], is_array: bool) -> int:
         tta = f" ({100 * result.test_accuracy_tta:.2f} % with TTA)" if result.test_accuracy_tta is not None else ""
         print(f"{job.run_dir}: test accuracy {100 * result.test_accuracy:.2f} %{tta}", flush=True)
     if is_array:
-        print(table.write(jobs[0].run_dir.parent), end="", flush=True)
+        text, damaged = table.write(jobs[0].run_dir.parent)
+        print(text, end="", flush=True)
+        for damage in damaged:
+            say(str(damage))
+            code = FAILED
     return code
 
 

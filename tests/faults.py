@@ -377,7 +377,8 @@ def draw(rng: random.Random, faults: dict[str, int]) -> Plan:
 
 
 def do_damage(folder: Path, how: str, rng: random.Random) -> str:
-    """Damage a run folder as a bad disk could. Returns the name of the file, "" when there is none yet."""
+    """Damage a run folder as a bad disk could. Returns the name of the file, "" when there is none yet, or no
+    checkpoint before it."""
     path = folder / "metrics.jsonl"
     if how == "appended half a line to":
         if not path.exists():
@@ -386,7 +387,8 @@ def do_damage(folder: Path, how: str, rng: random.Random) -> str:
             file.write(b'{"kind": "step", "step": 1234567890'[: rng.randint(1, 35)])
         return path.name
     checkpoints = sorted((folder / "checkpoints").glob("step-*.pt"))
-    if not checkpoints:
+    # without another one the trainer refuses to start the run over
+    if len(checkpoints) < 2 or not {int(path.stem[5:]) for path in checkpoints[:-1]} & {*good_checkpoints(folder)}:
         return ""
     path = checkpoints[-1]
     content = bytearray(path.read_bytes())

@@ -76,9 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"{args.checkpoint}: {error}; use an earlier checkpoint") from None
         if ranks.main:
             details = evaluation.details(data, trained.step)
-            if args.write:
-                write_evaluation(args.checkpoint, details)
-            print(json.dumps(details) if args.json else as_text(details))
+            try:
+                print(json.dumps(details) if args.json else as_text(details), flush=True)
+            finally:  # whichever of the two cannot be written, the other is
+                if args.write:
+                    write_evaluation(args.checkpoint, details)
     return DONE
 
 

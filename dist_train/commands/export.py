@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dist_train.command_line import Parser, check_path, command
 from dist_train.errors import DONE, FAILED, UserError, say
-from dist_train.inference.export import FILES, export
+from dist_train.inference.export import FILES, WRITTEN, export
 from dist_train.inference.trained_network import load
 from dist_train.runs.layout import EXPORT, run_of
 
@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = options.checkpoint if options.checkpoint.is_dir() else run_of(options.checkpoint)
     out = options.out or (run_dir or options.checkpoint.parent) / EXPORT
     check_path("--out", out)
+    # an export may replace an earlier one
+    present = [name for name in WRITTEN if (out / name).exists()]
+    if present and not any((out / name).exists() for name in FILES.values()):
+        raise UserError(f"--out {out}: holds {present[0]}, which is not of an export; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

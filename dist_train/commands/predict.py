@@ -54,13 +54,21 @@ def sources(images: Iterable[str]) -> Iterator[Source]:
     for name in images:
         if name == "-":
             yield from _standard_input()
-        elif Path(name).is_dir():
+        elif _is_folder(name):
             paths = sorted(filter(_is_picture, Path(name).rglob("*")))
             yield from map(str, paths)
             if not paths:
                 yield UserError(f"{name}: holds no pictures ({', '.join(_KINDS)})")
         else:
             yield name
+
+
+def _is_folder(name: str) -> bool:
+    """Whether it is a folder; not where that cannot be found out, which reading it as a picture reports."""
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
 
 
 def _is_picture(path: Path) -> bool:
@@ -139,8 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch", metavar="N", type=positive, default=64, help="pictures computed at a time (default: 64)"
     )
     options = parser.parse_args(arguments)
-    for number in (signal.SIGPIPE, signal.SIGINT):  # exit quietly when `| head` closes the pipe, or at Ctrl-C
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit quietly at Ctrl-C
     warnings.simplefilter("ignore")  # Pillow warns of flaws in pictures that it can read
 
     network = load(options.checkpoint, options.device)

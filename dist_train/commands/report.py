@@ -3,7 +3,8 @@
     dist-train report RUN... [--out report.html] [--title "What it is about"]
 
 RUN is a run folder, or a folder of run folders as an array of jobs makes it. Runs that differ only in the seed are one
-row of the table, as in `dist-train table`. Runs need not be finished: the page lists what is missing.
+row of the table, as in `dist-train table`. Runs need not be finished: the page lists what is missing. A damaged
+run is named, and the others are shown; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import sys
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE, UserError
+from dist_train.errors import DONE, FAILED, UserError, say
 from dist_train.files import write_atomic
 from dist_train.reports.page import page
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code."""
+    """Run the command. Returns the exit code: 1 where a run is damaged."""
     parser = Parser("report", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, or a folder of run folders")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="(default: %(default)s)")
@@ -29,10 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
-    text = page(options.runs, options.title, ["dist-train", "report", *arguments]).encode(errors="backslashreplace")
+    html, damaged = page(options.runs, options.title, ["dist-train", "report", *arguments])
+    text = html.encode(errors="backslashreplace")  # file names need not be valid text
     try:
         write_atomic(out, text)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
     print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
-    return DONE
+    for each in damaged:
+        say(str(each))
+    return FAILED if damaged else DONE

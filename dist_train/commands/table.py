@@ -11,14 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE
+from dist_train.errors import DONE, FAILED, say
 from dist_train.reports.table import write
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code."""
+    """Run the command. Returns the exit code: 1 where a run is damaged."""
     parser = Parser("table", __doc__)
     parser.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
-    print(write(parser.parse_args(arguments).group), end="")
-    return DONE
+    text, damaged = write(parser.parse_args(arguments).group)
+    print(text, end="")
+    for error in damaged:
+        say(str(error))
+    return FAILED if damaged else DONE

@@ -77,9 +77,17 @@ def given(file: Path | None, settings: list[str]) -> list[str]:
 
 
 def parse(text: str) -> Config:
-    """The configuration of a text that `to_toml` wrote, of this or an earlier version. Raises UserError and
-    tomllib.TOMLDecodeError."""
-    return _checked(_without_removed(tomllib.loads(text)))
+    """The configuration of a text that `to_toml` wrote, of this or an earlier version. Raises UserError, and ValueError
+    for a text that is no TOML."""
+    return _checked(_without_removed(_toml(text)))
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Raises ValueError."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _checked(tree: dict[str, Any]) -> Config:
@@ -247,10 +255,10 @@ def _without_none(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
-    except (ValueError, RecursionError) as error:  # ValueError also where a number has thousands of digits
+    except ValueError as error:  # also where a number has thousands of digits
         raise UserError(f"{path}: not valid TOML ({error}); fix that line") from None
 
 
@@ -267,8 +275,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """The value of a setting on the command line: as in TOML, or the text itself, which needs no quotes."""
     try:
-        tree = tomllib.loads(f"x = {text}")
-    except (ValueError, RecursionError):  # ValueError also where a number has thousands of digits
+        tree = _toml(f"x = {text}")
+    except ValueError:  # also where a number has thousands of digits
         tree = {}
     return tree["x"] if [*tree] == ["x"] else {"True": True, "False": False}.get(text, text)
 

@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -30,12 +30,14 @@ class Heartbeat:
     """Writes this rank's heartbeats, and reads those of its peers."""
 
     def __init__(self, rank: int, world_size: int, timeout: int) -> None:
-        """Start a thread that writes the heartbeats. timeout: seconds to wait for a rank in one exchange."""
+        """Start a thread that writes the heartbeats. timeout: seconds to wait for a rank in one exchange; after them
+        this thread calls `before_exit` and ends the process."""
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.step = 0  # the step that is being computed, counted from 1; 0 before the first
         self.beats = self.exchanges = 0
         self.waiting_since: float | None = None
         self.failure = ""
+        self.before_exit: Callable[[], object] = lambda: None
         self.store_lost = False
         self.closed = threading.Event()
         self.lock = threading.Lock()
@@ -163,6 +165,7 @@ class Heartbeat:
             if error.reported_here:
                 say(str(error))
             self.leave()
+            self.before_exit()
             os._exit(1)
 
 

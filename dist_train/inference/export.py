@@ -27,6 +27,8 @@ from dist_train.runs.layout import SETTINGS
 from dist_train.runs.run import Run
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
+CARD = "README.md"
+WRITTEN = (*FILES.values(), SETTINGS, CARD)
 _TOLERANCE = 1e-4  # of the largest logit
 _IMAGES = 256  # to compare the logits on
 _PARTS = (1, 8)  # indices at which the images are split into batches, whose sizes differ
@@ -157,8 +159,8 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
                 f"{1 / _TOLERANCE:,.0f}; it is removed"
             )
     write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
-    write_atomic(out / "README.md", card(network, results, Checked(len(images), description, largest, checks)).encode())
-    print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / 'README.md'}", flush=True)
+    write_atomic(out / CARD, card(network, results, Checked(len(images), description, largest, checks)).encode())
+    print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / CARD}", flush=True)
     return failures
 
 

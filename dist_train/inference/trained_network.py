@@ -27,18 +27,17 @@ from torch import Tensor, nn
 from dist_train.config.loading import parse, to_toml
 from dist_train.config.settings import Config, Tta
 from dist_train.data_prep.images import square, unreadable
-from dist_train.errors import NotFiniteError, UserError, say
+from dist_train.errors import NotFiniteError, UserError, reason, say
 from dist_train.model.network import BlockNetwork, check_finite, weights_digest
 from dist_train.model.tta import averaged
 from dist_train.runs import checkpoint, layout
-from dist_train.runs.checkpoint import Checkpoint, DataDescription, wrong
+from dist_train.runs.checkpoint import REMEDY, Checkpoint, DataDescription, wrong
 from dist_train.runs.environment import Environment
 
 Pixels = npt.NDArray[Any] | Tensor
 Picture = str | os.PathLike[str] | Image.Image | Pixels
 _BATCH = 256  # images in one forward pass of predict
 _DIVERGED = "its training diverged: use an earlier checkpoint, or train it with lower learning rates"
-_REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
 
 
 class TrainedNetwork(nn.Module):
@@ -160,7 +159,7 @@ def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "cuda"] = 
     if file.is_dir():
         file = _newest(file)
     elif not file.exists():
-        raise UserError(f"{file}: there is no such file; {_REMEDY}")
+        raise UserError(f"{file}: there is no such file; {REMEDY}")
     elif layout.checksum_path(file).exists() and (why := wrong(file)):
         raise UserError(f"{file} {why}: it is damaged; name another checkpoint of the run, or a copy of it")
     contents, weights_sha256 = _read(file)
@@ -236,29 +235,29 @@ def stamp(network: TrainedNetwork) -> dict[str, str]:
 
 def _newest(run_dir: Path) -> Path:
     """The newest whole checkpoint of a run. Unlike `checkpoint.newest`, it does not rename damaged ones."""
-    for path in reversed(layout.checkpoints(layout.checkpoint_folder(run_dir))):
-        if not (why := wrong(path)):
-            return path
+    whole, damaged = checkpoint.newest_whole(layout.checkpoint_folder(run_dir))
+    if whole is None:
+        faults = "".join(f" ({path.name} {why})" for path, why in damaged[:1])
+        raise UserError(f"{run_dir}: holds no whole checkpoint{faults}; {REMEDY}")
+    for path, why in damaged:
         say(f"checkpoint {path} {why}; the one before it is used")
-    raise UserError(f"{run_dir}: holds no whole checkpoint; {_REMEDY}")
+    return whole
 
 
 def _read(path: Path) -> tuple[Checkpoint, str | None]:
     """The contents of a checkpoint or an exported file, and the expected SHA-256 of the weights, None where the file
     has none."""
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix != ".safetensors":
+        contents, weights_sha256 = checkpoint.read(path), None
+    else:
+        try:
             with safe_open(path, "pt") as file:
                 model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 contents, weights_sha256 = _from_stamp(file.metadata() or {}, model)
-        else:
-            contents, weights_sha256 = checkpoint.read(path), None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
-    except Exception:  # torch and safetensors raise many types
-        raise UserError(
-            f"{path}: is damaged, or not a file of dist_train (code in a file is never run); {_REMEDY}"
-        ) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)}); {REMEDY}") from None
+        except Exception:  # safetensors raises many types
+            raise UserError(f"{path}: is damaged, or not a file of dist_train; {REMEDY}") from None
     if contents.config is None or contents.data is None:
         raise UserError(
             f"{path}: is of an earlier version, which did not save the configuration; train the network again"
@@ -270,12 +269,14 @@ def _from_stamp(stamped: dict[str, str], model: dict[str, Tensor]) -> tuple[Chec
     """A checkpoint, without the optimizers' state, from a `stamp` and the weights; and the expected SHA-256 of
     these."""
     data = {key: json.loads(stamped[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
-    contents = Checkpoint(
-        step=json.loads(stamped["step"]),
-        model=model,
-        environments=json.loads(stamped["environments"]),
-        config=stamped["config"],
-        data=DataDescription.from_dict({"dataset": stamped["dataset"], **data}),
+    contents = Checkpoint.from_dict(
+        {
+            "step": json.loads(stamped["step"]),
+            "model": model,
+            "environments": json.loads(stamped["environments"]),
+            "config": stamped["config"],
+            "data": {"dataset": stamped["dataset"], **data},
+        }
     )
     return contents, stamped["weights_sha256"]
 
@@ -286,10 +287,15 @@ def _built(contents: Checkpoint, weights_sha256: str | None, path: Path) -> Trai
     try:
         settings = parse(contents.config)
         height, width, channels = contents.data.image_shape
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial weights, which are replaced, must not change the caller's random state
-            network = BlockNetwork(settings.model, (channels, height, width), len(contents.data.classes))
+        shape, classes = (channels, height, width), len(contents.data.classes)
+        with torch.device("meta"):  # takes no memory, whatever the configuration says
+            expected = BlockNetwork(settings.model, shape, classes).state_dict()
+        kinds = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (expected, contents.model))
+        if next(kinds) != next(kinds):
+            raise ValueError("its tensors are not those of its configuration")
+        # the initial weights, which are replaced, must not change the caller's random state
+        with torch.random.fork_rng(devices=[]):
+            network = BlockNetwork(settings.model, shape, classes)
         network.load_state_dict(contents.model)
         trained = TrainedNetwork(network, settings, contents.data, contents.step, contents.environments)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):

@@ -43,7 +43,7 @@ class ComparedRun:
         try:
             if why := checkpoint.wrong(path):
                 raise ValueError(f"it {why}")
-            return checkpoint.tensor_digests(checkpoint.read(path))
+            return checkpoint.tensor_digests(checkpoint.Checkpoint.from_dict(checkpoint.load(path)))
         except Exception as error:  # an unfinished run may have removed it, another version may have written it
             reason = first_line(error)
             say(f"{path} is not compared ({reason})")

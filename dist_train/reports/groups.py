@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dist_train.errors import UserError
 from dist_train.reports.table import Configuration, configurations
 from dist_train.runs import layout
-from dist_train.runs.run import Run, members
+from dist_train.runs.run import Run, intact, members
 
 COLORS = 7  # --c0 to --c6 of report.css
 NAMED = 4  # the number of runs that are named where there may be more
@@ -41,16 +41,18 @@ class Group:
         return self.row.done
 
 
-def read(paths: Sequence[Path]) -> tuple[list[Group], list[str], list[str]]:
-    """The runs in these folders by configuration, the settings in which the configurations differ, and the runs that
-    are not done, as `name (state)`. paths: run folders and groups. Raises UserError."""
+def read(paths: Sequence[Path]) -> tuple[list[Group], list[str], list[str], list[UserError]]:
+    """The runs in these folders by configuration, the settings in which the configurations differ, the runs that are
+    not done, as `name (state)`, and the errors of those that are damaged. paths: run folders and groups. Raises
+    UserError."""
     by_folder: dict[Path, Run] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; name run folders, or the folder above them")
         for run in [Run(path)] if layout.is_run(path) else members(path):
             by_folder.setdefault(run.folder.resolve(), run)
-    keys, rows = configurations([*by_folder.values()])
+    whole, damaged = intact(by_folder.values(), Run.check)
+    keys, rows = configurations(whole)
     if not rows:
         raise UserError(f"{paths[0]}: none of its runs has begun; try again when one has")
     name_counts = Counter(run.name for row in rows for run in row.runs)
@@ -63,7 +65,8 @@ def read(paths: Sequence[Path]) -> tuple[list[Group], list[str], list[str]]:
             page_runs.append(PageRun(run, name, f"--c{(position if len(rows) > 1 else number) % COLORS}"))
             number += 1
         groups.append(Group(page_runs, row))
-    return groups, keys, [f"{run.folder.name} ({run.state})" for run in by_folder.values() if run.state != "done"]
+    unfinished = [f"{run.folder.name} ({run.state})" for run in whole if run.state != "done"]
+    return groups, keys, [*unfinished, *(f"{name} (damaged)" for name in damaged)], [*damaged.values()]
 
 
 def names(runs: Iterable[PageRun]) -> str:

@@ -32,14 +32,16 @@ _LABELS = {
 }
 
 
-def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
-    """The page as HTML. paths: run folders and groups. title: empty for the runs' names. command: the command line that
-    creates the page. Raises UserError."""
+def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> tuple[str, list[UserError]]:
+    """The page as HTML, and the errors of runs that are damaged and therefore not on it.
+
+    paths: run folders and groups. title: empty for the runs' names. command: the command line that creates the page.
+    Raises UserError."""
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    groups, keys, unfinished = read(paths)
+    groups, keys, unfinished, damaged = read(paths)
     runs = [page_run for group in groups for page_run in group.runs]
     curves, coefficients = figures.curves(runs), figures.coefficients(runs)
     panels = [
@@ -61,7 +63,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template("report.html").render(
+    text = environment.get_template("report.html").render(
         title=title or (paths[0].resolve().name if len(paths) == 1 and len(runs) > 1 else names(runs)),
         made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         lead=_lead(groups),
@@ -87,6 +89,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
+    return text, damaged
 
 
 def _lead(groups: Sequence[Group]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.reports.statistics import interval
 from dist_train.runs import layout
-from dist_train.runs.run import Run, members
+from dist_train.runs.run import Run, intact, members
 
 _METRICS = {
     "val_accuracy": "held out, %",
@@ -57,8 +57,9 @@ def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]
     return keys, [Configuration(values, same) for values, same in rows.items()]
 
 
-def table(runs: Sequence[Run]) -> str:
-    """The runs as a Markdown table, with a line below that names those that are not done. Raises UserError."""
+def table(runs: Sequence[Run], damaged: Collection[str] = ()) -> str:
+    """The runs as a Markdown table, with a line below that names those that are not done, and those that are damaged.
+    Raises UserError."""
     keys, rows = configurations(runs)
     metrics = [key for key in _METRICS if any(row.results(key) for row in rows)]
     header = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"]
@@ -70,6 +71,7 @@ def table(runs: Sequence[Run]) -> str:
         lines.append([*row.values, f"{row.done}{of}", *cells, seconds])
     text = [f"| {' | '.join(line)} |" for line in lines]
     missing = [f"{run.folder.name}: {run.state}" for run in runs if run.state != "done"]
+    missing += [f"{name}: damaged" for name in damaged]
     return "\n".join(text + ([f"\nmissing: {', '.join(missing)}"] if missing else [])) + "\n"
 
 
@@ -93,16 +95,17 @@ def _value(tree: Any, key: str) -> str:
     return "" if tree is None else str(tree)
 
 
-def write(group: Path) -> str:
-    """Write the group's table to its table.md, and return it. Several processes may call it at once. Raises
-    UserError."""
+def write(group: Path) -> tuple[str, list[UserError]]:
+    """Write the group's table to its table.md, and return it, with the errors of runs that are damaged and therefore
+    not in it. Several processes may call it at once. Raises UserError."""
     if not group.is_dir():
         raise UserError(f"{group}: there is no such folder; name the folder above the run folders")
     path = group / layout.TABLE
     try:
         with locked(layout.table_lock_path(group)):
-            text = table(members(group))
+            runs, damaged = intact(members(group), Run.check_results)
+            text = table(runs, damaged)
             write_atomic(path, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or change its permissions") from None
-    return text
+    return text, [*damaged.values()]

@@ -6,23 +6,59 @@ import hashlib
 import io
 import sys
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from dist_train.config.trees import leaves
 from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
+from dist_train.errors import UserError, first_line, reason
 from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
-from dist_train.runs.contents import read_checksum
+from dist_train.runs.contents import read_checksum, unreadable
 from dist_train.runs.environment import Environment
 
+REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"
 _OPTIMIZERS = "optimizers"  # prefix of the names of the optimizers' tensors in `tensor_digests`
+
+
+class _Described(BaseModel):
+    """What `DataDescription.to_dict` gives."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    dataset: str
+    classes: list[str] = Field(min_length=1)
+    image_shape: list[Annotated[int, Field(ge=1, lt=1 << 16)]] = Field(min_length=3, max_length=3)
+    mean: list[float]
+    std: list[Annotated[float, Field(gt=0)]]
+    content_sha256: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _sizes(self) -> _Described:
+        if not len(self.mean) == len(self.std) == self.image_shape[2]:
+            raise ValueError("mean and std are not of each channel")
+        return self
+
+
+class _Held(BaseModel):
+    """The entries of a checkpoint that are checked here; its other users check the rest."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    step: int = Field(ge=0)
+    model: dict[str, Tensor]
+    scaler: dict[str, Any] = {}
+    environments: list[dict[str, str]] = []
+    config: str | None = None
+    data: _Described | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +92,11 @@ class DataDescription:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DataDescription:
-        """From `to_dict`. Raises AttributeError, LookupError, TypeError and ValueError for anything else."""
-        height, width, channels = data["image_shape"]
-        classes, mean, std = (tuple(data[key]) for key in ("classes", "mean", "std"))
-        return cls(data["dataset"], classes, (height, width, channels), mean, std, dict(data.get("content_sha256", {})))
+        """From `to_dict`. Raises ValueError for anything else."""
+        found = _Described.model_validate(data)
+        height, width, channels = found.image_shape
+        classes, mean, std = tuple(found.classes), tuple(found.mean), tuple(found.std)
+        return cls(found.dataset, classes, (height, width, channels), mean, std, found.content_sha256)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict in a checkpoint, which is also valid JSON."""
@@ -87,13 +124,14 @@ class Checkpoint:
     @classmethod
     def from_dict(cls, state: Any) -> Checkpoint:
         """From the dict in a file, whose other entries are dropped. Raises ValueError for other contents than ours."""
-        if not isinstance(state, dict) or not state.keys() >= {"step", "model"}:
-            raise ValueError("it is not a checkpoint of dist_train")
-        known = {key: state[key] for key in cls.__dataclass_fields__ if key in state}
         try:
-            data = DataDescription.from_dict(known["data"]) if known.get("data") else None
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"its description of the data set has another format ({error!r})") from None
+            _Held.model_validate(state)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            why = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
+            raise ValueError(f"it is not a checkpoint of dist_train ({why})") from None
+        known = {key: state[key] for key in cls.__dataclass_fields__ if key in state}
+        data = DataDescription.from_dict(known["data"]) if known.get("data") else None
         return cls(**{**known, "model": _current(known["model"]), "data": data})
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,46 +159,54 @@ class Writer:
         *,
         before: Callable[[], None],
         written: Callable[[Path], None],
-        failed: Callable[[int, OSError], None],
+        failed: Callable[[int, Exception], None],
     ) -> None:
         """keep: the number of checkpoints to keep. stamp: entries that every checkpoint has besides the state.
         Callbacks, called in the thread: before, ahead of each file; written, with the path of each finished file;
-        failed, with the step and the error when a file could not be written; older checkpoints stay."""
+        failed, with the step and the error when a file could not be written, for whatever reason; older checkpoints
+        stay."""
         self.folder, self.keep, self.stamp = folder, keep, stamp
         self.before, self.written, self.failed = before, written, failed
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write the state after `step` steps, once the previous checkpoint is written. The tensors of
         `state` may change after the call."""
         self.wait()
-        copied = {**_copied(state), **self.stamp}
-        self.thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
-        self.thread.start()
+        self.error = None
+        try:
+            copied = {**_copied(state), **self.stamp}
+            thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
+            thread.start()
+        except Exception as error:  # such as too little memory for the copy
+            self._fail(step, error)
+        else:
+            self.thread = thread
 
-    def wait(self) -> OSError | None:
-        """Wait until the last checkpoint is written. Returns its error, None when it is on the disk."""
+    def wait(self) -> Exception | None:
+        """Wait, in any thread, until the last checkpoint is written. Returns its error, None when it is on the disk."""
         if self.thread is not None:
             self.thread.join()
-            self.thread = None
         return self.error
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        self.error = None
         try:
             self.before()
             path = save(self.folder, step, state, self.keep)
-        except OSError as error:
-            self.error = error
-            self.failed(step, error)
+        except Exception as error:
+            self._fail(step, error)
         else:
             self.written(path)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.error = error
+        self.failed(step, error)
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the state after `step` steps and remove all but the newest `keep` checkpoints. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # not its parents: a run folder that was moved is not made anew
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -185,14 +231,30 @@ def clean(folder: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole. A damaged one is renamed to `*.damaged`, and reported on stderr."""
-    for path in reversed(layout.checkpoints(folder)):
-        if (why := wrong(path)) is None:
-            return path
+    """The newest checkpoint that is whole, None in a folder without any. Newer ones that are damaged are renamed to
+    `*.damaged`, and reported on stderr. Raises UserError, and renames none, where all are damaged."""
+    whole, damaged = newest_whole(folder)
+    if damaged and whole is None:
+        path, why = damaged[0]
+        raise UserError(
+            f"checkpoint {path} {why}, and there is no other to resume from; restore it from a copy, or remove the "
+            f"folder {folder} to start the run over"
+        )
+    for path, why in damaged:
         print(f"checkpoint {path} {why}; it is set aside and the one before it is used", file=sys.stderr)
         path.replace(layout.damaged_path(path))
         layout.checksum_path(path).unlink(missing_ok=True)
-    return None
+    return whole
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, None without one; and the newer ones with their faults: see `wrong`."""
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(layout.checkpoints(folder)):
+        if (why := wrong(path)) is None:
+            return path, damaged
+        damaged.append((path, why))
+    return None, damaged
 
 
 def steps(folder: Path) -> list[int]:
@@ -201,22 +263,42 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The dict in a checkpoint's file, with its tensors on the CPU: see `Checkpoint`. No code in the file is run."""
+    """The dict in a checkpoint's file, with its tensors on the CPU: see `Checkpoint`. No code in the file is run, and
+    no more memory taken than the file has bytes. Raises OSError, ValueError, and the errors of zipfile and torch.load.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as file:  # torch.save stores what it packs, and torch.load would unpack anything
+        parts = file.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise ValueError("it is compressed")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # a tensor may stand for more bytes than are stored, by a stride of zero
+    if sum(value.nbytes for _, value in leaves(state) if isinstance(value, Tensor)) > size:
+        raise ValueError("its tensors are larger than the file")
     return state
 
 
-def read(path: Path) -> Checkpoint:
-    """A checkpoint, with its tensors on the CPU. No code in the file is run. Raises OSError for a file that cannot be
-    read, ValueError for another kind of file, and the errors of torch.load for a damaged one."""
-    return Checkpoint.from_dict(load(path))
+def read(path: Path, remedy: str = REMEDY) -> Checkpoint:
+    """A checkpoint, with its tensors on the CPU. No code in the file is run. Raises UserError, with the remedy, for a
+    file that cannot be read, is damaged or of another kind."""
+    try:
+        return Checkpoint.from_dict(load(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); {remedy}") from None
+    except Exception as error:  # torch raises many types
+        why = first_line(error) if isinstance(error, ValueError) else "code in a file is never run"
+        raise UserError(f"{path}: is damaged, or not a file of dist_train ({why}); {remedy}") from None
 
 
 def wrong(path: Path) -> str | None:
-    """The fault of a checkpoint by its checksum, such as `has no checksum`; None when it is whole."""
+    """The fault of a checkpoint by its checksum, such as `has no checksum`; None when it is whole. Raises UserError for
+    one that cannot be read."""
     if (expected := read_checksum(path)) is None:
         return "has no checksum"
-    return None if sha256_of(path) == expected else "does not match its checksum"
+    try:
+        return None if sha256_of(path) == expected else "does not match its checksum"
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def tensor_digests(checkpoint: Checkpoint) -> dict[str, str]:

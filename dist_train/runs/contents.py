@@ -1,4 +1,4 @@
-"""Reads and checks the small files of a run folder and of a group.
+"""Reads and checks the JSON files of a run folder and of a group, and the lines of its metrics and history.
 
 Only the keys that some reader needs are checked. A file may have more, and those that earlier versions did not write
 are optional.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError, model_validator
 
 from dist_train.errors import UserError
 from dist_train.runs.layout import EVALUATION, MEMBERS, SUMMARY, checksum_path
@@ -18,39 +18,60 @@ from dist_train.runs.layout import EVALUATION, MEMBERS, SUMMARY, checksum_path
 _REMEDY = "restore the original file, or omit this run"
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Amount = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, le=2**63)]  # the largest number of the arrays that counts are put into
+_Steps = Annotated[int, Field(ge=1, le=2**63)]
+_Pair = Annotated[list[float | None], Field(min_length=2, max_length=2)]
+
+
 class _Checked(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class _Summary(_Checked):
-    test_accuracy: float
-    train_seconds: float
-    images_per_second: float
+    test_accuracy: _Share
+    train_seconds: _Amount
+    images_per_second: _Amount
     weights_sha256: str
-    world_size: int
+    world_size: _Steps
     device: str
     git_commit: str | None
-    test_accuracy_tta: float | None = None
-    train_accuracy: float | None = None
-    val_accuracy: float = 0.0
+    dataset: str = ""
+    seconds: _Amount = 0.0
+    test_accuracy_tta: _Share | None = None
+    train_accuracy: _Share | None = None
+    val_accuracy: _Share = 0.0
     val_loss: float = 0.0
-    mfu: float | None = None
-    parameters: float | None = None
-    flops_per_image: float | None = None
-    matrix_flops_per_second: float = 0.0
+    mfu: _Amount | None = None
+    parameters: _Amount | None = None
+    flops_per_image: _Amount | None = None
+    matrix_flops_per_second: _Amount = 0.0
     versions: dict[str, str | None] = {}
-    environments: list[dict[str, Any]] = []
+    environments: list[dict[str, str | int]] = []
+
+    @model_validator(mode="after")
+    def _pairs(self) -> _Summary:
+        if len({"val_accuracy", "val_loss"} & self.model_fields_set) == 1:
+            raise ValueError("val_accuracy or val_loss is missing")
+        return self
 
 
 class _Bin(_Checked):
-    begin: float = Field(alias="from")
-    count: int
-    confidence: float | None
-    accuracy: float | None
+    begin: _Share = Field(alias="from")
+    count: _Count
+    confidence: _Share | None
+    accuracy: _Share | None
+
+    @model_validator(mode="after")
+    def _means(self) -> _Bin:
+        if self.count and None in (self.confidence, self.accuracy):
+            raise ValueError("confidence or accuracy is missing")
+        return self
 
 
 class _Calibration(_Checked):
-    ece: float
+    ece: _Share
     bins: list[_Bin]
 
 
@@ -62,23 +83,23 @@ class _Coefficients(_Checked):
 
 
 class _WrongAnswer(_Checked):
-    index: int
+    index: _Count
     label: int
     predicted: int
-    confidence: float
-    png: str
+    confidence: _Share
+    png: str = Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")
 
 
 class _Evaluation(_Checked):
     split: str
-    step: int
-    images: int = Field(ge=1)
+    step: _Count
+    images: _Steps
     loss: float
-    accuracy: float
+    accuracy: _Share
     loss_tta: float = 0.0
-    accuracy_tta: float = 0.0
+    accuracy_tta: _Share = 0.0
     classes: list[str] = Field(min_length=1)
-    confusion: list[list[int]]
+    confusion: list[list[_Count]]
     calibration: _Calibration
     coefficients: list[_Coefficients] = Field(min_length=1)
     wrong: list[_WrongAnswer]
@@ -94,11 +115,63 @@ class _Evaluation(_Checked):
                 raise ValueError("coefficients are not of all branches and classes")
         if any(not 0 <= number < classes for answer in self.wrong for number in (answer.label, answer.predicted)):
             raise ValueError("wrong has an unknown class number")
+        if len({"loss_tta", "accuracy_tta"} & self.model_fields_set) == 1:
+            raise ValueError("loss_tta or accuracy_tta is missing")
         return self
 
 
-class _Members(RootModel[dict[str, list[str]]]):
+class _Members(RootModel[dict[Annotated[str, Field(pattern=r"^[^/\x00]+$")], list[str]]]):
     model_config = ConfigDict(strict=True)
+
+
+class _StepLine(_Checked):
+    kind: Literal["step"]
+    step: _Steps
+    epoch: float = Field(gt=0)
+    loss: float | None
+    lr: float | None = None
+    grad_norm: float | None = None
+    images_per_second: _Amount | None = None
+    correct: _Count = 0
+    images: _Steps = 1
+    flops: _Count = 0
+
+
+class _EvalLine(_Checked):
+    kind: Literal["eval"]
+    step: _Steps
+    epoch: float = Field(gt=0)
+    test_loss: float | None = None
+    test_accuracy: _Share | None
+    train_loss: float | None = None
+    train_accuracy: _Share | None = None
+    val_loss: float | None = None
+    val_accuracy: _Share | None = None
+    test_loss_tta: float | None = None
+    test_accuracy_tta: _Share | None = None
+    coefficients: list[list[_Pair]] = []
+
+
+class _WeightsLine(_Checked):
+    kind: Literal["weights"]
+    step: _Steps
+    digests: dict[str, str]
+
+
+class _Event(_Checked):
+    event: str
+    time: str = ""
+    step: _Count = 0
+    outcome: str = ""
+    reason: str | None = None
+    world_size: _Steps | None = None
+    host: str | None = None
+    environment: dict[str, str | int] | None = None
+    changed: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
+
+
+_LINES: TypeAdapter[Any] = TypeAdapter(Annotated[_StepLine | _EvalLine | _WeightsLine, Field(discriminator="kind")])
+_EVENTS: TypeAdapter[Any] = TypeAdapter(_Event)
 
 
 def damaged(path: Path, why: str) -> UserError:
@@ -139,11 +212,34 @@ def read_members(group: Path) -> dict[str, list[str]] | None:
 
 
 def read_checksum(checkpoint: Path) -> str | None:
-    """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty."""
+    """The SHA-256 in the checksum file beside a checkpoint; None where that is missing or empty. Raises UserError where
+    it cannot be read."""
+    path = checksum_path(checkpoint)
     try:
-        return checksum_path(checkpoint).read_text(encoding="utf-8").split()[0]
-    except (OSError, ValueError, IndexError):
+        return path.read_text(encoding="utf-8").split()[0]
+    except (FileNotFoundError, ValueError, IndexError):
         return None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def metrics_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of `metrics.jsonl`; None for a line that is torn or not valid."""
+    return _parsed(line, _LINES)
+
+
+def history_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of `history.jsonl`; None for a line that is torn or not valid."""
+    return _parsed(line, _EVENTS)
+
+
+def _parsed(line: bytes, kind: TypeAdapter[Any]) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        kind.validate_python(row)
+    except (ValueError, RecursionError):  # pydantic's is a ValueError, too
+        return None
+    return row
 
 
 def _read(path: Path, kind: type[BaseModel]) -> dict[str, Any] | None:

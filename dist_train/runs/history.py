@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_train.runs.contents import history_line
 from dist_train.runs.layout import HISTORY
 from dist_train.runs.metrics import Row, finite
 
@@ -26,6 +26,8 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
             file.seek(max(0, file.tell() - 1))
             torn = file.read() not in (b"", b"\n")  # a process was killed while it wrote the last line
             file.write(b"\n" * torn + line)
+    except FileNotFoundError:
+        return  # the folder was moved or deleted, which the metrics tell
     except OSError as error:
         message = f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped"
         print(message, file=sys.stderr, flush=True)
@@ -34,9 +36,5 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
 def read_history(run_dir: Path) -> list[Row]:
     """The valid lines of `history.jsonl`, none where there is no such file. Raises OSError."""
     path = run_dir / HISTORY
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            if isinstance(row := json.loads(line), dict) and "event" in row:
-                rows.append(row)
-    return rows
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for line in lines if (row := history_line(line)) is not None]

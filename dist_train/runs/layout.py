@@ -20,19 +20,29 @@ WANDB = "wandb"  # the folder of W&B's files
 EXPORT = "export"  # the folder of exported networks
 MEETINGS = "meetings"  # a folder with a file for each start of a job, through which its nodes find each other
 
+# what a training writes; one of them is in every folder of a run
+RECORD = (METRICS, SUMMARY, EVALUATION, HISTORY, DIVERGED, CHECKPOINTS)
+
 # files of a group
 
 MEMBERS = "members.json"  # {name of the run folder: the trainer's arguments}, as submitted
 TABLE = "table.md"
 _TABLE_LOCK = ".table.lock"
 _LOCK = ".lock"  # its text names the process that trains in the folder
-_CHECKPOINT = re.compile(r"step-(\d+)\.pt")
+_CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})\.pt")  # as `checkpoint_path` makes it
 _CHECKSUM, _DAMAGED = ".sha256", ".damaged"
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run folder: has a configuration."""
     return (folder / SETTINGS).exists()
+
+
+def links(run_dir: Path) -> list[Path]:
+    """The symbolic links in a run folder that have a name which a training writes to."""
+    folders = (Path(name).parts[0] for name in (*PLOTS, SAMPLES, WANDB))
+    names = dict.fromkeys((_LOCK, SETTINGS, *RECORD, *folders))
+    return [path for name in names if (path := run_dir / name).is_symlink()]
 
 
 def lock_path(run_dir: Path) -> Path:

@@ -36,19 +36,26 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.data_prep.files import sync
-from dist_train.errors import UserError
+from dist_train.errors import LostRecordError, UserError
 from dist_train.files import write_atomic
+from dist_train.runs.contents import metrics_line
 from dist_train.runs.layout import EVALUATION, METRICS
 
 Row = dict[str, Any]
 KINDS = ("step", "weights", "eval")  # of the lines of metrics.jsonl
+# what resuming requires of a line; those of earlier versions, which are shown all the same, may have less
+_RESUMED = {
+    "step": {"images_per_second", "correct", "images", "flops"},
+    "eval": {"test_loss", "train_loss", "train_accuracy"},
+}
 
 
 class MetricsFile:
     """Writes `metrics.jsonl` of one run, on rank 0 only.
 
     A full disk does not stop the run: lines that cannot be written wait in memory and are tried again with each
-    later one; only `flush` raises for them.
+    later one; only `flush` raises for them. Every method that adds a line raises LostRecordError where the file is no
+    longer at its path.
 
     last_step: the last step in the file. last_eval: the last eval line. averages: over the steps after that line.
     """
@@ -170,7 +177,7 @@ class MetricsFile:
         data = self._path.read_bytes() if self._path.exists() else b""
         keep = 0
         for row, end in _rows(data):
-            if row["step"] > resume_step:
+            if row["step"] > resume_step or not row.keys() >= _RESUMED.get(row["kind"], set()):
                 break
             if row["kind"] == "eval":
                 self.last_eval = row
@@ -192,10 +199,25 @@ class MetricsFile:
             write_atomic(self._path, data[:keep])
 
     def _append(self, row: Row) -> None:
+        self._check_place()
         line = (json.dumps(finite(row), allow_nan=False) + "\n").encode()
         with self._lock:
             self._lines += line
             self._write()
+
+    def _check_place(self) -> None:
+        """Raises LostRecordError where the path no longer leads to the open file, which then nobody would find."""
+        try:
+            here = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            here = False
+        except OSError:  # the file system does not answer, which is no loss
+            here = True
+        if not here:
+            raise LostRecordError(
+                f"{self._path} is not the file that this run writes any more: it or its folder was moved, replaced or "
+                f"deleted; move it back, or give its new place as --run-dir, and start the same command again"
+            )
 
     def _write(self) -> OSError | None:
         """Write the lines that are not in the file yet; those that fail stay for the next call. The lock must be
@@ -291,11 +313,7 @@ def _rows(data: bytes) -> Iterator[tuple[Row, int]]:
     """Each line's object and the offset after the line, up to the first line that is torn or not valid."""
     start = 0
     while (end := data.find(b"\n", start) + 1) > 0:
-        try:
-            row = json.loads(data[start:end])
-        except ValueError:
-            return
-        if not isinstance(row, dict) or row.get("kind") not in KINDS or type(row.get("step")) is not int:
+        if (row := metrics_line(data[start:end])) is None:
             return
         yield row, end
         start = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,20 @@ class Run:
                 raise UserError(f"{self.folder}: there is no {name} in it; name the folder of a run")
 
     def check(self) -> None:
-        """Read all files. Raises UserError where one is damaged or cannot be read."""
-        _ = self.settings, self.summary, self.evaluation, self.steps, self.digests, self.history
+        """Read all files. Raises UserError where one is damaged or cannot be read, or they are of several runs."""
+        self.check_results()
+        _ = self.evaluation, self.steps, self.digests
+        if not self.begun:
+            return
+        branches = [len(block.convolutions) for block in self.settings.model.blocks]
+        for row in self.evals:
+            if row.get("coefficients") and [len(block) for block in row["coefficients"]] != branches:
+                why = f"the coefficients of step {row['step']} are not those of the blocks in {layout.SETTINGS}"
+                raise damaged(self.folder / layout.METRICS, why)
+
+    def check_results(self) -> None:
+        """Read the files that tell the configuration, the results and the state. Raises UserError as `check` does."""
+        _ = self.begun and self.settings, self.summary, self.history
 
     @cached_property
     def begun(self) -> bool:
@@ -155,6 +168,23 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """The checkpoints by their number of finished steps, in order."""
         return {layout.step_of(path): path for path in layout.checkpoints(layout.checkpoint_folder(self.folder))}
+
+
+def intact(runs: Iterable[Run], check: Callable[[Run], object]) -> tuple[list[Run], dict[str, UserError]]:
+    """The runs whose files are whole, and of the others the name of the folder and the error. check: reads the files
+    that are needed. Raises the first error where no run that has begun is whole."""
+    whole: list[Run] = []
+    damaged: dict[str, UserError] = {}
+    for run in runs:
+        try:
+            check(run)
+        except UserError as error:
+            damaged[run.folder.name] = error
+        else:
+            whole.append(run)
+    if damaged and not any(run.begun for run in whole):
+        raise next(iter(damaged.values()))
+    return whole, damaged
 
 
 def members(group: Path) -> list[Run]:

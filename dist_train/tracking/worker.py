@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 
 from dist_train.command_line import use_utf8
 from dist_train.errors import PREEMPTED, first_line
+from dist_train.files import write_atomic
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
@@ -200,7 +201,7 @@ def _run_id(path: Path) -> tuple[str, bool]:
     run_id = agents or stored or given or uuid.uuid4().hex[:12]
     if run_id != stored:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id, encoding="utf-8")
+        write_atomic(path, run_id.encode())
     return run_id, run_id != stored
 
 

@@ -124,9 +124,12 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.all]
 
     def load(self, states: list[dict[str, Any]]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned. Raises the errors of torch, and ValueError for tensors of other shapes."""
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
+            for parameter, kept in optimizer.state.items():
+                if any(isinstance(t, Tensor) and t.ndim and t.shape != parameter.shape for t in kept.values()):
+                    raise ValueError("the state of an optimizer has other shapes than the weights")
 
 
 def _build(algorithm: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

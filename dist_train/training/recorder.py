@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_train.config.settings import RecordConfig
+from dist_train.errors import reason
 from dist_train.files import write_atomic
 from dist_train.reports import plots
 from dist_train.runs.layout import EVALUATION, SUMMARY
@@ -143,14 +144,19 @@ class Recorder:
         if (line := self._metrics.evaluation(row)) is not None:
             self._progress.evaluation(line, rate)
 
-    def evaluation(self, details: Row) -> None:
-        """Write `evaluation.json`. A failure is reported on stderr, and the run continues."""
+    def evaluation(self, details: Callable[[], Row] | None) -> None:
+        """Write `evaluation.json`. details: computes its content; None where a run is resumed after its last
+        evaluation, whose details are in the file unless the computer failed before. A failure is reported on stderr,
+        and the run continues."""
+        path = self._dir / EVALUATION
         try:
-            write_evaluation(self._dir, details)
-        except OSError as error:
+            if details is not None:
+                write_evaluation(self._dir, details())
+            elif not path.exists():
+                raise FileNotFoundError("the run was interrupted before")
+        except Exception as error:  # such as too little memory
             self._progress.warn(
-                f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
-                f"later: dist-train evaluate {self._dir} --write"
+                f"{path} cannot be written ({reason(error)}); later: dist-train evaluate {self._dir} --write"
             )
 
     def checkpoint(self, path: Path, last: bool = False) -> None:

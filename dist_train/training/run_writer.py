@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from dist_train import config
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.ranks import Ranks
-from dist_train.errors import outcome_of, say
+from dist_train.errors import outcome_of, reason, say
 from dist_train.model.network import BlockNetwork, tensor_digests
 from dist_train.runs import checkpoint
 from dist_train.runs.checkpoint import Checkpoint, DataDescription
@@ -38,7 +40,7 @@ class Writer:
         self, step: int, epoch: float, evaluations: dict[str, Evaluation], data: Data, last: bool = False
     ) -> None:
         """Write the evaluations after `step`. evaluations: by the prefix of their metrics, such as `test`. last:
-        whether it is the last of the run, whose details go to `evaluation.json`."""
+        whether it is the last of the run, whose details `RunWriter.finish` writes to `evaluation.json`."""
 
     def checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint of the state after `step`; its tensors may change after the call."""
@@ -90,6 +92,9 @@ class RunWriter(Writer):
             written=self._recorder.checkpoint,
             failed=self._not_written,
         )
+        self._details: Callable[[], dict[str, Any]] | None = None
+        if ranks.heartbeat:  # it ends the process where another rank hangs
+            ranks.heartbeat.before_exit = self._checkpoints.wait
 
     def step(self, **metrics: Any) -> None:
         self._recorder.step(**metrics)
@@ -106,8 +111,8 @@ class RunWriter(Writer):
         metrics = {f"{name}_{key}": value for name, e in evaluations.items() for key, value in e.metrics.items()}
         test = evaluations["test"]
         self._recorder.eval(step=step, epoch=epoch, coefficients=test.coefficients(), **metrics)
-        if last:
-            self._recorder.evaluation(test.details(data, step))
+        if last:  # computed by `finish`: they may take more memory than there is, and the checkpoint comes first
+            self._details = partial(test.details, data, step)
 
     def checkpoint(self, step: int, state: dict[str, Any]) -> None:
         self._checkpoints.write(step, state)
@@ -116,21 +121,25 @@ class RunWriter(Writer):
         """Wait until the last checkpoint is written. Returns "", or what could not be written, and why."""
         self._recorder.end_progress()
         error = self._checkpoints.wait()
-        return f"the checkpoint of step {self._recorder.last_step} ({error.strerror})" if error else ""
+        return f"the checkpoint of step {self._recorder.last_step} ({reason(error)})" if error else ""
 
     def finish(self, summary: dict[str, Any]) -> str:
-        """Write the summary and the plots of a run that is done. Returns "", or what could not be written, and why."""
+        """Write the details of the last evaluation, the summary and the plots of a run that is done. Returns "", or
+        what could not be written, and why."""
+        self._recorder.evaluation(self._details)
         try:
             self._recorder.finish({**summary, "environments": self.environments})
         except OSError as error:
-            return f"summary.json ({error.strerror})"
+            return f"summary.json ({reason(error)})"
         if self._artifacts == "last" and (last := checkpoint.newest(checkpoint_folder(self.run_dir))):
             self._recorder.checkpoint(last, last=True)
         return ""
 
-    def close(self, code: int, reason: str) -> None:
-        """Write to the history how the run ended, and close its outputs. code: the exit code."""
-        append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=reason)
+    def close(self, code: int, why: str) -> None:
+        """Wait for the last checkpoint, write to the history how the run ended, and close its outputs. code: the exit
+        code. why: the reason in words."""
+        self._checkpoints.wait()
+        append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=why)
         self._recorder.close(code)
 
     def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
@@ -151,8 +160,8 @@ class RunWriter(Writer):
         )
         return [*known, now] if changed or not known else known
 
-    def _not_written(self, step: int, error: OSError) -> None:
+    def _not_written(self, step: int, error: Exception) -> None:
         kept = checkpoint.steps(checkpoint_folder(self.run_dir))
         last = f"the one of step {kept[-1]} is kept" if kept else "there is none yet"
-        say(f"the checkpoint of step {step} could not be written ({error.strerror}); {last}; training continues")
-        append_history(self.run_dir, "checkpoint_failed", step=step, reason=error.strerror)
+        say(f"the checkpoint of step {step} could not be written ({reason(error)}); {last}")
+        append_history(self.run_dir, "checkpoint_failed", step=step, reason=reason(error))

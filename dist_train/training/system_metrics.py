@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from dist_train.data_prep.files import no_links
 from dist_train.runs.layout import samples_path
 
 INTERVAL = 5.0  # seconds between two samples
@@ -46,7 +47,7 @@ def _run(run_dir: Path, rank: int, device: torch.device, end: threading.Event) -
         process.cpu_percent()  # measures the time since its previous call
     while True:
         over = end.wait(INTERVAL)
-        with suppress(psutil.Error, OSError), path.open("a", encoding="utf-8") as file:
+        with suppress(psutil.Error, OSError), open(path, "a", encoding="utf-8", opener=no_links) as file:
             file.write(json.dumps(_sample(process, device)) + "\n")
         if over:
             return

@@ -19,12 +19,13 @@ from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, autocast, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
-from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, say
+from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
 from dist_train.randomness import derive
 from dist_train.runs import checkpoint
+from dist_train.runs.contents import read_summary
 from dist_train.runs.environment import device_name, git_commit, versions
 from dist_train.runs.folder import check_data, open_folder
 from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
@@ -40,6 +41,7 @@ from dist_train.training.system_metrics import sampled
 # seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
 _DATA_TIMEOUT = 3600
 _MODES_DIFFER = 0.05  # difference of the accuracies in training and evaluation mode that is worth a remark
+_START_OVER = "restore it from a copy, remove it to resume from the one before it, or start in another folder"
 _WHITENING_PIXELS = 5000 * 32 * 32  # pixels of training images from which a whitening stem is computed
 
 
@@ -86,21 +88,26 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
         last_step = total_steps(config, data.steps_per_epoch)
         newest = on_main(ranks, lambda: open_folder(run_dir, config, held))
-        resumed = checkpoint.read(newest) if newest else None
+        resumed = checkpoint.read(newest, _START_OVER) if newest else None
         if resumed:
             check_data(resumed, manifest, run_dir)
         if newest and step_of(newest) == last_step and (run_dir / SUMMARY).exists():
             outcome.code = DONE
             if ranks.main:
                 print(f"{run_dir} is finished already")
-                _print_result(run_dir)
+                _print_result(run_dir, manifest.dataset)
             return
 
         model = build_model(config, data).to(ranks.device)
         optimizers = Optimizers(model, config.optim, last_step, data.steps_per_epoch)
         state = State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
-        if resumed:
-            state.load(resumed)
+        if newest and resumed:
+            try:
+                if resumed.step != step_of(newest):
+                    raise ValueError(f"it is of step {resumed.step}")
+                state.load(resumed)
+            except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{newest} does not fit this run ({first_line(error)}); {_START_OVER}") from None
         rate = _matrix_rate(ranks, t.precision)
         writer = Writer()
         if ranks.main:
@@ -114,7 +121,10 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
                 remark = "" if stopped else _on_modes(model, data, ranks, config)
         except DivergedError as error:
             if ranks.main:
-                write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
+                try:
+                    write_atomic(run_dir / DIVERGED, (json.dumps(error.details, indent=1) + "\n").encode())
+                except OSError as failure:
+                    say(f"{run_dir / DIVERGED} cannot be written ({reason(failure)})")
             raise
 
         def finish() -> str:
@@ -125,19 +135,19 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), "seconds": seconds})
 
         missing = on_main(ranks, finish)
-        outcome.code = PREEMPTED if stopped else FAILED if missing else DONE
-        outcome.reason = stopped or missing
+        outcome.code = FAILED if missing else PREEMPTED if stopped else DONE
+        outcome.reason = f"{missing} could not be written" if missing else stopped
         if not ranks.main:
             return
         if missing:
             say(
-                f"{run_dir}: {missing} could not be written; free disk space and start the same command again: "
-                f"it resumes from the newest checkpoint"
+                f"{run_dir}: {missing} could not be written; make room, or remove the cause, and start the same "
+                f"command again: it resumes from the newest checkpoint"
             )
         elif stopped:
             print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
         else:
-            _print_result(run_dir)
+            _print_result(run_dir, manifest.dataset)
             if remark:
                 say(remark)
 
@@ -225,13 +235,14 @@ def _summary(
     }
 
 
-def _print_result(run_dir: Path) -> None:
-    summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+def _print_result(run_dir: Path, dataset: str) -> None:
+    summary = read_summary(run_dir)
+    assert summary is not None
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     print(
-        f"{summary['dataset']}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
+        f"{dataset}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
-        f"{summary['seconds']:.1f} s in all\n"
+        f"{summary.get('seconds', 0.0):.1f} s in all\n"
         f"curves: {run_dir / LOSS_PLOT}, {run_dir / ACCURACY_PLOT}; metrics: {run_dir / METRICS}, {run_dir / SUMMARY}",
         flush=True,
     )

@@ -252,7 +252,7 @@ def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_write_leaves_nothing_whole_and_four_at_once_then_write_it_once(tmp_path: Path) -> None:
-    out, half = tmp_path / "digits", tmp_path / ".digits.new"
+    out, half = tmp_path / "digits", tmp_path / ".digits.new.dist_train"
     with start("--dataset", "digits", "--out", out) as victim:
         file = half / "train.beton"
         while not (file.exists() and file.stat().st_size > 1 << 21):  # some of the pixels are there

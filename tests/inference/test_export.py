@@ -119,7 +119,7 @@ def formula(run: Path, x: Tensor) -> Tensor:
 
     def norm(x: Tensor, block: int, position: int) -> Tensor:
         name = f"blocks.{block}.norms.{position}"
-        mean, var = (w[f"{name}.rows_{what}"].mean(0)[:, None, None] for what in ("mean", "var"))
+        mean, var = (w[f"{name}.{what}"][:, None, None] for what in ("mean", "var"))
         found: Tensor = (x - mean) / (var + 1e-5).sqrt() + w[f"{name}.bias"][:, None, None]
         return found
 

@@ -62,7 +62,7 @@ def formula(run: Path, x: Tensor) -> Tensor:
     w = {name: tensor.double() for name, tensor in state["model"].items()}
 
     def after(x: Tensor, block: str) -> Tensor:
-        mean, var = (w[f"{block}.norms.0.rows_{what}"].mean(0)[:, None, None] for what in ("mean", "var"))
+        mean, var = (w[f"{block}.norms.0.{what}"][:, None, None] for what in ("mean", "var"))
         scale, shift = (w[f"{block}.norms.0.{what}"][:, None, None] for what in ("weight", "bias"))
         return F.max_pool2d(F.gelu((x - mean) / (var + 1e-5).sqrt() * scale + shift), 2)
 

@@ -161,7 +161,7 @@ def test_a_stop_while_downloading_ends_it_at_once(tmp_path: Path, number: signal
         assert [line.partition(" CIFAR-10 into")[0] for line in stderr.splitlines()[:-1]] == ["data_prep: downloading"]
     else:
         assert "Stopped" not in stderr  # torchrun has a traceback of its own
-    assert not list((tmp_path / "data").glob(".*.new"))
+    assert not list((tmp_path / "data").glob(".*.dist_train"))
 
 
 def test_a_server_that_does_not_answer_times_out(tmp_path: Path) -> None:

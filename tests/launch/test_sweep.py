@@ -252,4 +252,4 @@ def test_an_agent_trains_the_members(tmp_path: Path, digits: Path) -> None:
         settings = config.load(None, folders[name] / "config.toml", [])
         assert (settings.train.timeout, settings.optim.default.lr) == (given["train.timeout"], 0.02)
         assert server.tree["metric"]["name"] in run.summary()
-    assert "missing" not in table.write(group)
+    assert "missing" not in table.write(group)[0]

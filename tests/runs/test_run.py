@@ -169,6 +169,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "not text": lambda _: b"\xff\xfe\x00\x01",
     "not JSON or TOML": lambda _: b"<html></html>",
     "no table": lambda _: b"[]",
+    "nested": lambda _: b"x = " + b"[" * 100_000,
+    "nested JSON": lambda _: b'{"a":' * 100_000,
     "foreign": lambda _: b'{"name": 1}',
     "a folder": lambda _: None,
 }
@@ -200,6 +202,67 @@ def test_a_damaged_file_is_one_sentence(
     assert sentence.endswith(", or omit this run")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not JSON",
+        b"[" * 100_000,
+        b"{}",
+        b'{"kind": "step", "step": 2}',
+        b'{"kind": "step", "step": "2", "epoch": 1.0, "loss": 1.0}',
+        b'{"kind": "step", "step": 2, "epoch": 1.0, "loss": [1.0]}',
+        b'{"kind": "step", "step": 2, "epoch": 1.0, "loss": NaN}',
+        b'{"kind": "eval", "step": 2, "epoch": 1, "test_accuracy": 93.0}',
+        b'{"kind": "eval", "step": 2, "epoch": 1, "test_accuracy": 0.9, "coefficients": [[[0.5]]]}',
+        b'{"kind": "weights", "step": 2, "digests": ["a"]}',
+        b'{"kind": "other", "step": 2}',
+    ],
+)
+@pytest.mark.parametrize("name", ["report", "plots", "diff", "upload"])
+def test_a_damaged_line_of_the_metrics_is_one_sentence(
+    group: Path, capsys: pytest.CaptureFixture[str], name: str, line: bytes
+) -> None:
+    run = group / "seed0"
+    first, last = (run / layout.METRICS).read_bytes().splitlines()
+    (run / layout.METRICS).write_bytes(b"\n".join([first, line, last, b""]))
+    arguments = [each.format(group=group, run=run, intact=group.parent / "intact") for each in COMMANDS[name][0]]
+    assert main(arguments) == errors.BAD_INPUT
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence == (
+        f"dist_train: {run / layout.METRICS} is damaged, or of another version (line 2 of metrics.jsonl is not a line "
+        f"of metrics); restore the original file, or omit this run"
+    )
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"[]", b'{"event": 1}', b'{"event": "end", "step": "x"}'])
+def test_damaged_lines_of_the_history_are_skipped(group: Path, line: bytes) -> None:
+    """A kill may tear one, to which the next start adds its own."""
+    path = group / "seed0" / layout.HISTORY
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    assert [row["event"] for row in Run(path.parent).history] == ["start", "end"]
+
+
+@pytest.mark.parametrize("file", [layout.SETTINGS, layout.SUMMARY, layout.EVALUATION, layout.METRICS])
+def test_a_damaged_run_of_a_group_is_named_and_the_others_are_shown(
+    group: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    shutil.copytree(group / "seed0", group / "seed1")
+    path = group / "seed1" / file
+    path.write_bytes(b"[]\n[]\n")
+    page = group / "page.html"
+    assert main(["report", str(group), "--out", str(page)]) == errors.FAILED
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"dist_train: {path} is damaged, or of another version (")
+    assert "seed1 (damaged)" in page.read_text()
+    assert "90.00" in page.read_text()
+    if file in (layout.SETTINGS, layout.SUMMARY):  # those that a table is made of
+        assert main(["table", str(group)]) == errors.FAILED
+        out, err = capsys.readouterr()
+        assert err.splitlines() == [sentence]
+        assert "90.00" in out
+        assert "missing: seed1: damaged" in out
+
+
 def test_the_commands_take_the_intact_run(group: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those that are quick: what is damaged above is all that is wrong there."""
     for name in ("report", "table", "diff", "plots", "export"):
@@ -209,6 +272,18 @@ def test_the_commands_take_the_intact_run(group: Path, capsys: pytest.CaptureFix
         assert main(arguments) == errors.DONE, capsys.readouterr().err
     assert capsys.readouterr().err == ""
     assert "90.00 %" in (group / "seed0" / "export" / "README.md").read_text()
+
+
+def test_an_export_replaces_no_files_but_those_of_an_export(group: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = group / "seed0", group / "site"
+    out.mkdir()
+    for folder, name in ((out, "README.md"), (run, "config.toml")):
+        (folder / name).touch()
+        before = (folder / name).read_bytes()
+        assert main(["export", str(run), "--format", "safetensors", "--out", str(folder)]) == errors.BAD_INPUT
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert sentence == f"dist_train: --out {folder}: holds {name}, which is not of an export; name another folder"
+        assert (folder / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(

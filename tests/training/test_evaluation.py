@@ -168,6 +168,13 @@ def test_the_command_gives_the_metrics_of_the_run(digits: Path, tmp_path: Path) 
     assert (last["test_accuracy"], last["test_loss_tta"]) == (details["accuracy"], details["loss_tta"])
     held_out = json.loads(evaluation(run, "--split", "holdout", "--json").stdout)
     assert (held_out["accuracy"], held_out["loss"], held_out["images"]) == (last["val_accuracy"], last["val_loss"], 100)
+    (run / "evaluation.json").unlink()
+    (run / "evaluation.json").mkdir()
+    unwritten = evaluation(run, "--write")
+    assert (unwritten.returncode, unwritten.stdout) == (2, told)
+    assert unwritten.stderr.splitlines() == [
+        f"dist_train: {run / 'evaluation.json'}: cannot be used (Is a directory); name another"
+    ]
     elsewhere = evaluation(run, f"--data={tmp_path}")
     assert (elsewhere.returncode, elsewhere.stdout) == (2, "")
     assert re.fullmatch(r"dist_train: .*manifest\.json is missing.*\n", elsewhere.stderr)

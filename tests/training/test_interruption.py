@@ -264,8 +264,8 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
         timeout=120,
     )
     said = (out / "full.log").read_text()
-    assert "could not be written (No space left on device); the one of step 5 is kept; training continues" in said
-    assert "the checkpoint of step 10 (No space left on device) could not be written; free disk space" in said
+    assert "could not be written (No space left on device); the one of step 5 is kept" in said
+    assert "the checkpoint of step 10 (No space left on device) could not be written; make room" in said
     assert (out / "full.code").read_text() == "1\n"
     assert [row["step"] for row in lines(out) if row["kind"] == "step"] == list(range(1, 11))
     assert "checkpoint_failed" in {row["event"] for row in read_history(out)}
@@ -274,3 +274,80 @@ def test_a_full_disk_stops_no_run(digits: Path, train: Train, tmp_path: Path) ->
     summary = json.loads((out / "run" / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(out / "run") == lines(tmp_path / "undisturbed")
+
+
+def test_the_newest_checkpoint_is_written_before_the_process_leaves(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "every_steps=1", "--run-dir", tmp_path / "run"]
+    faulty = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "slow"})
+    assert faulty.returncode == 1
+    assert "at step 4 the loss is nan" in faulty.stderr
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2, 3]
+    assert read_history(tmp_path / "run")[-1]["outcome"] == "failed"
+    # exit code 75 promises that all is saved
+    faulty = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "unwritable"})
+    assert faulty.returncode == 1
+    assert "the checkpoint of step 4 could not be written (unexpected pos 64 vs 0); the one of step 3" in faulty.stderr
+    assert "Traceback" not in faulty.stderr
+    assert read_history(tmp_path / "run")[-1]["outcome"] == "failed"
+
+
+def test_the_last_evaluation_comes_after_the_last_checkpoint(digits: Path, tmp_path: Path) -> None:
+    """Where its details need too much memory the run is done all the same, and says how to make up for them."""
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "--run-dir", tmp_path / "run"]
+    done = trainer(*arguments, module="tests.failing_writer", variables={"FAULT": "details"})
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"evaluation.json cannot be written (MemoryError); later: dist-train evaluate {tmp_path / 'run'}" in done.stderr
+    )
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
+    # a process that is killed there leaves a run that ends without them
+    (tmp_path / "run" / "summary.json").unlink()
+    done = trainer(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "evaluation.json cannot be written (the run was interrupted before); later: " in done.stderr
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_over(digits: Path, train: Train, tmp_path: Path) -> None:
+    train("run", "epochs=1", "keep=1")
+    folder = tmp_path / "run"
+    (path,) = (folder / "checkpoints").glob("*.pt")
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=1", "keep=1", "--run-dir", folder]
+    record, state = (folder / "metrics.jsonl").read_bytes(), checkpoint.load(path)
+
+    def refused() -> str:
+        done = trainer(*arguments)
+        assert done.returncode == 2, done.stderr
+        (sentence,) = done.stderr.splitlines()
+        assert (folder / "metrics.jsonl").read_bytes() == record
+        return sentence.removeprefix("dist_train: ")
+
+    for content in ({"step": 5, "model": 0}, {**state, "step": 4}, {**state, "optimizers": []}):
+        (folder / "summary.json").unlink(missing_ok=True)
+        checkpoint.save(path.parent, 5, content, keep=1)  # with a right checksum
+        assert refused().startswith(f"{path}")
+    path.write_bytes(b"junk")
+    for _ in range(2):
+        said = refused()
+        assert said.startswith(f"checkpoint {path} does not match its checksum, and there is no other to resume from; ")
+        assert said.endswith(f"remove the folder {path.parent} to start the run over")
+
+
+def test_a_run_folder_that_is_moved_or_deleted_ends_the_run_at_once(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=300", "every_steps=2"]
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    process = begun(folder, 5, *arguments)
+    folder.rename(moved)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"{folder / 'metrics.jsonl'} is not the file that this run writes any more" in said
+    assert "Traceback" not in said
+    assert not folder.exists()
+    steps = checkpoint.steps(moved / "checkpoints")
+    process = begun(moved, steps[-1] + 3, *arguments)
+    shutil.rmtree(moved, ignore_errors=True)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert f"resuming after step {steps[-1]}" in said
+    assert "any more: it or its folder was moved, replaced or deleted; move it back" in said
+    assert "Traceback" not in said
