@@ -49,10 +49,12 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
-def begun(folder: Path, steps: int, *arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
-    """Start the trainer and wait until that many steps are recorded."""
+def begun(
+    folder: Path, steps: int, *arguments: object, ranks: int = 1, torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start the trainer and wait until that many steps are recorded. torchrun: more of its options."""
     process = subprocess.Popen(
-        command(*arguments, "--run-dir", folder, ranks=ranks),
+        command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -78,7 +80,7 @@ def left(folder: Path, seconds: float) -> bool:
     return False
 
 
-def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
+def test_stop_signals_a_killed_launcher_and_a_restart_on_changing_numbers_of_ranks(
     digits: Path, train: Train, tmp_path: Path
 ) -> None:
     undisturbed = train("undisturbed", "epochs=9")
@@ -106,15 +108,17 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
     process.communicate()
     stopped_at(folder)
 
-    done = trainer(*arguments, "--run-dir", folder, ranks=3)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stdout
+    process = begun(folder, 26, *arguments, ranks=3, torchrun=("--max-restarts=3",))
+    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("resuming after step") == 2
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(folder) == lines(tmp_path / "undisturbed")
     history = read_history(folder)
-    assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "done"]
-    assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 1, 2, 3]
+    assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "failed", "done"]
+    assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 1, 2, 3, 3]
     same = subprocess.run(
         [sys.executable, "-m", "dist_train", "diff", folder, tmp_path / "undisturbed"],
         cwd=REPOSITORY,
