@@ -1,11 +1,14 @@
-"""What all commands share: the argument parser, and the handling of bad input."""
+"""What all commands share: the argument parser, and the handling of bad input and of output that nobody reads."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import io
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, ParamSpec
 
 from dist_train.errors import UserError, say
@@ -44,6 +47,27 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             return error.code
 
     return wrapper
+
+
+class _Lasting(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    def write(self, data: Any, /) -> int:
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Have nothing fail because stdout or stderr cannot be written: the terminal was closed, the reader of a pipe has
+    ended, or the disk that holds a log is full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # else it is closed
+            stream.flush()
+            raw = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
+            lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, lasting)
 
 
 def positive(text: str) -> int:

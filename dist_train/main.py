@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_train import config, data_prep
+from dist_train.command_line import outlive_readers
 from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
@@ -116,6 +117,7 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     """Run the command, and end the process with its exit code."""
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    outlive_readers()
     try:
         code = main(arguments)
     except Exception as error:

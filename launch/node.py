@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     if this_node.main:
         print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
     code = training.run()
-    slurm = "SLURM_JOB_ID" in os.environ and received[:1] != [signal.SIGINT]
+    slurm = "SLURM_JOB_ID" in os.environ and received[:1] not in ([signal.SIGINT], [signal.SIGHUP])  # of a terminal
     # the first node requeues the job; the other nodes wait for that, since srun ends all nodes when one exits
     if code == PREEMPTED and slurm and (not this_node.main or _requeue(training.run_dir, step, received)):
         time.sleep(_REQUEUED)

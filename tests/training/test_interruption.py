@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,11 +51,17 @@ def ranks_of(folder: Path) -> dict[int, int]:
 
 
 def begun(
-    folder: Path, steps: int, *arguments: object, ranks: int = 1, torchrun: tuple[str, ...] = ()
+    folder: Path,
+    steps: int,
+    *arguments: object,
+    ranks: int = 1,
+    torchrun: tuple[str, ...] = (),
+    inside: Callable[[list[str]], list[str]] = list,
 ) -> subprocess.Popen[str]:
-    """Start the trainer and wait until that many steps are recorded. torchrun: more of its options."""
+    """Start the trainer and wait until that many steps are recorded. torchrun: more of its options. inside: makes of
+    the command another, that starts it."""
     process = subprocess.Popen(
-        command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun),
+        inside(command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun)),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -138,6 +145,37 @@ def stopped_at(folder: Path) -> None:
     assert checkpoint.steps(folder / "checkpoints")[-1] == recorded
     last = read_history(folder)[-1]
     assert (last["event"], last["outcome"], last["step"]) == ("end", "preempted", recorded)
+
+
+def test_a_closed_terminal_loses_nothing(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=40", "every_steps=1000"]
+    alone, nohup = tmp_path / "alone", tmp_path / "nohup"
+    # script's terminal ends with it, and what is still written there fails
+    terminal = begun(alone, 5, *arguments, inside=lambda words: ["script", "-qec", shlex.join(words), os.devnull])
+    terminal.kill()
+    assert left(alone, 20)
+    terminal.communicate()
+    stopped_at(alone)
+    assert read_history(alone)[-1]["reason"] == "SIGHUP on rank 0"
+
+    # torchrun handles the signal that nohup ignores, and passes it on
+    process = begun(nohup, 5, *arguments, ranks=2, inside=lambda words: ["nohup", *words])
+    for number in ranks_of(nohup).values():
+        os.kill(number, signal.SIGHUP)
+    said, _ = process.communicate(timeout=40)
+    assert "stopped by SIGHUP on rank " in said
+    stopped_at(nohup)
+
+    process = begun(alone, 15, *arguments, inside=lambda words: ["nohup", *words])
+    process.send_signal(signal.SIGHUP)
+    steps = (alone / "metrics.jsonl").read_text().count('"kind": "step"')
+    deadline = time.monotonic() + 60
+    while (alone / "metrics.jsonl").read_text().count('"kind": "step"') < steps + 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
 
 
 def test_stop_signals_at_the_very_end_come_too_late(digits: Path, tmp_path: Path) -> None:
