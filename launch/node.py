@@ -1,4 +1,4 @@
-"""The command that a job runs on each of its nodes: torchrun on the node's GPUs or CPUs, until done or stopped.
+"""The command that a job runs on each of its nodes: the ranks on the node's GPUs or CPUs, until done or stopped.
 
     srun --ntasks-per-node=1 python -m dist_train.launch.node [arguments of python -m dist_train.main]
 
@@ -27,7 +27,7 @@ from typing import Any
 from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
-from dist_train.distributed.launcher import gpus_here, ranks_per_node
+from dist_train.distributed.launcher import gpus_here, ranks_per_node, without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
 from dist_train.files import write_atomic
 from dist_train.reports import table
@@ -90,9 +90,11 @@ def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
     return ranks_per_node(train.microbatches, gpus or max(1, cpus // train.threads), nodes)
 
 
-def torchrun(arguments: Sequence[str], per_node: int, node: JobNode, endpoint: str = "") -> list[str]:
-    """The command that starts this node's ranks. arguments: of dist_train.main. endpoint: HOST:PORT on the first node,
-    needed where there are several."""
+def start_ranks(arguments: Sequence[str], per_node: int, node: JobNode, endpoint: str = "") -> list[str]:
+    """The command that starts this node's ranks: torchrun, which listens on all addresses, only for several ranks.
+    arguments: of dist_train.main. endpoint: HOST:PORT on the first node, needed where there are several."""
+    if node.nodes == per_node == 1:
+        return [sys.executable, "-m", "dist_train.main", *arguments]
     if node.nodes == 1:
         rendezvous = ["--standalone"]
     else:
@@ -149,7 +151,8 @@ class Training:
         known = len(read_history(self.run_dir))
         code = FAILED
         if not self.stopping:
-            self.process = subprocess.Popen(torchrun(arguments, per_node, node, endpoint))
+            words = start_ranks(arguments, per_node, node, endpoint)
+            self.process = subprocess.Popen(words, env=without_launcher())
             if self.stopping:  # since the check above
                 self.stop()
             while not self._ended():
@@ -157,6 +160,8 @@ class Training:
             code = self.process.wait()
             if code == BAD_INPUT:
                 return code
+            if code < 0 and not self.stopping:
+                say(f"the training (process {self.process.pid}) was ended by {signal.Signals(-code).name}")
         if code != DONE:  # from the history: a late signal may have ended torchrun after its ranks had finished
             code = code_of(_outcome(self.run_dir, known, self.stopping))
         if code == DONE and node.main and self.group:
@@ -183,7 +188,7 @@ class Training:
         return DelayedSubmission(Training(self.arguments, self.run_dir, self.group))
 
     def _ended(self) -> bool:
-        """Whether torchrun has ended."""
+        """Whether the ranks, or their torchrun, have ended."""
         # not Popen.poll: its lock would deadlock in a signal handler that interrupted it
         assert self.process is not None
         if self.process.returncode is not None:

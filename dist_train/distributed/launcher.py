@@ -32,6 +32,11 @@ def launched_as() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def without_launcher() -> dict[str, str]:
+    """This process's environment without the variables of a launcher, for a trainer that is started without one."""
+    return {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+
+
 def first_of_node() -> bool:
     """Whether this rank is the first on its node; a process without a launcher is."""
     return "0" in (os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0"))

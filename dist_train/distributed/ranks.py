@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend `fake`
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
@@ -88,24 +89,28 @@ def join_ranks(
     torch.set_num_threads(threads)
     set_arithmetic(deterministic)
     stop_with_launcher()
-    alone = "RANK" not in os.environ
+    alone = world_size == 1
     try:
         # longer than the heartbeat's timeout, whose message names the lost rank
         group_timeout = timedelta(seconds=timeout + 30)
         join_timeout = max(group_timeout, timedelta(seconds=first_timeout))
-        url = "tcp://127.0.0.1:0" if alone else "env://"
-        store, *_ = next(rendezvous(url, rank, world_size, timeout=join_timeout))
+        # Alone there is nobody to meet: a store in memory, and a group that sends nothing, since DDP requires one.
+        # Torch's others listen for connections, the store on all addresses and from anyone.
+        if alone:
+            store: Store = HashStore()
+        else:
+            store, *_ = next(rendezvous("env://", rank, world_size, timeout=join_timeout))
         start = _agree_on_start(store, rank, world_size, join_timeout)
         with muted_stdout():
             dist.init_process_group(
-                backend,
+                "fake" if alone else backend,
                 store=PrefixStore(start, store),
                 rank=rank,
                 world_size=world_size,
                 timeout=group_timeout,
-                device_id=rank_device if backend == "nccl" else None,
+                device_id=rank_device if backend == "nccl" and not alone else None,
             )
-        heartbeat = Heartbeat(rank, world_size, timeout, start) if world_size > 1 else None
+        heartbeat = None if alone else Heartbeat(rank, world_size, timeout, start)
     except RuntimeError as error:
         raise LostPeerError(
             f"rank {rank} did not find the other {world_size - 1} ranks at "
@@ -155,6 +160,8 @@ def _agree_on_start(store: Store, rank: int, world_size: int, timeout: timedelta
 def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only, and return its (picklable) result on every rank. A UserError, ValueError or OSError is
     raised on every rank."""
+    if ranks.world_size == 1:
+        return work()
     result_and_error: list[Any] = [None, None]
     if ranks.main:
         try:

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, SUMMARY
 
 from dist_train import config
 from dist_train.errors import UserError
-from dist_train.launch import cluster, submit
+from dist_train.launch import cluster, node, submit
 from dist_train.reports import statistics, table
 from dist_train.runs import layout
 from dist_train.runs.history import append_history
@@ -63,6 +63,13 @@ def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"there is no Slurm on this machine .* --local"):
         submit.train(["--preset", "digits"])
+
+
+def test_torchrun_is_for_several_ranks() -> None:
+    for nodes, per_node in ((1, 1), (1, 2), (2, 1)):
+        words = node.start_ranks(["seed=1"], per_node, node.JobNode(0, nodes, 1, "start"), "first:29500")
+        assert ("dist_train.launch.agent" in words) is (nodes * per_node > 1)
+        assert words[-2:] == ["dist_train.main", "seed=1"]
 
 
 def test_members() -> None:

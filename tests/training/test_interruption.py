@@ -50,6 +50,13 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
+def listening(process: int) -> list[str]:
+    """The addresses, in the kernel's hexadecimal, on which a process waits for connections."""
+    opened = [str(entry.readlink()) for entry in Path(f"/proc/{process}/fd").iterdir()]
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in opened]
+
+
 def begun(
     folder: Path,
     steps: int,
@@ -95,6 +102,7 @@ def test_stop_signals_a_killed_launcher_and_a_restart_on_changing_numbers_of_ran
     arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=9", "every_steps=3"]
 
     process = begun(folder, 5, *arguments, ranks=2)
+    assert listening(ranks_of(folder)[-1])
     os.kill(ranks_of(folder)[1], signal.SIGUSR1)
     said, _ = process.communicate(timeout=20)
     assert "stopped by SIGUSR1 on rank 1 after step " in said
@@ -170,6 +178,7 @@ def test_a_closed_terminal_loses_nothing(digits: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     steps = (alone / "metrics.jsonl").read_text().count('"kind": "step"')
     deadline = time.monotonic() + 60
+    assert not listening(process.pid)  # one rank needs no connection
     while (alone / "metrics.jsonl").read_text().count('"kind": "step"') < steps + 5:
         assert process.poll() is None
         assert time.monotonic() < deadline
