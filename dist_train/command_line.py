@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn, ParamSpec
 
-from dist_train.errors import UserError, say
+from dist_train.errors import LauncherError, UserError, say
 
 P = ParamSpec("P")
 
@@ -34,15 +34,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr, and
-    every rank returns the error's exit code."""
+    """Decorate a command's `main`, which returns its exit code: on a UserError rank 0 prints the message to stderr (on
+    a LauncherError every rank does), and each returns the error's exit code."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" or isinstance(error, LauncherError):
                 say(str(error))
             return error.code
 

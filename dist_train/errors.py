@@ -38,6 +38,10 @@ class UserError(ValueError):
     code: ClassVar[int] = BAD_INPUT
 
 
+class LauncherError(UserError):
+    """Bad input in a launcher's variables. Each rank that has them reports it, since they do not tell which it is."""
+
+
 class DivergedError(ArithmeticError):
     """The loss or a gradient is not finite. The message names the step and the last checkpoint; details: the step and
     its microbatches with the values that are not finite, for JSON. Raised on all ranks together."""

@@ -26,8 +26,8 @@ from dist_train.command_line import outlive_readers
 from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
-from dist_train.distributed.launcher import check_world_size, first_of_node
-from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LostPeerError, Outcome, UserError, say
+from dist_train.distributed.launcher import check_world_size, first_of_node, launched_as
+from dist_train.errors import BAD_INPUT, PREEMPTED, DivergedError, LauncherError, LostPeerError, Outcome, UserError, say
 from dist_train.model.shapes import shapes
 
 _SILENT_WAIT = 2.0  # seconds of waiting for the betons after which the wait is reported
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as held:
         try:
             start = time.perf_counter()
+            launched_as()
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
             with StopNow():
                 waited, manifest = _prepared(settings)
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
             from dist_train.training.train import Job, run  # not at the top: it imports torch
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
+        except LauncherError as error:
+            outcome.code = BAD_INPUT
+            say(str(error))
         except UserError as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
             _print_once(outcome)

@@ -27,7 +27,7 @@ from typing import Any
 from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
-from dist_train.distributed.launcher import gpus_here, ranks_per_node, without_launcher
+from dist_train.distributed.launcher import gpus_here, ranks_per_node, variable, without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
 from dist_train.files import write_atomic
 from dist_train.reports import table
@@ -59,17 +59,24 @@ class JobNode:
 
 
 def current_node() -> JobNode:
-    """This node, from Slurm's variables in a job step; the only one without Slurm."""
+    """This node, from Slurm's variables in a job step; the only one without Slurm. Raises LauncherError."""
     cpus = len(os.sched_getaffinity(0))
     if "SLURM_STEP_ID" not in os.environ:
         return JobNode(0, 1, cpus, "alone")
-    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or cpus
-    return JobNode(
-        int(os.environ["SLURM_NODEID"]),
-        int(os.environ["SLURM_STEP_NUM_NODES"]),
-        min(cpus, int(allocated)),
-        f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}",
-    )
+    remedy = "start with srun, which sets it"
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if os.environ.get(name):
+            cpus = min(cpus, variable(name, 1, remedy=remedy))
+            break
+    nodes = variable("SLURM_STEP_NUM_NODES", 1, remedy=remedy)
+    start = f"{variable('SLURM_JOB_ID', 1, remedy=remedy)}.{_restarts()}"
+    return JobNode(variable("SLURM_NODEID", 0, nodes - 1, remedy), nodes, cpus, start)
+
+
+def _restarts() -> int:
+    """How often Slurm has started this job again."""
+    name = "SLURM_RESTART_COUNT"  # not set at the first start
+    return variable(name, 0, remedy="submit with sbatch, which sets it") if name in os.environ else 0
 
 
 def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
@@ -268,7 +275,7 @@ def _member() -> tuple[Path, list[str]]:
 def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     """Requeue this job, unless it was cancelled. step: of the newest checkpoint when it started. received: the stop
     signals. Returns whether the job will run again."""
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restarts = os.environ["SLURM_JOB_ID"], _restarts()
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
         return False

@@ -72,6 +72,18 @@ def test_torchrun_is_for_several_ranks() -> None:
         assert words[-2:] == ["dist_train.main", "seed=1"]
 
 
+def test_variables_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"STEP_ID": "0", "NODEID": "1", "STEP_NUM_NODES": "2", "JOB_ID": "7", "CPUS_ON_NODE": "1"}
+    for name, value in right.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert node.current_node() == node.JobNode(1, 2, 1, "7.0")
+    for name, wrong in (("NODEID", "2"), ("STEP_NUM_NODES", "0"), ("JOB_ID", ""), ("CPUS_ON_NODE", "two")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"SLURM_{name}", wrong)
+            with pytest.raises(UserError, match=f"SLURM_{name} = '{wrong}': give a whole number .*; start with srun"):
+                node.current_node()
+
+
 def test_members() -> None:
     found = submit.members(["--preset", "digits"], "0-1,7", ["optim.default.lr=0.1,0.2"])
     assert list(found) == [f"lr{lr}-seed{seed}" for lr in (0.1, 0.2) for seed in (0, 1, 7)]
