@@ -103,7 +103,7 @@ def start_ranks(arguments: Sequence[str], per_node: int, node: JobNode, endpoint
     if node.nodes == per_node == 1:
         return [sys.executable, "-m", "dist_train.main", *arguments]
     if node.nodes == 1:
-        rendezvous = ["--standalone"]
+        rendezvous = ["--standalone", "--local-addr=127.0.0.1"]  # the machine's own name may not resolve
     else:
         host, _, port = endpoint.rpartition(":")
         rendezvous = [f"--nnodes={node.nodes}", f"--node-rank={node.index}"]

@@ -4,6 +4,7 @@ whose import takes seconds."""
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def variable(name: str, low: int, high: int = 2**31 - 1, remedy: str = _REMEDY) 
     if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
         raise LauncherError(f"{name} = {text!r:.40}: give a whole number from {low} to {high}; {remedy}")
     return int(text)
+
+
+def meet_on_this_machine() -> None:
+    """Have a rank reach what is on its own machine through the local address, since the machine's own name may not
+    resolve, and torch then tries for minutes. Where all ranks are here, so do gloo and NCCL, unless
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set. Call it after `launched_as`."""
+    if os.environ["MASTER_ADDR"] in (platform.node(), "localhost"):
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
 
 
 def without_launcher() -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
 from dist_train.distributed.heartbeat import Heartbeat
-from dist_train.distributed.launcher import launched_as
+from dist_train.distributed.launcher import launched_as, meet_on_this_machine
 from dist_train.errors import LostPeerError, UserError
 from dist_train.signals import stop_with_launcher
 
@@ -99,6 +99,7 @@ def join_ranks(
         if alone:
             store: Store = HashStore()
         else:
+            meet_on_this_machine()
             store, *_ = next(rendezvous("env://", rank, world_size, timeout=join_timeout))
         start = _agree_on_start(store, rank, world_size, join_timeout)
         with muted_stdout():
