@@ -56,7 +56,8 @@ def set_up(script: Path | None = None) -> list[str]:
 
 def minutes(time: str) -> int:
     """A time limit as Slurm writes it (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in whole minutes. Raises UserError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    number = "([0-9]{1,7})"
+    match = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", time)
     if not match:
         raise UserError(f"--time {time}: not a time limit; write it as minutes, H:M:S or D-H:M:S")
     days, *parts = match.groups()

@@ -99,6 +99,64 @@ def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
         submit.members([], seeds, grid)
 
 
+REFUSED_OPTIONS: list[tuple[list[str], str]] = [
+    (["--at-most", "-1", "--seeds", "0-1"], "argument --at-most: -1 is not a whole number above 0"),
+    (["--at-most", "0"], "argument --at-most: 0 is not a whole number above 0"),
+    (["--nodes", "0"], "argument --nodes: 0 is not a whole number above 0"),
+    (["--cpus-per-node", "0"], "argument --cpus-per-node: 0 is not a whole number above 0"),
+    (["--gpus-per-node", "-1"], "--gpus-per-node -1: give a whole number from 0"),
+    (["--gpus-per-node", "64", "microbatches=64"], "GPUs; ask for fewer"),
+    (["--sbatch", "nodes=\u00b2"], "one line of printable characters"),
+    (["--sbatch", "nodes=0"], "--nodes 0: give a whole number from 1"),
+    (["--sbatch", "cpus-per-task=many"], "--cpus-per-task many: give a whole number from 1"),
+    (["--time", "abc"], "--time abc: not a time limit"),
+    (["--time", "0"], "--time 0: give at least a minute"),
+    (["--time", "9" * 30], "not a time limit"),
+    (["--sbatch", "time=abc"], "--time abc: not a time limit"),
+    (["--sbatch", "qos=low\ntouch oops"], "one line of printable characters"),
+    (["--sbatch", "qos\ntouch oops\n#=low"], "not the long name of an option of sbatch"),
+    (["--sbatch", "qos low"], "not the long name of an option of sbatch"),
+    (["--sbatch", ""], "not the long name of an option of sbatch"),
+    (["--sbatch", "array=0-99"], "--sbatch array: submit sets this one itself; remove it"),
+    (["--seeds", "5-2"], "--seeds 5-2: 5-2 ends before it begins"),
+    (["--seeds", "0,7-3"], "7-3 ends before it begins"),
+    (["--seeds", "0-99999999999"], "100000000000 members are too many; ask for at most 10000"),
+    (["--seeds", "0-\u0663"], "write it as 0-4 or 0,2,5"),
+    (["--seeds", "0-9999", "--grid", "epochs=1,2"], "20000 members are too many"),
+    ([word for name in "abcdefghijkl" for word in ("--grid", f"{name}=0,1,2,3,4,5,6,7,8,9")], "1000000000000 members"),
+    (["--grid", "seed=1,2", "--seeds", "3"], "seed1-seed3 and seed2-seed3 have the same settings"),
+    (["--grid", "epochs=1,1.0"], "epochs1 and epochs1.0 have the same settings"),
+    (["--run-dir", "here\ntouch oops"], "a job's folder has a name of printable characters"),
+    (["--run-dir", "x" * 300], "is too long for a file's name"),
+    (["--job-name", "x" * 300], "is too long for a file's name"),
+    (["--grid", f"project={'x' * 300},y"], "is too long for a file's name"),
+    (["--partition", ""], "--partition '': an option of sbatch is one line of printable characters"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), REFUSED_OPTIONS)
+def test_options_are_checked_before_anything_begins(
+    options: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(["--local", "--preset", "digits", *options]) == 2
+    out, told = capsys.readouterr()
+    assert (out, told.count("\n")) == ("", 1)
+    assert sentence in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_array_without_members() -> None:
+    with pytest.raises(UserError, match="nothing to submit"):
+        submit.array({}, local=True)
+    with pytest.raises(UserError, match="--at-most -1"):
+        submit.array({"one": ["--preset", "digits"]}, at_most=-1, local=True)
+
+
 def test_interval() -> None:
     assert statistics.interval([1.0, 2.0, 3.0]) == pytest.approx(
         4.302653 / math.sqrt(3)
