@@ -85,10 +85,10 @@ class Node:
 def partitions() -> dict[str, list[Node]]:
     """The nodes of every partition; those of the default partition also under "". Raises UserError without Slurm, and
     when it does not answer."""
-    if not shutil.which("sbatch"):
+    if missing := [program for program in ("sbatch", "sinfo", "scontrol") if not shutil.which(program)]:
         raise UserError(
-            "there is no Slurm on this machine (no sbatch in PATH); log in to a node of the cluster, or train on "
-            "this machine with --local"
+            f"there is no Slurm on this machine (no {missing[0]} in PATH); log in to a node of the cluster, or train "
+            f"on this machine with --local"
         )
     sinfo = ["sinfo", "--noheader", "--Node", "--format=%P|%N|%o|%G|%c|%l"]
     done = subprocess.run(sinfo, capture_output=True, text=True, check=False)

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -276,8 +277,13 @@ def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     """Requeue this job, unless it was cancelled. step: of the newest checkpoint when it started. received: the stop
     signals. Returns whether the job will run again."""
     job, restarts = os.environ["SLURM_JOB_ID"], _restarts()
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # the last member to start has the number of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
+        return False
+    if not shutil.which("scontrol"):  # in a container, say
+        say(f"job {job} could not be requeued (no scontrol in PATH); submit it again with --run-dir {run_dir}")
         return False
     shown = subprocess.run(["scontrol", "show", "job", job, "--oneliner"], capture_output=True, text=True, check=False)
     # SIGTERM alone, without a preemption, is from srun, which ends all nodes when one has failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_variables_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setenv(f"SLURM_{name}", wrong)
             with pytest.raises(UserError, match=f"SLURM_{name} = '{wrong}': give a whole number .*; start with srun"):
                 node.current_node()
+
+
+def test_no_scontrol_where_a_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"PATH": "/nowhere", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert not node._requeue(tmp_path, 0, [signal.SIGUSR1])
+    told = "job 7_2 could not be requeued (no scontrol in PATH); submit it again with --run-dir"
+    assert capsys.readouterr().err == f"dist_train: {told} {tmp_path}\n"
 
 
 def test_members() -> None:
