@@ -122,6 +122,9 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     outlive_readers()
+    # A launcher's store ends with it: without this, torch shows its C++ stack for each connection to it that breaks,
+    # although the ranks save and stop.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = main(arguments)
     except Exception as error:

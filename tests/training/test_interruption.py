@@ -118,9 +118,15 @@ def test_stop_signals_a_killed_launcher_and_a_restart_on_changing_numbers_of_ran
     stopped_at(folder)
 
     process = begun(folder, 20, *arguments, ranks=2)
+    slow = ranks_of(folder)[1]
+    os.kill(slow, signal.SIGSTOP)
     os.kill(ranks_of(folder)[-1], signal.SIGKILL)  # the launcher alone
+    time.sleep(4)  # rank 0 loses the launcher's store, to which it sends its heartbeats
+    os.kill(slow, signal.SIGCONT)
     assert left(folder, 20)
-    process.communicate()
+    said, _ = process.communicate()
+    assert "stopped by SIGTERM on rank " in said
+    assert "frame #" not in said
     stopped_at(folder)
 
     process = begun(folder, 26, *arguments, ranks=3, torchrun=("--max-restarts=3",))
