@@ -8,7 +8,8 @@ import sys
 
 from dist_train import __version__
 from dist_train.command_line import command
-from dist_train.commands import COMMANDS
+from dist_train.commands import COMMANDS, ON_EVERY_RANK
+from dist_train.distributed.launcher import launched_as
 from dist_train.errors import UserError
 
 
@@ -47,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(
             f"{name or repr(name)}: there is no such command; {f'did you mean {close[0]}?' if close else 'see --help'}"
         )
+    if name in ON_EVERY_RANK:
+        launched_as()  # before the command's module imports torch
     if name == "train":
         return _train(rest)
     code: int = importlib.import_module(COMMANDS[name].module).main(rest)

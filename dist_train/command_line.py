@@ -1,4 +1,4 @@
-"""What all commands share: the argument parser, and the handling of bad input."""
+"""What all commands share: the argument parser, and the handling of bad input and of output that nobody reads."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, NoReturn, ParamSpec
 from dist_train.errors import (
     BAD_INPUT,
     FAILED,
+    LauncherError,
     LostPeerError,
     UserError,
     first_line,
@@ -102,9 +103,10 @@ def use_utf8() -> None:
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a command's `main`, which returns its exit code, and reads the process's arguments where it gets none.
 
-    Bad input is one sentence on stderr, from rank 0, and the error's exit code on every rank; so are files, folders and
-    outputs that cannot be used. Where memory is too small, each rank says so and returns FAILED. A reader that closes
-    the pipe, such as `head`, ends the command in silence, with the code that a shell shows for SIGPIPE."""
+    Bad input is one sentence on stderr, from rank 0 (on a LauncherError from every rank), and the error's exit code on
+    every rank; so are files, folders and outputs that cannot be used. Where memory is too small, each rank says so and
+    returns FAILED. A reader that closes the pipe, such as `head`, ends the command in silence, with the code that a
+    shell shows for SIGPIPE."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -115,7 +117,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             print(end="", flush=True)
             return code
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" or isinstance(error, LauncherError):
                 say(str(error))
             return error.code
         except (MemoryError, RuntimeError) as error:

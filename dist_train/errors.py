@@ -45,6 +45,10 @@ class NotFiniteError(UserError):
     """A network has weights or gives results that are not finite. The message names them."""
 
 
+class LauncherError(UserError):
+    """Bad input in a launcher's variables. Each rank that has them reports it, since they do not tell which it is."""
+
+
 class DivergedError(ArithmeticError):
     """A loss, a gradient, a weight or a result of the evaluation is not finite. The message names the step and the last
     checkpoint; details: the step and, of losses and gradients, its microbatches with the values that are not finite,

@@ -30,11 +30,12 @@ from dist_train.config.arguments import default_run_dir, parser, resolve
 from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.settings import check_batch
 from dist_train.data import dataset
-from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver
+from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver, launched_as
 from dist_train.errors import (
     BAD_INPUT,
     PREEMPTED,
     DivergedError,
+    LauncherError,
     LostPeerError,
     LostRecordError,
     Outcome,
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as held:
         try:
             start = time.perf_counter()
+            launched_as()
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
             with StopNow():
                 waited, manifest = _prepared(settings)
@@ -65,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             from dist_train.training.train import Job, run  # not at the top: it imports torch
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
+        except LauncherError as error:
+            outcome.code = BAD_INPUT
+            say(str(error))
         except UserError as error:
             outcome.code, outcome.reason = BAD_INPUT, str(error)
             _print_once(outcome)
@@ -165,6 +170,9 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
     survive_output()
     # Ctrl-C ends the process without a traceback, until there is a training state to save.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A launcher's store ends with it: without this, torch shows its C++ stack for each connection to it that breaks,
+    # although the ranks save and stop.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = main(arguments)
     except Exception as error:

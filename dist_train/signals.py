@@ -14,7 +14,10 @@ from dist_train.errors import LostPeerError
 
 _LAUNCHER = os.getppid()  # at the first import of the package: it may end during the imports that take seconds
 # sent by Slurm and submitit before a job's time limit or a preemption, by the launcher, and by Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+# by a terminal that is closed, and by a launcher that has received it; nohup has it ignored, and so it stays
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    SIGNALS += (signal.SIGHUP,)
 
 
 class StopRequest:

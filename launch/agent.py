@@ -20,13 +20,13 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from dist_train.errors import BAD_INPUT, DONE, FAILED, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, say
 from dist_train.signals import SIGNALS, ignore_at_exit
 
 
 def main() -> int:
-    """Run the ranks. Returns the exit code: 0 when all ranks have returned 0, 2 when the first that failed has bad
-    input, otherwise 1. A stop signal before the ranks start exits with 128 and its number."""
+    """Run the ranks. Returns the exit code: 0 when all ranks have returned 0, that of the first which has not where it
+    is for bad input or a stop, otherwise 1. A stop signal before the ranks start exits with 128 and its number."""
     stopped = False
 
     def stop(number: int, _: object) -> None:
@@ -52,7 +52,7 @@ def main() -> int:
         if failure.exitcode < 0 and not stopped:
             name = signal.Signals(-failure.exitcode).name
             say(f"rank {rank} (process {failure.pid}) was ended by {name}")
-        return BAD_INPUT if failure.exitcode == BAD_INPUT else FAILED
+        return failure.exitcode if failure.exitcode in (BAD_INPUT, PREEMPTED) else FAILED
     return DONE
 
 

@@ -56,7 +56,8 @@ def set_up(script: Path | None = None) -> list[str]:
 
 def minutes(time: str) -> int:
     """A time limit as Slurm writes it (minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in whole minutes. Raises UserError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    number = "([0-9]{1,7})"
+    match = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", time)
     if not match:
         raise UserError(f"--time {time}: not a time limit; write it as minutes, H:M:S or D-H:M:S")
     days, *parts = match.groups()
@@ -84,10 +85,10 @@ class Node:
 def partitions() -> dict[str, list[Node]]:
     """The nodes of every partition; those of the default partition also under "". Raises UserError without Slurm, and
     when it does not answer."""
-    if not shutil.which("sbatch"):
+    if missing := [program for program in ("sbatch", "sinfo", "scontrol") if not shutil.which(program)]:
         raise UserError(
-            "there is no Slurm on this machine (no sbatch in PATH); log in to a node of the cluster, or train on "
-            "this machine with --local"
+            f"there is no Slurm on this machine (no {missing[0]} in PATH); log in to a node of the cluster, or train "
+            f"on this machine with --local"
         )
     sinfo = ["sinfo", "--noheader", "--Node", "--format=%P|%N|%o|%G|%c|%l"]
     done = subprocess.run(sinfo, capture_output=True, encoding="utf-8", errors="replace", check=False)

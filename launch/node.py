@@ -1,4 +1,4 @@
-"""The command that a job runs on each of its nodes: torchrun on the node's GPUs or CPUs, until done or stopped.
+"""The command that a job runs on each of its nodes: the ranks on the node's GPUs or CPUs, until done or stopped.
 
     srun --ntasks-per-node=1 python -m dist_train.launch.node [arguments of python -m dist_train.main]
 
@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from typing import Any
 from dist_train.command_line import command, survive_output
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
-from dist_train.distributed.launcher import gpus_here, ranks_per_node
+from dist_train.distributed.launcher import gpus_here, ranks_per_node, variable, without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
 from dist_train.files import write_atomic
 from dist_train.reports import table
@@ -59,17 +60,24 @@ class JobNode:
 
 
 def current_node() -> JobNode:
-    """This node, from Slurm's variables in a job step; the only one without Slurm."""
+    """This node, from Slurm's variables in a job step; the only one without Slurm. Raises LauncherError."""
     cpus = len(os.sched_getaffinity(0))
     if "SLURM_STEP_ID" not in os.environ:
         return JobNode(0, 1, cpus, "alone")
-    allocated = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or cpus
-    return JobNode(
-        int(os.environ["SLURM_NODEID"]),
-        int(os.environ["SLURM_STEP_NUM_NODES"]),
-        min(cpus, int(allocated)),
-        f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}",
-    )
+    remedy = "start with srun, which sets it"
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        if os.environ.get(name):
+            cpus = min(cpus, variable(name, 1, remedy=remedy))
+            break
+    nodes = variable("SLURM_STEP_NUM_NODES", 1, remedy=remedy)
+    start = f"{variable('SLURM_JOB_ID', 1, remedy=remedy)}.{_restarts()}"
+    return JobNode(variable("SLURM_NODEID", 0, nodes - 1, remedy), nodes, cpus, start)
+
+
+def _restarts() -> int:
+    """How often Slurm has started this job again."""
+    name = "SLURM_RESTART_COUNT"  # not set at the first start
+    return variable(name, 0, remedy="submit with sbatch, which sets it") if name in os.environ else 0
 
 
 def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
@@ -90,11 +98,13 @@ def local_ranks(train: TrainConfig, nodes: int, cpus: int) -> int:
     return ranks_per_node(train.microbatches, gpus or max(1, cpus // train.threads), nodes)
 
 
-def torchrun(arguments: Sequence[str], per_node: int, node: JobNode, endpoint: str = "") -> list[str]:
-    """The command that starts this node's ranks. arguments: of dist_train.main. endpoint: HOST:PORT on the first node,
-    needed where there are several."""
+def start_ranks(arguments: Sequence[str], per_node: int, node: JobNode, endpoint: str = "") -> list[str]:
+    """The command that starts this node's ranks: torchrun, which listens on all addresses, only for several ranks.
+    arguments: of dist_train.main. endpoint: HOST:PORT on the first node, needed where there are several."""
+    if node.nodes == per_node == 1:
+        return [sys.executable, "-m", "dist_train.main", *arguments]
     if node.nodes == 1:
-        rendezvous = ["--standalone"]
+        rendezvous = ["--standalone", "--local-addr=127.0.0.1"]  # the machine's own name may not resolve
     else:
         host, _, port = endpoint.rpartition(":")
         rendezvous = [f"--nnodes={node.nodes}", f"--node-rank={node.index}"]
@@ -151,7 +161,8 @@ class Training:
         known = len(read_history(self.run_dir))
         code = FAILED
         if not self.stopping:
-            self.process = subprocess.Popen(torchrun(arguments, per_node, node, endpoint))
+            words = start_ranks(arguments, per_node, node, endpoint)
+            self.process = subprocess.Popen(words, env=without_launcher())
             if self.stopping:  # since the check above
                 self.stop()
             while not self._ended():
@@ -159,6 +170,8 @@ class Training:
             code = self.process.wait()
             if code == BAD_INPUT:
                 return code
+            if code < 0 and not self.stopping:
+                say(f"the training (process {self.process.pid}) was ended by {signal.Signals(-code).name}")
         if code != DONE:  # from the history: a late signal may have ended torchrun after its ranks had finished
             code = code_of(_outcome(self.run_dir, known, self.stopping))
         if code == DONE and node.main and self.group:
@@ -188,7 +201,7 @@ class Training:
         return DelayedSubmission(Training(self.arguments, self.run_dir, self.group))
 
     def _ended(self) -> bool:
-        """Whether torchrun has ended."""
+        """Whether the ranks, or their torchrun, have ended."""
         # not Popen.poll: its lock would deadlock in a signal handler that interrupted it
         assert self.process is not None
         if self.process.returncode is not None:
@@ -266,9 +279,14 @@ def _member() -> tuple[Path, list[str]]:
 def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     """Requeue this job, unless it was cancelled. step: of the newest checkpoint when it started. received: the stop
     signals. Returns whether the job will run again."""
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restarts = os.environ["SLURM_JOB_ID"], _restarts()
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # the last member to start has the number of the whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
+        return False
+    if not shutil.which("scontrol"):  # in a container, say
+        say(f"job {job} could not be requeued (no scontrol in PATH); submit it again with --run-dir {run_dir}")
         return False
     shown = subprocess.run(
         ["scontrol", "show", "job", job, "--oneliner"],
@@ -316,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     if this_node.main:
         print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
     code = training.run()
-    slurm = "SLURM_JOB_ID" in os.environ and received[:1] != [signal.SIGINT]
+    slurm = "SLURM_JOB_ID" in os.environ and received[:1] not in ([signal.SIGINT], [signal.SIGHUP])  # of a terminal
     # the first node requeues the job; the other nodes wait for that, since srun ends all nodes when one exits
     if code == PREEMPTED and slurm and (not this_node.main or _requeue(training.run_dir, step, received)):
         time.sleep(_REQUEUED)

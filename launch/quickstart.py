@@ -14,13 +14,14 @@ from dist_train import config, data_prep
 from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.data import dataset
+from dist_train.distributed.launcher import without_launcher
 from dist_train.errors import say
-from dist_train.launch.node import JobNode, local_ranks, torchrun
+from dist_train.launch.node import JobNode, local_ranks, start_ranks
 
 
 @command
 def main(arguments: list[str] | None = None) -> int:
-    """Replace this process by torchrun. Returns the exit code where it stops before."""
+    """Replace this process by the ranks' torchrun, or by the only rank. Returns the exit code where it stops before."""
     given = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_intermixed_args(given)
     _, settings = resolve(args)
@@ -35,9 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
     this_node = JobNode(0, 1, len(os.sched_getaffinity(0)), "alone")
-    command_line = torchrun(given, local_ranks(settings.train, 1, this_node.cpus), this_node)
+    command_line = start_ranks(given, local_ranks(settings.train, 1, this_node.cpus), this_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.train.threads))
-    return os.execv(sys.executable, command_line)
+    return os.execve(sys.executable, command_line, without_launcher())
 
 
 if __name__ == "__main__":

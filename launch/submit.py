@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -31,7 +32,7 @@ import submitit
 import yaml
 
 from dist_train import config
-from dist_train.command_line import MOST, Parser, command, count, positive
+from dist_train.command_line import Parser, command, count, positive
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
 from dist_train.config.effects import check_effects, check_muon
@@ -47,6 +48,23 @@ from dist_train.runs.run import Run
 _POLL = 2.0  # seconds between two polls of a job
 _FORGOTTEN = 5  # consecutive polls in which Slurm does not know a job, after which it counts as ended
 _PRINTABLE = re.compile(r"[ -~]+")
+_NAME = re.compile(r"[a-z][a-z0-9-]*")
+# options of sbatch that say how the job is started, which is decided here
+_DECIDED = {
+    "array",
+    "chdir",
+    "error",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "test-only",
+    "wrap",
+}
+_LEAST = {"nodes": 1, "gpus-per-node": 0, "cpus-per-task": 1}
+_MOST = 10_000  # members of an array: more than Slurm takes, unless its administrator has raised MaxArraySize
+_LONGEST = 200  # bytes of a file's name, to which a job's number may be added
 # keys of a W&B sweep's file that an array supports; others (early_terminate, run_cap, ...) require W&B's server
 _SWEEP_KEYS = {"command", "description", "entity", "method", "metric", "name", "parameters", "program", "project"}
 
@@ -86,13 +104,23 @@ class Options:
         options = cluster.options()
         if self.gpus_per_node is not None or self.cpus_per_node is not None:
             options.pop("exclusive", None)
-        options |= {name: str(value) for name, value in given.items() if value is not None} | (self.more or {})
+        more = self.more or {}
+        for name in more:
+            if not _NAME.fullmatch(name):
+                raise UserError(f"--sbatch {name!r}: not the long name of an option of sbatch; write it as qos=low")
+            if name in _DECIDED:
+                raise UserError(f"--sbatch {name}: submit sets this one itself; remove it")
+        options |= {name: str(value) for name, value in given.items() if value is not None}
+        options |= {name: value if isinstance(value, bool) else str(value) for name, value in more.items()}
         for name, value in options.items():
             if not isinstance(value, bool) and not _PRINTABLE.fullmatch(value):
                 raise UserError(f"--{name} {value!r}: an option of sbatch is one line of printable characters")
-        for name in ("nodes", "gpus-per-node", "cpus-per-task"):
-            if name in options and not re.fullmatch("[0-9]{1,9}", str(options[name])):
-                raise UserError(f"--{name} {options[name]}: give a whole number")
+        for name, least in _LEAST.items():
+            text = str(options.get(name, least))
+            if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+                raise UserError(f"--{name} {text}: give a whole number from {least}")
+        if "time" in options and not cluster.minutes(str(options["time"])):
+            raise UserError(f"--time {options['time']}: give at least a minute")
         return options
 
 
@@ -185,6 +213,8 @@ def members(
         axes.append((key, values.split(",")))
     if seeds:
         axes.append(("train.seed", [str(seed) for seed in _numbers(seeds)]))
+    if (count := math.prod(len(values) for _, values in axes)) > _MOST:
+        raise UserError(f"--sweep, --grid, --seeds: {count} members are too many; ask for at most {_MOST}")
     named: dict[str, Sequence[str]] = {}
     for chosen in itertools.product(*([(key, value) for value in values] for key, values in axes)):
         name = "-".join(as_name(f"{key.rpartition('.')[2]}{value}") for key, value in chosen)
@@ -251,11 +281,15 @@ def _numbers(text: str) -> list[int]:
     """The seeds in a list such as 0-4 or 0,2,5. Raises UserError."""
     numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch("([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
-        seeds = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
-        if not 0 < len(seeds) <= MOST:
-            raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5, with at most {MOST} seeds")
-        numbers += seeds
+        match = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", part)
+        if not match:
+            raise UserError(f"--seeds {text}: write it as 0-4 or 0,2,5")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UserError(f"--seeds {text}: {part} ends before it begins; write the smaller number first")
+        if last - first >= _MOST:
+            raise UserError(f"--seeds {text}: {last - first + 1} members are too many; ask for at most {_MOST}")
+        numbers += range(first, last + 1)
     return numbers
 
 
@@ -291,7 +325,7 @@ class _Plan:
             time=timeout,
             nodes=int(options.pop("nodes", 1)),
             ntasks_per_node=1,
-            array_parallelism=self.at_most or len(self.trainings),
+            array_parallelism=min(self.at_most or len(self.trainings), len(self.trainings)),
             setup=cluster.set_up(),
             srun_args=["--kill-on-bad-exit=1", "--open-mode=append", f"--output={log}"],
             additional_parameters=options,
@@ -307,6 +341,10 @@ def _local_gpus(sbatch: dict[str, str | bool]) -> int:
 def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> _Plan:
     """Check a submission. named: the members' names and arguments; a single training has the name "". Raises
     UserError."""
+    if not named:
+        raise UserError("there is nothing to submit: give the members of the array")
+    if at_most < 0:
+        raise UserError(f"--at-most {at_most}: give the number of members that run at a time, 0 for all")
     sbatch = options.sbatch()
     nodes, gpus = int(sbatch.get("nodes", 1)), int(sbatch.get("gpus-per-node", 0))
     run_dirs = {trainer_parser().parse_intermixed_args(arguments).run_dir for _, arguments in named}
@@ -318,13 +356,20 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     folder = run_dirs.pop() or default
     if run_dirs:
         raise UserError("--run-dir: the members of an array share one; give it once")
+    _check_names(folder, [member for member, _ in named])
     trainings = []
+    first: dict[str, str] = {}  # the member that has given settings
     for member, arguments in named:
         given = trainer_parser().parse_intermixed_args(arguments)
         _, settings = resolve(given)
         check_muon(settings)
         if not layout.is_run(folder / member):
             check_effects(settings, config.given(given.config, given.settings))
+        if (same := first.setdefault(repr(settings), member)) != member:
+            raise UserError(
+                f"--sweep, --grid, --seeds: {same} and {member} have the same settings; give each setting in one of "
+                f"them, and each value once"
+            )
         if nodes * max(gpus, 1) > settings.train.microbatches:
             raise UserError(
                 f"--nodes {nodes}{f' with --gpus-per-node {gpus}' * bool(gpus)}: train.microbatches = "
@@ -335,12 +380,26 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     if local:
         if nodes > 1:
             raise UserError(f"--nodes {nodes}: --local is one machine; remove --nodes")
+        if gpus > (here := gpus_here()):
+            raise UserError(f"--gpus-per-node {gpus}: this machine has {here} GPUs; ask for fewer")
     else:
         limit = cluster.minutes(str(sbatch.get("time", "0")))
         cpus = int(sbatch.get("cpus-per-task", 0))
         candidates = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
         cluster.check_shared(folder, candidates)
     return _Plan(trainings, (folder / "slurm").absolute(), sbatch, local, at_most)
+
+
+def _check_names(folder: Path, members: Sequence[str]) -> None:
+    """Raises UserError for a run folder or a member whose name is no file's, or would not fit into the job script."""
+    path = str(folder.absolute())
+    if not path.isprintable():
+        raise UserError(f"--run-dir {path!r}: a job's folder has a name of printable characters; name another")
+    for part in (*folder.parts, *members):
+        if len(part.encode()) > _LONGEST:
+            raise UserError(
+                f"{part[:40]}... is too long for a file's name; give a shorter --run-dir, --job-name or --grid"
+            )
 
 
 def _submit(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> list[Job]:
@@ -400,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="LIST", default="", help="an array over seeds: 0-4 or 0,2,5")
     add("--grid", metavar="KEY=V,V", action="append", default=[], help="an array over a setting's values; repeatable")
     add("--sweep", metavar="FILE", type=Path, help="an array over a W&B sweep's file, of method grid, without W&B")
-    add("--at-most", metavar="M", type=count, default=0, help="members that run at a time (default: all; --local: 1)")
+    add("--at-most", metavar="M", type=positive, help="members that run at a time (default: all; --local: 1)")
     add("--wait", action="store_true", help="wait for the end, and print the accuracy or the table")
     add("--local", action="store_true", help="on this machine, without Slurm")
     add("--dry-run", action="store_true", help="check and print what would be submitted, submit nothing")

@@ -74,11 +74,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
-def command(*arguments: object, ranks: int = 1, module: str = "dist_train.main") -> list[str]:
-    """The command line that starts the trainer, or `module="dist_train COMMAND"`, with torchrun for several ranks."""
+def command(
+    *arguments: object, ranks: int = 1, module: str = "dist_train.main", torchrun: tuple[str, ...] = ()
+) -> list[str]:
+    """The command line that starts the trainer, or `module="dist_train COMMAND"`, with torchrun for several ranks.
+    torchrun: more of its options."""
     start = [sys.executable, "-m"]
     if ranks > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun, "-m"]
     return [*start, *module.split(), *map(str, arguments)]
 
 

@@ -34,7 +34,7 @@ TRAINING = (
 )
 RESULT = (
     rf"digits: test accuracy {SHARE}(?: \({SHARE} with TTA\))? at the last epoch; {NUMBER} s of training "
-    rf"\({NUMBER} images/s\), {NUMBER} s in all",
+    rf"\({NUMBER} images/s\), {NUMBER} s (?:in all|since it was resumed)",
     r"curves: \S+loss\.png, \S+accuracy\.png; metrics: \S+metrics\.jsonl, \S+summary\.json",
 )
 OFFLINE = (r"W&B: offline run in \S+; upload it with: wandb sync \S+",)
@@ -140,6 +140,7 @@ def test_a_run_that_resumes(place: Path) -> None:
     done = run(place, "--config", "run/config.toml", "record.wandb=offline", "--run-dir", "stopped")
     check(done, (*TRAINING, *RESULT, r"resuming after step \d+"), OFFLINE)
     assert "resuming after step" in done.stdout
+    assert " s since it was resumed" in done.stdout  # which may be less than the seconds of all its training
 
 
 # commands that read a run: module, arguments, and our lines; none where it prints JSON

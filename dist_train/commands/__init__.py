@@ -29,3 +29,4 @@ COMMANDS = {
     "upload": Command("dist_train.commands.upload", "send finished runs to Weights & Biases"),
     "dashboard": Command("dist_train.commands.dashboard", "make the Weights & Biases workspace of a project"),
 }
+ON_EVERY_RANK = ("train", "evaluate")  # commands that torchrun may start

@@ -29,9 +29,10 @@ _STORE_TIMEOUT = timedelta(seconds=10)
 class Heartbeat:
     """Writes this rank's heartbeats, and reads those of its peers."""
 
-    def __init__(self, rank: int, world_size: int, timeout: int) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: int, start: str) -> None:
         """Start a thread that writes the heartbeats. timeout: seconds to wait for a rank in one exchange; after them
-        this thread calls `before_exit` and ends the process."""
+        this thread calls `before_exit` and ends the process. start: the prefix of what this start of the ranks
+        stores."""
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.step = 0  # the step that is being computed, counted from 1; 0 before the first
         self.beats = self.exchanges = 0
@@ -44,11 +45,7 @@ class Heartbeat:
         # a separate connection to the store: the process group's is blocked during an exchange
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = TCPStore(host, port, None, False, _STORE_TIMEOUT, wait_for_workers=False)
-        # A launcher's store outlives a restart of its ranks, so each restart has a prefix. Where rank 0 holds the store
-        # it is new after a restart, and the launchers of several hosts may disagree on the number of restarts.
-        launchers_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launchers_store else ""
-        self.store = PrefixStore(f"heartbeat/{attempt}", store)
+        self.store = PrefixStore(f"{start}/heartbeat", store)
         self._beat()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 

@@ -4,32 +4,63 @@ whose import takes seconds."""
 from __future__ import annotations
 
 import os
+import platform
+import re
 from pathlib import Path
 
-from dist_train.errors import UserError
+from dist_train.errors import LauncherError, UserError
 
 # device files of the GPU drivers that torch supports: NVIDIA's, AMD's, and Windows' (WSL)
 _DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REMEDY = f"start with torchrun, which sets it, or unset {', '.join(_VARIABLES)}"
 
 
 def launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun's environment variables; (0, 1, 0) without a launcher.
 
-    Raises UserError when only part of these variables is set, or one is not a number."""
+    Raises LauncherError when only part of these variables is set, or one has a value that no launcher gives."""
     given = [name for name in _VARIABLES if name in os.environ]
     if not given:
         return 0, 1, 0
     if missing := [name for name in _VARIABLES if name not in os.environ]:
-        raise UserError(
+        raise LauncherError(
             f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with torchrun, "
             f"or unset all of them"
         )
-    try:
-        rank, world_size, local_rank = (int(os.environ[name]) for name in _VARIABLES[:3])
-    except ValueError:
-        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers; start with torchrun") from None
+    world_size = variable("WORLD_SIZE", 1)
+    rank, local_rank = variable("RANK", 0, world_size - 1), variable("LOCAL_RANK", 0, world_size - 1)
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        variable("LOCAL_WORLD_SIZE", local_rank + 1, world_size)
+    variable("MASTER_PORT", 1, 2**16 - 1)
+    if not re.fullmatch(r"[!-~]+", address := os.environ["MASTER_ADDR"]):
+        raise LauncherError(f"MASTER_ADDR = {address!r:.40}: give the name or the address of rank 0's host; {_REMEDY}")
     return rank, world_size, local_rank
+
+
+def variable(name: str, low: int, high: int = 2**31 - 1, remedy: str = _REMEDY) -> int:
+    """An environment variable that a launcher sets to a number from `low` to `high`. Raises LauncherError, with the
+    remedy, for any other value, and where it is missing."""
+    text = os.environ.get(name, "")
+    if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
+        raise LauncherError(f"{name} = {text!r:.40}: give a whole number from {low} to {high}; {remedy}")
+    return int(text)
+
+
+def meet_on_this_machine() -> None:
+    """Have a rank reach what is on its own machine through the local address, since the machine's own name may not
+    resolve, and torch then tries for minutes. Where all ranks are here, so do gloo and NCCL, unless
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set. Call it after `launched_as`."""
+    if os.environ["MASTER_ADDR"] in (platform.node(), "localhost"):
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
+def without_launcher() -> dict[str, str]:
+    """This process's environment without the variables of a launcher, for a trainer that is started without one."""
+    return {name: value for name, value in os.environ.items() if name not in _VARIABLES}
 
 
 def first_of_node() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,12 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # registers the backend `fake`
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
 from dist_train.distributed.heartbeat import Heartbeat
-from dist_train.distributed.launcher import launched_as
+from dist_train.distributed.launcher import launched_as, meet_on_this_machine
 from dist_train.errors import LostPeerError, UserError
 from dist_train.signals import stop_with_launcher
 
@@ -85,25 +89,29 @@ def join_ranks(
     torch.set_num_threads(threads)
     set_arithmetic(deterministic)
     stop_with_launcher()
-    alone = "RANK" not in os.environ
+    alone = world_size == 1
     try:
         # longer than the heartbeat's timeout, whose message names the lost rank
         group_timeout = timedelta(seconds=timeout + 30)
         join_timeout = max(group_timeout, timedelta(seconds=first_timeout))
-        url = "tcp://127.0.0.1:0" if alone else "env://"
-        store, *_ = next(rendezvous(url, rank, world_size, timeout=join_timeout))
-        store.set(f"joined/{rank}", b"")
-        store.wait([f"joined/{peer}" for peer in range(world_size)], join_timeout)
+        # Alone there is nobody to meet: a store in memory, and a group that sends nothing, since DDP requires one.
+        # Torch's others listen for connections, the store on all addresses and from anyone.
+        if alone:
+            store: Store = HashStore()
+        else:
+            meet_on_this_machine()
+            store, *_ = next(rendezvous("env://", rank, world_size, timeout=join_timeout))
+        start = _agree_on_start(store, rank, world_size, join_timeout)
         with muted_stdout():
             dist.init_process_group(
-                backend,
-                store=store,
+                "fake" if alone else backend,
+                store=PrefixStore(start, store),
                 rank=rank,
                 world_size=world_size,
                 timeout=group_timeout,
-                device_id=rank_device if backend == "nccl" else None,
+                device_id=rank_device if backend == "nccl" and not alone else None,
             )
-        heartbeat = Heartbeat(rank, world_size, timeout) if world_size > 1 else None
+        heartbeat = None if alone else Heartbeat(rank, world_size, timeout, start)
     except RuntimeError as error:
         raise LostPeerError(
             f"rank {rank} did not find the other {world_size - 1} ranks at "
@@ -125,9 +133,36 @@ def join_ranks(
     dist.destroy_process_group()
 
 
+def _agree_on_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Wait for all ranks, and return a name of this start of theirs, the prefix of all that they store.
+
+    A launcher's store outlives a restart of its ranks, with the addresses of the earlier ones, and the launchers of
+    several hosts may disagree on the number of restarts. So rank 0 chooses the name, and answers each rank that reads
+    it; one that has read the name of an earlier start is not answered, and reads again. Raises RuntimeError when a rank
+    does not come."""
+    own = start = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", start)
+        peers = [f"{start}/{peer}" for peer in range(1, world_size)]
+        store.wait(peers, timeout)
+        for peer in peers:
+            store.set(f"{start}/{store.get(peer).decode()}", "here")
+        return start
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", own)
+        if store.check([f"{start}/{own}"]):
+            return start
+        time.sleep(0.05)
+    raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s")
+
+
 def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only, and return its (picklable) result on every rank. A UserError, ValueError or OSError is
     raised on every rank."""
+    if ranks.world_size == 1:
+        return work()
     result_and_error: list[Any] = [None, None]
     if ranks.main:
         try:

@@ -28,6 +28,7 @@ from dist_train.runs import checkpoint
 from dist_train.runs.contents import read_summary
 from dist_train.runs.environment import device_name, git_commit, versions
 from dist_train.runs.folder import check_data, open_folder
+from dist_train.runs.history import read_history
 from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
 from dist_train.runs.metrics import best_eval, read_metrics
 from dist_train.signals import StopRequest
@@ -239,10 +240,12 @@ def _print_result(run_dir: Path, dataset: str) -> None:
     summary = read_summary(run_dir)
     assert summary is not None
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
+    starts = [row.get("step") for row in read_history(run_dir) if row["event"] == "start"]
+    since = "since it was resumed" if any(starts[-1:]) else "in all"
     print(
         f"{dataset}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
-        f"{summary.get('seconds', 0.0):.1f} s in all\n"
+        f"{summary.get('seconds', 0.0):.1f} s {since}\n"
         f"curves: {run_dir / LOSS_PLOT}, {run_dir / ACCURACY_PLOT}; metrics: {run_dir / METRICS}, {run_dir / SUMMARY}",
         flush=True,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+from conftest import REPOSITORY, environment
 
 from dist_train.distributed.launcher import check_world_size, launched_as, ranks_per_node
-from dist_train.errors import UserError
+from dist_train.errors import LauncherError, UserError
 
 
 def test_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,12 +20,45 @@ def test_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     assert launched_as() == (3, 4, 1)
-    monkeypatch.setenv("RANK", "three")
-    with pytest.raises(UserError, match="whole numbers"):
-        launched_as()
     monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(UserError, match="but not MASTER_PORT"):
+    with pytest.raises(LauncherError, match="but not MASTER_PORT"):
         launched_as()
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+REFUSED = [
+    *(("RANK", value) for value in ("-1", "2", "three", "", "1.0", "\u0661", "9" * 5000)),
+    *(("WORLD_SIZE", value) for value in ("0", "-2", "1_0", "two", "99999999999")),
+    *(("LOCAL_RANK", value) for value in ("-1", "2", "x")),
+    *(("LOCAL_WORLD_SIZE", value) for value in ("0", "1", "3", "x")),
+    *(("MASTER_PORT", value) for value in ("abc", "-1", "0", "65536", " 80")),
+    *(("MASTER_ADDR", value) for value in ("", "two words", "a\nb")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_launcher_variables_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each, right in {**LAUNCHED, name: value}.items():
+        monkeypatch.setenv(each, right)
+    with pytest.raises(LauncherError, match=f"{name} = .*: give .*; start with torchrun") as refused:
+        launched_as()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [["train", "--preset", "digits"], ["evaluate", "nowhere"]])
+def test_each_command_on_ranks_refuses_them_before_torch(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "dist_train", *words],
+        env={**environment(), **LAUNCHED, "RANK": "-1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert line.startswith("dist_train: RANK = '-1': give a whole number from 0 to 1; start with torchrun")
+    assert done.returncode == 2
+    assert not [name for name in done.stderr.splitlines() if name.endswith("| torch")]
 
 
 def test_world_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import REPOSITORY, SUMMARY
 
 from dist_train import config
 from dist_train.errors import UserError
-from dist_train.launch import cluster, submit
+from dist_train.launch import cluster, node, submit
 from dist_train.reports import statistics, table
 from dist_train.runs import layout
 from dist_train.runs.history import append_history
@@ -65,6 +66,36 @@ def test_without_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         submit.train(["--preset", "digits"])
 
 
+def test_torchrun_is_for_several_ranks() -> None:
+    for nodes, per_node in ((1, 1), (1, 2), (2, 1)):
+        words = node.start_ranks(["seed=1"], per_node, node.JobNode(0, nodes, 1, "start"), "first:29500")
+        assert ("dist_train.launch.agent" in words) is (nodes * per_node > 1)
+        assert words[-2:] == ["dist_train.main", "seed=1"]
+
+
+def test_variables_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"STEP_ID": "0", "NODEID": "1", "STEP_NUM_NODES": "2", "JOB_ID": "7", "CPUS_ON_NODE": "1"}
+    for name, value in right.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert node.current_node() == node.JobNode(1, 2, 1, "7.0")
+    for name, wrong in (("NODEID", "2"), ("STEP_NUM_NODES", "0"), ("JOB_ID", ""), ("CPUS_ON_NODE", "two")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"SLURM_{name}", wrong)
+            with pytest.raises(UserError, match=f"SLURM_{name} = '{wrong}': give a whole number .*; start with srun"):
+                node.current_node()
+
+
+def test_no_scontrol_where_a_job_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"PATH": "/nowhere", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert not node._requeue(tmp_path, 0, [signal.SIGUSR1])
+    told = "job 7_2 could not be requeued (no scontrol in PATH); submit it again with --run-dir"
+    assert capsys.readouterr().err == f"dist_train: {told} {tmp_path}\n"
+
+
 def test_members() -> None:
     found = submit.members(["--preset", "digits"], "0-1,7", ["optim.default.lr=0.1,0.2"])
     assert list(found) == [f"lr{lr}-seed{seed}" for lr in (0.1, 0.2) for seed in (0, 1, 7)]
@@ -84,6 +115,64 @@ def test_members() -> None:
 def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         submit.members([], seeds, grid)
+
+
+REFUSED_OPTIONS: list[tuple[list[str], str]] = [
+    (["--at-most", "-1", "--seeds", "0-1"], "argument --at-most: -1 is not a whole number above 0"),
+    (["--at-most", "0"], "argument --at-most: 0 is not a whole number above 0"),
+    (["--nodes", "0"], "argument --nodes: 0 is not a whole number above 0"),
+    (["--cpus-per-node", "0"], "argument --cpus-per-node: 0 is not a whole number above 0"),
+    (["--gpus-per-node", "-1"], "--gpus-per-node -1: give a whole number from 0"),
+    (["--gpus-per-node", "64", "microbatches=64"], "GPUs; ask for fewer"),
+    (["--sbatch", "nodes=\u00b2"], "one line of printable characters"),
+    (["--sbatch", "nodes=0"], "--nodes 0: give a whole number from 1"),
+    (["--sbatch", "cpus-per-task=many"], "--cpus-per-task many: give a whole number from 1"),
+    (["--time", "abc"], "--time abc: not a time limit"),
+    (["--time", "0"], "--time 0: give at least a minute"),
+    (["--time", "9" * 30], "not a time limit"),
+    (["--sbatch", "time=abc"], "--time abc: not a time limit"),
+    (["--sbatch", "qos=low\ntouch oops"], "one line of printable characters"),
+    (["--sbatch", "qos\ntouch oops\n#=low"], "not the long name of an option of sbatch"),
+    (["--sbatch", "qos low"], "not the long name of an option of sbatch"),
+    (["--sbatch", ""], "not the long name of an option of sbatch"),
+    (["--sbatch", "array=0-99"], "--sbatch array: submit sets this one itself; remove it"),
+    (["--seeds", "5-2"], "--seeds 5-2: 5-2 ends before it begins"),
+    (["--seeds", "0,7-3"], "7-3 ends before it begins"),
+    (["--seeds", "0-99999999999"], "100000000000 members are too many; ask for at most 10000"),
+    (["--seeds", "0-\u0663"], "write it as 0-4 or 0,2,5"),
+    (["--seeds", "0-9999", "--grid", "epochs=1,2"], "20000 members are too many"),
+    ([word for name in "abcdefghijkl" for word in ("--grid", f"{name}=0,1,2,3,4,5,6,7,8,9")], "1000000000000 members"),
+    (["--grid", "seed=1,2", "--seeds", "3"], "seed1-seed3 and seed2-seed3 have the same settings"),
+    (["--grid", "epochs=1,1.0"], "epochs1 and epochs1.0 have the same settings"),
+    (["--run-dir", "here\ntouch oops"], "a job's folder has a name of printable characters"),
+    (["--run-dir", "x" * 300], "is too long for a file's name"),
+    (["--job-name", "x" * 300], "is too long for a file's name"),
+    (["--grid", f"project={'x' * 300},y"], "is too long for a file's name"),
+    (["--partition", ""], "--partition '': an option of sbatch is one line of printable characters"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), REFUSED_OPTIONS)
+def test_options_are_checked_before_anything_begins(
+    options: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(["--local", "--preset", "digits", *options]) == 2
+    out, told = capsys.readouterr()
+    assert (out, told.count("\n")) == ("", 1)
+    assert sentence in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_array_without_members() -> None:
+    with pytest.raises(UserError, match="nothing to submit"):
+        submit.array({}, local=True)
+    with pytest.raises(UserError, match="--at-most -1"):
+        submit.array({"one": ["--preset", "digits"]}, at_most=-1, local=True)
 
 
 def test_interval() -> None:

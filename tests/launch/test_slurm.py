@@ -261,14 +261,23 @@ def test_an_array_of_seeds_and_its_table(lab: Lab, limited: str) -> None:
 
 
 def test_sbatch_array_is_over_seeds(lab: Lab, limited: str) -> None:
-    arguments = [*lab.common, "train.epochs=2", "record.wandb=offline"]
-    job = lab.sbatch(["--array=3-4", "--job-name=both"], arguments)
-    for task in (3, 4):
-        assert lab.cluster.ended(f"{job}_{task}") == "COMPLETED"
+    arguments = [*lab.common, "train.epochs=4", "record.wandb=offline"]
+    job = lab.sbatch(["--array=3-5%1", "--job-name=both"], arguments)
     group = lab.folder / "runs" / f"both-{job}"
+    assert lab.cluster.ended(f"{job}_3") == "COMPLETED"
+    lab.trains(group / "seed4", 1)
+    lab.cluster.run("scancel", f"{job}_4")
+    # the last member has the number of the whole array, and yet goes back into the queue alone
+    lab.trains(group / "seed5", 1)
+    assert lab.cluster.job(f"{job}_5")["JobId"] == job
+    lab.cluster.run("scancel", "--signal=USR1", f"{job}_5")
+    assert lab.cluster.ended(f"{job}_5") == "COMPLETED"
+    assert outcomes(group / "seed5") == ["preempted", "done"]
+    assert [lab.cluster.state(f"{job}_{task}") for task in (3, 4)] == ["COMPLETED", "CANCELLED"]
+    assert [lab.cluster.job(f"{job}_{task}")["Restarts"] for task in (3, 4, 5)] == ["0", "0", "1"]
     assert sorted(path.name for path in group.glob("*/summary.json")) == ["summary.json"] * 2
-    assert [member.name for member in run.members(group)] == ["seed3", "seed4"]
-    assert "| 2 |" in (group / "table.md").read_text()
+    assert [member.name for member in run.members(group)] == ["seed3", "seed4", "seed5"]
+    assert "| 2 of 3 |" in (group / "table.md").read_text()
     runs = [record["run"] for record in offline_records(group / "seed3") if record["type"] == "run"]
     assert {run["run_group"] for run in runs} == {group.name}
 

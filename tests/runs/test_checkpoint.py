@@ -213,7 +213,7 @@ def state_of(network: BlockNetwork, settings: Config) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
     settings = config.load("digits", None, [])
-    network = BlockNetwork(settings.model, (3, 32), 10, settings.train.microbatches)
+    network = BlockNetwork(settings.model, (3, 32, 32), 10)
     return state_of(network, settings)
 
 

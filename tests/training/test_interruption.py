@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,10 +50,25 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
-def begun(folder: Path, steps: int, *arguments: object, ranks: int = 1) -> subprocess.Popen[str]:
-    """Start the trainer and wait until that many steps are recorded."""
+def listening(process: int) -> list[str]:
+    """The addresses, in the kernel's hexadecimal, on which a process waits for connections."""
+    opened = [str(entry.readlink()) for entry in Path(f"/proc/{process}/fd").iterdir()]
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in opened]
+
+
+def begun(
+    folder: Path,
+    steps: int,
+    *arguments: object,
+    ranks: int = 1,
+    torchrun: tuple[str, ...] = (),
+    inside: Callable[[list[str]], list[str]] = list,
+) -> subprocess.Popen[str]:
+    """Start the trainer and wait until that many steps are recorded. torchrun: more of its options. inside: makes of
+    the command another, that starts it."""
     process = subprocess.Popen(
-        command(*arguments, "--run-dir", folder, ranks=ranks),
+        inside(command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun)),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -78,7 +94,7 @@ def left(folder: Path, seconds: float) -> bool:
     return False
 
 
-def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
+def test_stop_signals_a_killed_launcher_and_a_restart_on_changing_numbers_of_ranks(
     digits: Path, train: Train, tmp_path: Path
 ) -> None:
     undisturbed = train("undisturbed", "epochs=9")
@@ -86,6 +102,7 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
     arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=9", "every_steps=3"]
 
     process = begun(folder, 5, *arguments, ranks=2)
+    assert listening(ranks_of(folder)[-1])
     os.kill(ranks_of(folder)[1], signal.SIGUSR1)
     said, _ = process.communicate(timeout=20)
     assert "stopped by SIGUSR1 on rank 1 after step " in said
@@ -101,20 +118,28 @@ def test_stop_signals_and_a_killed_launcher_on_changing_numbers_of_ranks(
     stopped_at(folder)
 
     process = begun(folder, 20, *arguments, ranks=2)
+    slow = ranks_of(folder)[1]
+    os.kill(slow, signal.SIGSTOP)
     os.kill(ranks_of(folder)[-1], signal.SIGKILL)  # the launcher alone
+    time.sleep(4)  # rank 0 loses the launcher's store, to which it sends its heartbeats
+    os.kill(slow, signal.SIGCONT)
     assert left(folder, 20)
-    process.communicate()
+    said, _ = process.communicate()
+    assert "stopped by SIGTERM on rank " in said
+    assert "frame #" not in said
     stopped_at(folder)
 
-    done = trainer(*arguments, "--run-dir", folder, ranks=3)
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step" in done.stdout
+    process = begun(folder, 26, *arguments, ranks=3, torchrun=("--max-restarts=3",))
+    os.kill(ranks_of(folder)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("resuming after step") == 2
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert lines(folder) == lines(tmp_path / "undisturbed")
     history = read_history(folder)
-    assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "done"]
-    assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 1, 2, 3]
+    assert [row["outcome"] for row in history if row["event"] == "end"] == [*["preempted"] * 3, "failed", "done"]
+    assert [row["world_size"] for row in history if row["event"] == "start"] == [2, 1, 2, 3, 3]
     same = subprocess.run(
         [sys.executable, "-m", "dist_train", "diff", folder, tmp_path / "undisturbed"],
         cwd=REPOSITORY,
@@ -134,6 +159,38 @@ def stopped_at(folder: Path) -> None:
     assert checkpoint.steps(folder / "checkpoints")[-1] == recorded
     last = read_history(folder)[-1]
     assert (last["event"], last["outcome"], last["step"]) == ("end", "preempted", recorded)
+
+
+def test_a_closed_terminal_loses_nothing(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=40", "every_steps=1000"]
+    alone, nohup = tmp_path / "alone", tmp_path / "nohup"
+    # script's terminal ends with it, and what is still written there fails
+    terminal = begun(alone, 5, *arguments, inside=lambda words: ["script", "-qec", shlex.join(words), os.devnull])
+    terminal.kill()
+    assert left(alone, 20)
+    terminal.communicate()
+    stopped_at(alone)
+    assert read_history(alone)[-1]["reason"] == "SIGHUP on rank 0"
+
+    # torchrun handles the signal that nohup ignores, and passes it on
+    process = begun(nohup, 5, *arguments, ranks=2, inside=lambda words: ["nohup", *words])
+    for number in ranks_of(nohup).values():
+        os.kill(number, signal.SIGHUP)
+    said, _ = process.communicate(timeout=40)
+    assert "stopped by SIGHUP on rank " in said
+    stopped_at(nohup)
+
+    process = begun(alone, 15, *arguments, inside=lambda words: ["nohup", *words])
+    process.send_signal(signal.SIGHUP)
+    steps = (alone / "metrics.jsonl").read_text().count('"kind": "step"')
+    deadline = time.monotonic() + 60
+    assert not listening(process.pid)  # one rank needs no connection
+    while (alone / "metrics.jsonl").read_text().count('"kind": "step"') < steps + 5:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
 
 
 def test_stop_signals_at_the_very_end_come_too_late(digits: Path, tmp_path: Path) -> None:
