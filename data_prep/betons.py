@@ -44,7 +44,8 @@ class Manifest:
 
     image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
     the ffcv that wrote the files; None if beton_file.write did. source: path of the folder of images, None for the data
-    sets in DATASETS. test_fraction: share of each class for the test split of a folder without one.
+    sets in DATASETS. test_fraction: share of each class for the test split of a folder without one. grey_bits: of the
+    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none.
     """
 
     dataset: str
@@ -56,6 +57,7 @@ class Manifest:
     ffcv_version: str | None
     source: str | None = None
     test_fraction: float | None = None
+    grey_bits: int | None = None
 
 
 def command(
@@ -321,6 +323,7 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             ffcv_version=raw["ffcv_version"],
             source=raw.get("source"),
             test_fraction=raw.get("test_fraction"),
+            grey_bits=raw.get("grey_bits"),
         )
         if not _is_valid(manifest):
             raise ValueError
@@ -337,6 +340,7 @@ def _is_valid(manifest: Manifest) -> bool:
         texts += [split.file, split.file_sha256, split.content_sha256]
         sizes += [split.count, split.bytes]
     texts += [text for text in (manifest.ffcv_version, manifest.source) if text is not None]
+    sizes += [bits for bits in (manifest.grey_bits,) if bits is not None]
     numbers = [*manifest.mean, *manifest.std]
     if manifest.test_fraction is not None:
         numbers.append(manifest.test_fraction)
@@ -383,7 +387,9 @@ def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test
     mean, std = _mean_and_std(pixels.splits["train"][0])
     height, width, channels = pixels.splits["train"][0].shape[1:]
     shape = (height, width, channels)
-    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction)
+    manifest = Manifest(
+        dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction, pixels.grey_bits
+    )
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)

@@ -26,11 +26,13 @@ class Pixels:
     """A data set in memory.
 
     splits maps "train" and "test" to (images uint8 (N, H, W, 3), labels int64 (N,)) in the data set's own
-    order; classes[label] is the name of a label.
+    order; classes[label] is the name of a label. grey_bits: of the grey values in pictures of 16 bits, as in
+    `pictures.read_picture`; None where there are none.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
+    grey_bits: int | None = None
 
 
 def load(dataset: str, source: Path | None) -> Pixels:

@@ -5,19 +5,19 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
+from dist_train.data_prep.pictures import SUFFIXES, bits_of, read_with_range, unreadable
 
 TEST_FRACTION = 0.2  # of each class, where the folder has no test split
-
-# equal to torchvision's IMG_EXTENSIONS, since importing torchvision takes seconds
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# bits of grey values that are found in pictures of 16 bits: of a whole data set, 14 bits are told from dark pictures
+_DEPTHS = (8, 10, 12, 14)
 
 Files = dict[str, list[Path]]  # the files of each class, by its name
 
@@ -69,9 +69,10 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
         for split, by_class in files.items()
     }
     count = len(samples["train"])
-    images = _read([path for split in samples.values() for path, _ in split], source, size)
+    images, grey_bits = _read([path for split in samples.values() for path, _ in split], source, size)
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
-    return Pixels(classes, {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])})
+    splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
+    return Pixels(classes, splits, grey_bits)
 
 
 def _files(folder: Path, not_images: list[Path]) -> Files:
@@ -120,8 +121,9 @@ def _few(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
-    """The images as (N, size, size, 3) uint8. Raises DataError if any cannot be read, or memory is too small."""
+def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+    """The images as (N, size, size, 3) uint8, and the bits of grey in those of 16 bits, None where there are none.
+    Raises DataError if any cannot be read, or memory is too small."""
     from tqdm import tqdm
 
     try:
@@ -133,20 +135,27 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
             f"smaller one"
         ) from None
 
-    def read(index: int) -> str:
+    largest = np.zeros(len(paths), np.int64)  # of the grey values of 16 bits
+    failures: list[str] = []
+
+    def read(index: int, grey_bits: int) -> str:
         """Read one image. Returns "", or its path and why it cannot be read."""
         try:
-            with Image.open(paths[index]) as image:
-                images[index] = square(image, size)
+            images[index], largest[index] = read_with_range(paths[index], size, grey_bits)
         except Exception as error:  # Pillow's decoders raise errors of all types, also SyntaxError
             return f"{paths[index].relative_to(source)} ({unreadable(error)})"
         return ""
 
     with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of images that it reads nevertheless
-        results = tqdm(pool.map(read, range(len(paths))), "read images", len(paths), unit="image", disable=None)
         try:
-            failures = [failure for failure in results if failure]
+            results = pool.map(partial(read, grey_bits=16), range(len(paths)))
+            progress = tqdm(results, "read images", len(paths), unit="image", disable=None)
+            failures += filter(None, progress)
+            deep = np.flatnonzero(largest)
+            grey_bits = bits_of(int(largest.max()), _DEPTHS) if len(deep) else None
+            if grey_bits is not None and grey_bits < 16:
+                failures += filter(None, pool.map(partial(read, grey_bits=grey_bits), deep.tolist()))
         except BaseException:  # a stop signal must not wait for the remaining images
             pool.shutdown(cancel_futures=True)
             raise
@@ -155,27 +164,11 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
             f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {_few(failures)}; remove or "
             f"replace each of them"
         )
-    return images
-
-
-def square(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """An image that was just opened, as (size, size, 3) uint8: rotated according to its EXIF data, transparent parts on
-    white, 16-bit grey as 8-bit. Raises ValueError for grey values without a known range, and Pillow's errors for a
-    damaged image."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"grey values of mode {image.mode} have no known range")
-    image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at a reduced size, which is many times as fast
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return np.array(ImageOps.fit(upright.convert("RGB"), (size, size)))
-
-
-def unreadable(error: Exception) -> str:
-    """The reason why Pillow could not open or decode an image, for a message."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if grey_bits is not None and grey_bits < 16:
+        print(
+            f"data_prep: the {len(deep)} images with 16 bits of grey have values up to {largest.max():,}: they are "
+            f"read as {grey_bits} bits",
+            file=sys.stderr,
+            flush=True,
+        )
+    return images, grey_bits

@@ -31,11 +31,10 @@ import numpy.typing as npt
 
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Tta
-from dist_train.data_prep.images import SUFFIXES
+from dist_train.data_prep.pictures import SUFFIXES
 from dist_train.errors import DONE, FAILED, UserError, say
-from dist_train.inference.trained_network import TrainedNetwork, load, read_image
+from dist_train.inference.trained_network import TrainedNetwork, load
 
-_KINDS = (*SUFFIXES, ".gif")  # suffixes of pictures in a folder
 _BAR = 24  # characters of the bar for probability 1
 
 
@@ -58,13 +57,13 @@ def sources(images: Iterable[str]) -> Iterator[Source]:
             paths = sorted(filter(_is_picture, Path(name).rglob("*")))
             yield from map(str, paths)
             if not paths:
-                yield UserError(f"{name}: holds no pictures ({', '.join(_KINDS)})")
+                yield UserError(f"{name}: holds no pictures ({', '.join(SUFFIXES)})")
         else:
             yield name
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _KINDS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _standard_input() -> Iterator[Source]:
@@ -87,7 +86,7 @@ def results(
         if isinstance(source, UserError):
             return source
         try:
-            return read_image(source, network.image_shape[0])
+            return network.read(source)
         except UserError as error:
             return error
 

@@ -31,7 +31,8 @@ class DataDescription:
 
     classes: their names, in the order of the logits. image_shape: (H, W, C). mean, std: of each channel of the training
     images, whose values go from 0 to 1. content_sha256: of the pixels and labels of each split, by the split's name;
-    empty in checkpoints of an earlier version.
+    empty in checkpoints of an earlier version. grey_bits: of the grey values in pictures of 16 bits, as in
+    `data_prep.pictures.read_picture`; None where there are none.
     """
 
     dataset: str
@@ -40,6 +41,7 @@ class DataDescription:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     content_sha256: dict[str, str]
+    grey_bits: int | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataDescription:
@@ -52,6 +54,7 @@ class DataDescription:
             manifest.mean,
             manifest.std,
             content_sha256=digests,
+            grey_bits=manifest.grey_bits,
         )
 
     @classmethod
@@ -59,7 +62,8 @@ class DataDescription:
         """From `to_dict`. Raises AttributeError, LookupError, TypeError and ValueError for anything else."""
         height, width, channels = data["image_shape"]
         classes, mean, std = (tuple(data[key]) for key in ("classes", "mean", "std"))
-        return cls(data["dataset"], classes, (height, width, channels), mean, std, dict(data.get("content_sha256", {})))
+        digests, bits = dict(data.get("content_sha256", {})), data.get("grey_bits")
+        return cls(data["dataset"], classes, (height, width, channels), mean, std, digests, bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict in a checkpoint, which is also valid JSON."""
