@@ -4,9 +4,9 @@
     dist-train prepare --dataset mine --source FOLDER --image-size 64
 
 A folder that already holds the data set is only checked. The data set is cifar10, digits, or one of your own: a folder
-with a folder of images for each class, or with two such folders train and test (or val). python -m dist_train.data_prep
-is the same command. Exit codes: 0 the data set is ready; 2 bad input; 3 CIFAR-10 had to be downloaded, but there is no
-network.
+with a folder of images for each class, or with two such folders train and test (or val). What is left out of it is
+counted and named. python -m dist_train.data_prep is the same command. Exit codes: 0 the data set is ready; 2 bad input;
+3 CIFAR-10 had to be downloaded, but there is no network.
 """
 
 import sys
@@ -17,7 +17,7 @@ from dist_train.command_line import Parser, command
 from dist_train.data_prep.betons import prepare, verify
 from dist_train.data_prep.datasets import DATASETS
 from dist_train.data_prep.files import DataError
-from dist_train.data_prep.images import TEST_FRACTION
+from dist_train.data_prep.folders import TEST_FRACTION
 from dist_train.errors import UserError
 
 _INTERRUPTED = 130  # exit code

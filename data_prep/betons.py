@@ -15,7 +15,8 @@ from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync
-from dist_train.data_prep.images import TEST_FRACTION, load_images
+from dist_train.data_prep.folders import TEST_FRACTION, LeftOut
+from dist_train.data_prep.images import load_images
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
 MANIFEST = "manifest.json"
@@ -45,7 +46,8 @@ class Manifest:
     image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
     the ffcv that wrote the files; None if beton_file.write did. source: path of the folder of images, None for the data
     sets in DATASETS. test_fraction: share of each class for the test split of a folder without one. grey_bits: of the
-    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none.
+    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none. left_out: files of the
+    source that are in no split.
     """
 
     dataset: str
@@ -58,6 +60,7 @@ class Manifest:
     source: str | None = None
     test_fraction: float | None = None
     grey_bits: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def command(
@@ -324,6 +327,9 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             source=raw.get("source"),
             test_fraction=raw.get("test_fraction"),
             grey_bits=raw.get("grey_bits"),
+            left_out=tuple(
+                LeftOut(part["reason"], part["count"], tuple(part["paths"])) for part in raw.get("left_out", [])
+            ),
         )
         if not _is_valid(manifest):
             raise ValueError
@@ -341,6 +347,9 @@ def _is_valid(manifest: Manifest) -> bool:
         sizes += [split.count, split.bytes]
     texts += [text for text in (manifest.ffcv_version, manifest.source) if text is not None]
     sizes += [bits for bits in (manifest.grey_bits,) if bits is not None]
+    for part in manifest.left_out:
+        texts += [part.reason, *part.paths]
+        sizes.append(part.count)
     numbers = [*manifest.mean, *manifest.std]
     if manifest.test_fraction is not None:
         numbers.append(manifest.test_fraction)
@@ -388,7 +397,8 @@ def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test
     height, width, channels = pixels.splits["train"][0].shape[1:]
     shape = (height, width, channels)
     manifest = Manifest(
-        dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction, pixels.grey_bits
+        *(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction),
+        *(pixels.grey_bits, pixels.left_out),
     )
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")

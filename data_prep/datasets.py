@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_train.data_prep.files import DataError, NoNetworkError, locked
+from dist_train.data_prep.folders import LeftOut
 
 NETWORK_TIMEOUT = 15.0  # seconds without data from the download server after which the download fails
 
@@ -27,12 +28,13 @@ class Pixels:
 
     splits maps "train" and "test" to (images uint8 (N, H, W, 3), labels int64 (N,)) in the data set's own
     order; classes[label] is the name of a label. grey_bits: of the grey values in pictures of 16 bits, as in
-    `pictures.read_picture`; None where there are none.
+    `pictures.read_picture`; None where there are none. left_out: what is in no split.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
     grey_bits: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def load(dataset: str, source: Path | None) -> Pixels:

@@ -1,6 +1,5 @@
 """Loads a folder of images of any size and format, in torchvision's ImageFolder layout, as square uint8 RGB images."""
 
-import hashlib
 import os
 import sys
 import warnings
@@ -13,112 +12,39 @@ import numpy.typing as npt
 
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
-from dist_train.data_prep.pictures import SUFFIXES, bits_of, read_with_range, unreadable
+from dist_train.data_prep.folders import few, scan, sort_key
+from dist_train.data_prep.pictures import bits_of, read_with_range, unreadable
 
-TEST_FRACTION = 0.2  # of each class, where the folder has no test split
 # bits of grey values that are found in pictures of 16 bits: of a whole data set, 14 bits are told from dark pictures
 _DEPTHS = (8, 10, 12, 14)
 
-Files = dict[str, list[Path]]  # the files of each class, by its name
-
 
 def load_images(source: Path, size: int, test_fraction: float | None = None) -> Pixels:
-    """Load the images in `source`/train/CLASS and `source`/test/CLASS (or val), or else those in `source`/CLASS, of
-    which a share of each class becomes the test split.
+    """Load the images in a folder, which `folders.scan` finds.
 
     Each becomes size x size pixels: its shorter side is scaled, and the middle of the longer one kept. Images are in
     the order of the SHA-256 of their path in `source`, and the first ones of a class are its test images: so classes
     are mixed, and images that are added later move few others between the splits. test_fraction: the share of each
     class, TEST_FRACTION unless given. Raises DataError.
     """
-    if not source.is_dir():
-        raise DataError(f"--source {source} is not a folder: give one with a folder of images for each class")
-    not_images: list[Path] = []
-    test = next((source / name for name in ("test", "val") if (source / name).is_dir()), None)
-    if test is not None and (source / "train").is_dir():
-        if test_fraction is not None:
-            raise DataError(
-                f"--test-fraction {test_fraction} is not for {source}, which has its own test split: remove it"
-            )
-        files = {"train": _files(source / "train", not_images), "test": _files(test, not_images)}
-        if unknown := [name for name in files["test"] if name not in files["train"]]:
-            raise DataError(
-                f"{test} has classes that {source / 'train'} does not have, {_few(unknown)}: put images of the same "
-                f"classes into both"
-            )
-        if not files["test"]:
-            raise DataError(f"{test} has no folders of classes: give it the same classes as {source / 'train'}")
-    else:
-        files = _divided(_files(source, not_images), source, test_fraction or TEST_FRACTION)
-    classes = tuple(files["train"])
-    if len(classes) < 2:
-        raise DataError(
-            f"{source} holds {f'one class, {classes[0]}' if classes else 'no classes'}: give a folder with a folder of "
-            f"images for each class, at least two, or with two such folders train and test"
-        )
-    print(f"data_prep: {source} has {len(classes)} classes: {_few([*classes])}", file=sys.stderr)
-    if not_images:
-        names = _few([str(path.relative_to(source)) for path in not_images])
-        print(f"data_prep: skipped, since their names are not those of images: {names}", file=sys.stderr, flush=True)
+    found = scan(source, test_fraction)
+    classes = tuple(found.splits["train"])
+    print(f"data_prep: {source} has {len(classes)} classes: {few([*classes])}", file=sys.stderr)
+    for left_out in found.left_out:
+        print(f"data_prep: left out {left_out}", file=sys.stderr, flush=True)
 
     samples = {
         split: sorted(
             ((path, label) for label, name in enumerate(classes) for path in by_class.get(name, [])),
-            key=lambda sample: _sort_key(sample[0], source),
+            key=lambda sample: sort_key(sample[0], source),
         )
-        for split, by_class in files.items()
+        for split, by_class in found.splits.items()
     }
     count = len(samples["train"])
     images, grey_bits = _read([path for split in samples.values() for path, _ in split], source, size)
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
     splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
-    return Pixels(classes, splits, grey_bits)
-
-
-def _files(folder: Path, not_images: list[Path]) -> Files:
-    """The images of each class below `folder`. Files without an image's suffix are appended to `not_images`; hidden
-    files and folders are skipped. Raises DataError for a class without images."""
-    files: Files = {}
-    try:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
-    for class_folder in classes:
-        files[class_folder.name] = []
-        for path in sorted(class_folder.rglob("*")):
-            if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                (files[class_folder.name] if path.suffix.lower() in SUFFIXES else not_images).append(path)
-    if empty := [name for name, paths in files.items() if not paths]:
-        raise DataError(
-            f"{folder} has no images for {_few(empty)}: put files there ({', '.join(SUFFIXES)}), or remove the folder"
-        )
-    return files
-
-
-def _divided(files: Files, source: Path, test_fraction: float) -> dict[str, Files]:
-    """The files divided into `train` and `test`, class by class. Raises DataError for a class with a single image."""
-    if single := [name for name, paths in files.items() if len(paths) == 1]:
-        raise DataError(
-            f"{source} has a single image for {_few(single)}, too few for a train and a test split: add images, or "
-            f"remove the folder"
-        )
-    train, test = {}, {}
-    for name, paths in files.items():
-        ordered = sorted(paths, key=lambda path: _sort_key(path, source))
-        count = min(max(round(test_fraction * len(ordered)), 1), len(ordered) - 1)
-        test[name], train[name] = ordered[:count], ordered[count:]
-    return {"train": train, "test": test}
-
-
-def _sort_key(path: Path, source: Path) -> bytes:
-    """The key that orders images: the SHA-256 of the path in `source`."""
-    return hashlib.sha256(os.fsencode(path.relative_to(source).as_posix())).digest()
-
-
-def _few(names: list[str]) -> str:
-    """The first three names, and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    return Pixels(classes, splits, grey_bits, found.left_out)
 
 
 def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
@@ -161,7 +87,7 @@ def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.ui
             raise
     if failures:
         raise DataError(
-            f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {_few(failures)}; remove or "
+            f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {few(failures)}; remove or "
             f"replace each of them"
         )
     if grey_bits is not None and grey_bits < 16:
