@@ -53,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"share of each class that is for testing, where your folder has no test split (default: {TEST_FRACTION})",
     )
     parser.add_argument(
+        "--drop-equal",
+        action="store_true",
+        help="leave out training images that have the pixels of a test image",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
     )
     parser.add_argument(
@@ -64,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="write the folder again even if it is complete or damaged",
     )
     args = parser.parse_args(arguments)
-    if args.verify and (args.force or args.source or args.image_size or args.test_fraction is not None):
+    writing = (args.force, args.source, args.image_size, args.test_fraction is not None, args.drop_equal)
+    if args.verify and any(writing):
         parser.error("--verify writes nothing: use it with --dataset and --out only")
     dataset: str = args.dataset or "cifar10"
     out: Path = args.out or Path("data") / dataset
@@ -84,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 args.source,
                 image_size=args.image_size,
                 test_fraction=args.test_fraction,
+                drop_equal=args.drop_equal,
                 force=args.force,
             )
     except ImportError as error:

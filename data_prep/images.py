@@ -44,7 +44,8 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
     images, grey_bits = _read([path for split in samples.values() for path, _ in split], source, size)
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
     splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
-    return Pixels(classes, splits, grey_bits, found.left_out)
+    names = {split: [path.relative_to(source).as_posix() for path, _ in of] for split, of in samples.items()}
+    return Pixels(classes, splits, grey_bits, found.left_out, names)
 
 
 def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig
@@ -11,6 +12,7 @@ from dist_train.errors import UserError
 # data_prep's messages name its own options; the trainer's messages name these settings instead
 _SETTING_OF_OPTION = {
     "--dataset digits": "--preset digits",
+    "--drop-equal": "data.drop_equal",
     "--dataset": "data.dataset",
     "--image-size": "data.image_size",
     "--out": "data.dir",
@@ -54,7 +56,11 @@ def prepare(config: DataConfig) -> data_prep.Manifest:
         return manifest(config)
     check(config)
     try:
-        return data_prep.prepare(config.dataset, config.folder, config.source_folder, image_size=config.image_size)
+        return data_prep.prepare(
+            *(config.dataset, config.folder, config.source_folder),
+            image_size=config.image_size,
+            drop_equal=config.drop_equal,
+        )
     except data_prep.DataError as error:
         sentence, run, command = str(error).partition("python -m ")
         for option, setting in _SETTING_OF_OPTION.items():
@@ -65,7 +71,7 @@ def prepare(config: DataConfig) -> data_prep.Manifest:
 def manifest(config: DataConfig) -> data_prep.Manifest:
     """Check the betons and return their manifest. Raises UserError."""
     check(config)
-    write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
+    write = _command(config, config.folder)
     if _is_empty(config):
         raise UserError(f"data.dir = {config.folder}: there is no data set; write it with {write}")
     betons = data_prep.check(config.folder, write)
@@ -82,12 +88,24 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
     height, width, _ = betons.image_shape
     if config.image_size and (height, width) != (config.image_size, config.image_size):
         other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
-        write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
         raise UserError(
             f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
-            f"{config.image_size}; set data.dir={other} and write that with {write}"
+            f"{config.image_size}; set data.dir={other} and write that with {_command(config, other)}"
+        )
+    if config.drop_equal and data_prep.may_share_images(betons):
+        other = config.folder.with_name(f"{config.dataset}-drop-equal")
+        raise UserError(
+            f"data.dir = {config.folder} was written without data.drop_equal = true; set data.dir={other} and write "
+            f"that with {_command(config, other)}"
         )
     return betons
+
+
+def _command(config: DataConfig, folder: Path) -> str:
+    """The command that writes the data set into a folder."""
+    return data_prep.command(
+        *(config.dataset, folder, config.source_folder, config.image_size), drop_equal=config.drop_equal
+    )
 
 
 def _is_empty(config: DataConfig) -> bool:

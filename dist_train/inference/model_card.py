@@ -104,6 +104,7 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             "What may be done with a network trained on these images depends on the terms of the images.",
         ),
     )
+    equal = summary.get("equal_images")
     size = totals(network.config.model, (channels, height, width), len(network.classes))
     parts = {
         "": f"{_purpose(network)} A block network: every block mixes several convolutions of the same input, with "
@@ -119,6 +120,7 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             "places and times, and pictures that are meant to mislead, were not tested.",
             "It was made for research on training. Do not let it decide anything about people, or where a wrong answer "
             "does harm.",
+            *([f"{equal:,} of the test images have the pixels of training images."] if equal else []),
             *biases,
         ),
         "Data": f"{about} The network was trained on the training images only, normalised by their mean and standard "
@@ -256,7 +258,8 @@ def _checked(network: TrainedNetwork, checked: Checked) -> str:
 
 def _reproduction(network: TrainedNetwork, digest: str) -> str:
     size = network.image_shape[0] if network.dataset not in data_prep.DATASETS else 0
-    write = data_prep.command(network.dataset, network.config.data.folder, image_size=size)
+    data = network.config.data
+    write = data_prep.command(network.dataset, data.folder, image_size=size, drop_equal=data.drop_equal)
     environment = network.environments[-1]
     content = " and ".join(f"`{sha}` ({split})" for split, sha in network.content_sha256.items())
     return (

@@ -35,6 +35,7 @@ class _Summary(_Checked):
     val_accuracy: float = 0.0
     val_loss: float = 0.0
     mfu: float | None = None
+    equal_images: int | None = None
     parameters: float | None = None
     flops_per_image: float | None = None
     matrix_flops_per_second: float = 0.0

@@ -253,6 +253,41 @@ def test_a_test_split_without_labels_is_left_out(
     assert taken(source, capsys)[0] == {"train": {"cat": 5, "dog": 5}, "test": {"cat": 2, "dog": 2}}
 
 
+def test_test_images_that_are_training_images_too_are_counted_named_and_dropped_on_request(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    put(source, "train/cat", "train/dog", "test/cat", "test/dog")
+    Image.open(source / "train/cat/1.png").save(source / "train/dog/again.bmp")  # the pixels count, not the file
+    Image.open(source / "train/cat/1.png").save(source / "test/cat/5.tif")
+    shutil.copy(source / "train/dog/2.png", source / "test/cat/6.png")  # of another class
+    result = write(out, source, 4)
+    assert "2 of the 12 test images have the pixels of training images (test/cat/" in result.stderr
+    assert "; --drop-equal, in a training data.drop_equal=true, leaves these training images out\n" in result.stderr
+    equal = data_prep.check(out).equal_images
+    assert equal is not None
+    assert (equal.count, equal.dropped) == (2, 0)
+    pairs = dict(equal.examples)
+    assert pairs["test/cat/6.png"] == "train/dog/2.png"
+    assert pairs["test/cat/5.tif"] in ("train/cat/1.png", "train/dog/again.bmp")
+    refused(write(out, source, 4, "--drop-equal"), "written without --drop-equal: choose another --out, or delete")
+    with pytest.raises(
+        UserError, match=r"written without data\.drop_equal = true; set data\.dir=.*--drop-equal"
+    ) as said:
+        manifest(DataConfig("shapes", str(out), source=str(source), image_size=4, drop_equal=True))
+    words = shlex.split(str(said.value).partition(" that with ")[2])
+    result = run_here(*words[3:])
+    assert "; 3 training images are left out for it\n" in result.stderr
+    fresh = DataConfig("shapes", words[-1], drop_equal=True)
+    equal = manifest(fresh).equal_images
+    assert equal is not None
+    assert (equal.count, equal.dropped) == (0, 3)
+    train, test = ({i.tobytes() for i in data_prep.read_split(fresh.folder, split)[0]} for split in ("train", "test"))
+    assert (len(train), len(test), train & test) == (8, 12, set())
+    put(source, "train/only", "test/only", count=1)
+    shutil.copy(source / "train/only/0.png", source / "test/only/0.png")
+    with pytest.raises(UserError, match=r"^data\.drop_equal leaves no training image of only"):
+        prepare(DataConfig("shapes", str(tmp_path / "third"), str(source), 4, drop_equal=True))
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     owner = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]  # root may read everything
     if not shutil.which("unshare") or subprocess.run([*owner, "true"], capture_output=True, check=False).returncode:
@@ -420,13 +455,21 @@ def test_where_images_come_from_binds_no_run_but_their_size_does() -> None:
 
 def test_the_quick_start_trains_on_a_folder_of_images(tmp_path: Path) -> None:
     source = draw(tmp_path / "in", classes=4, count=40)
+    for number in range(1, 10):
+        shutil.copy(source / "class00" / "000.png", source / "class00" / f"{number:03}.png")
     example = ("--config", EXAMPLES / "image_folder.toml", f"data.source={source}", "epochs=2")
     done = start("dist_train quickstart", *example, *QUIET, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mine: 128 training and 32 test images" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert summary(run)["steps"] == 2
-    assert data_prep.check(tmp_path / "data" / "mine").image_shape == (64, 64, 3)
+    found = data_prep.check(tmp_path / "data" / "mine")
+    assert found.image_shape == (64, 64, 3)
+    assert found.equal_images is not None
+    assert summary(run)["equal_images"] == found.equal_images.count > 0
+    assert start("dist_train report", run, "--out", run / "report.html", folder=tmp_path).returncode == 0
+    words = f"{found.equal_images.count} of the test images of {run.name} have the pixels of training images."
+    assert words in (run / "report.html").read_text()
 
 
 def test_many_classes_and_small_images_give_the_same_weights_from_both_loaders(tmp_path: Path) -> None:

@@ -338,6 +338,17 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_card_says_how_many_test_images_are_training_images(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+    words = "of the test images have the pixels of training images"
+    for count in (0, 1234):
+        summary = json.loads((copy / "summary.json").read_text())
+        (copy / "summary.json").write_text(json.dumps({**summary, "equal_images": count}))
+        assert not export.export(load(copy, "cpu"), tmp_path, ["safetensors"], copy)
+        card = (tmp_path / "README.md").read_text()
+        assert (f"- 1,234 {words}.\n" in card) == (words in card) == bool(count)
+
+
 def test_metrics_of_other_weights_are_omitted(run: Path, tmp_path: Path) -> None:
     """A checkpoint before the last: the metrics of the run belong to other weights."""
     copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
