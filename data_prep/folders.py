@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +66,24 @@ def scan(source: Path, test_fraction: float | None = None) -> Found:
     without a split for testing, a share of each class becomes it: test_fraction, TEST_FRACTION unless given; its images
     are those with the lowest `sort_key`. Links to folders are followed. Raises DataError.
     """
-    try:
+    with _readable(source):
         if not source.is_dir():
             raise DataError(f"--source {source} is not a folder: give one with a folder of images for each class")
         return _Scan(source).found(test_fraction)
+
+
+def images_below(folder: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
+    """All images in a folder and its subfolders, sorted by path, and what else is in them. Raises DataError."""
+    with _readable(folder):
+        scan = _Scan(folder)
+        return scan.below(folder), scan.left_out()
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """A context in which a folder that cannot be read raises DataError."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{error.filename or source} cannot be read ({error.strerror}): change its permissions, or remove it from "
@@ -125,11 +140,24 @@ class _Scan:
             splits = {"train": train, "test": test}
         else:
             splits = self._divided(train, test_fraction or TEST_FRACTION)
+        return Found(splits, self.left_out())
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What was left out so far."""
         relative = {
             reason: [path.relative_to(self._source).as_posix() for path in paths]
             for reason, paths in self._left_out.items()
         }
-        return Found(splits, tuple(LeftOut(why, len(names), tuple(names[:_NAMED])) for why, names in relative.items()))
+        return tuple(LeftOut(why, len(names), tuple(names[:_NAMED])) for why, names in relative.items())
+
+    def below(self, folder: Path) -> list[Path]:
+        """The images below a folder, sorted by path."""
+        folders, files = self._list(folder)
+        for path in files:
+            if path.suffix.lower() not in SUFFIXES:
+                self._leave_out(NO_IMAGES, path)
+        images = [path for path in files if path.suffix.lower() in SUFFIXES]
+        return sorted([*images, *(path for inner in folders for path in self.below(inner))])
 
     def _parts(self) -> dict[str, Path]:
         """The folders that hold the classes of the splits `train` and `test`; without `test` where a share of `train`
@@ -189,24 +217,13 @@ class _Scan:
         folders, loose = self._list(folder)
         for path in loose:
             self._leave_out(NO_CLASS if path.suffix.lower() in SUFFIXES else NO_IMAGES, path)
-        files = {of_class.name: [*self._below(of_class)] for of_class in folders}
+        files = {of_class.name: self.below(of_class) for of_class in folders}
         if empty := [name for name, paths in files.items() if not paths]:
             raise DataError(
                 f"{folder} has no images for {few(empty)}: put files there ({', '.join(SUFFIXES)}), or remove the "
                 f"folder"
             )
         return files
-
-    def _below(self, folder: Path) -> Iterator[Path]:
-        """The images below a folder, sorted by path within each folder."""
-        folders, files = self._list(folder)
-        for path in files:
-            if path.suffix.lower() in SUFFIXES:
-                yield path
-            else:
-                self._leave_out(NO_IMAGES, path)
-        for inner in folders:
-            yield from self._below(inner)
 
     def _images(self, folder: Path) -> list[Path]:
         return [path for path in self._list(folder)[1] if path.suffix.lower() in SUFFIXES]
