@@ -31,7 +31,7 @@ NO_CLASS = "they are in no folder of a class"
 LINKS = "they are links into folders that are read anyway"
 BESIDE = "they are beside the folders of the splits"
 UNLABELLED = "they are in a test split without folders of the classes"
-VALIDATION = "they are a validation split beside a test split (move them into the one for training to train on them)"
+VALIDATION = "they are a validation split beside a test split, for dist-train evaluate --data"
 
 Files = dict[str, list[Path]]  # the files of each class, by its name
 
@@ -70,6 +70,18 @@ def scan(source: Path, test_fraction: float | None = None) -> Found:
         if not source.is_dir():
             raise DataError(f"--source {source} is not a folder: give one with a folder of images for each class")
         return _Scan(source).found(test_fraction)
+
+
+def labelled(source: Path, split: str) -> tuple[Files, tuple[LeftOut, ...]]:
+    """The images of each class in the folder `source`, or where it has folders for splits in that of `split` (`train`
+    or `test`), and what was left out of it. Raises DataError."""
+    with _readable(source):
+        scan = _Scan(source)
+        parts = scan.parts()
+        folder = source if parts["train"] == source else parts.get(split)
+        if folder is None:
+            raise DataError(f"{source} has no folder for the split {split}: name the folder that holds its classes")
+        return scan.classes(folder), scan.left_out()
 
 
 def images_below(folder: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
@@ -122,16 +134,16 @@ class _Scan:
         self._read = [source.resolve()]  # the folders that are read, where links lead to them
 
     def found(self, test_fraction: float | None) -> Found:
-        parts = self._parts()
+        parts = self.parts()
         if "test" in parts and test_fraction is not None:
             raise DataError(
                 f"--test-fraction {test_fraction} is not for {self._source}, which has its own test split: remove it"
             )
-        train = self._classes(parts["train"])
+        train = self.classes(parts["train"])
         if len(train) < 2:
             raise DataError(self._too_few(parts["train"], [*train]))
         if "test" in parts:
-            test = self._classes(parts["test"])
+            test = self.classes(parts["test"])
             if unknown := [name for name in test if name not in train]:
                 raise DataError(
                     f"{parts['test']} has classes that {parts['train']} does not have, {few(unknown)}: put images of "
@@ -159,7 +171,7 @@ class _Scan:
         images = [path for path in files if path.suffix.lower() in SUFFIXES]
         return sorted([*images, *(path for inner in folders for path in self.below(inner))])
 
-    def _parts(self) -> dict[str, Path]:
+    def parts(self) -> dict[str, Path]:
         """The folders that hold the classes of the splits `train` and `test`; without `test` where a share of `train`
         is to become it. All else in the source is left out."""
         folders, files = self._list(self._source)
@@ -212,7 +224,7 @@ class _Scan:
             folders, files = self._list(folder)
         return folder
 
-    def _classes(self, folder: Path) -> Files:
+    def classes(self, folder: Path) -> Files:
         """The images of each class in a folder. Raises DataError for a class without images."""
         folders, loose = self._list(folder)
         for path in loose:

@@ -4,7 +4,6 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
-from dist_train.data_prep.folders import few, scan, sort_key
+from dist_train.data_prep.folders import few, labelled, scan, sort_key
 from dist_train.data_prep.pictures import bits_of, read_with_range, unreadable
 
 # bits of grey values that are found in pictures of 16 bits: of a whole data set, 14 bits are told from dark pictures
@@ -29,9 +28,9 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
     """
     found = scan(source, test_fraction)
     classes = tuple(found.splits["train"])
-    print(f"data_prep: {source} has {len(classes)} classes: {few([*classes])}", file=sys.stderr)
-    for left_out in found.left_out:
-        print(f"data_prep: left out {left_out}", file=sys.stderr, flush=True)
+    _say(f"{source} has {len(classes)} classes: {few([*classes])}")
+    for part in found.left_out:
+        _say(f"left out {part}")
 
     samples = {
         split: sorted(
@@ -41,16 +40,53 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
         for split, by_class in found.splits.items()
     }
     count = len(samples["train"])
-    images, grey_bits = _read([path for split in samples.values() for path, _ in split], source, size)
+    images, grey_bits = _read_all([path for split in samples.values() for path, _ in split], source, size)
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
     splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
     names = {split: [path.relative_to(source).as_posix() for path, _ in of] for split, of in samples.items()}
     return Pixels(classes, splits, grey_bits, found.left_out, names)
 
 
-def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+def load_labelled(
+    source: Path, split: str, classes: tuple[str, ...], size: int, grey_bits: int | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The images of `classes` in a folder that `folders.labelled` reads: uint8 (N, size, size, 3), and their labels,
+    int64 (N,). grey_bits: as in `pictures.read_picture`. Raises DataError, also for a class that is none of them."""
+    files, left_out = labelled(source, split)
+    if unknown := [name for name in files if name not in classes]:
+        raise DataError(
+            f"{source} has classes that the network does not have, {few(unknown)}: name a folder with folders of "
+            f"images for {few([*classes])}"
+        )
+    for part in left_out:
+        _say(f"left out {part}")
+    samples = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
+    images, _ = _read([path for path, _ in samples], source, size, grey_bits)
+    return images, np.array([label for _, label in samples], np.int64)
+
+
+def _read_all(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
     """The images as (N, size, size, 3) uint8, and the bits of grey in those of 16 bits, None where there are none.
-    Raises DataError if any cannot be read, or memory is too small."""
+    Raises DataError."""
+    images, largest = _read(paths, source, size, 16)
+    deep = np.flatnonzero(largest)
+    if not len(deep):
+        return images, None
+    grey_bits = bits_of(int(largest.max()), _DEPTHS)
+    if grey_bits < 16:
+        _say(
+            f"the {len(deep)} images with 16 bits of grey have values up to {largest.max():,}: they are read as "
+            f"{grey_bits} bits"
+        )
+        images[deep], _ = _read([paths[index] for index in deep], source, size, grey_bits)
+    return images, grey_bits
+
+
+def _read(
+    paths: list[Path], source: Path, size: int, grey_bits: int | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The images as (N, size, size, 3) uint8, and the largest grey value of each that has 16 bits, 0 of others. Raises
+    DataError if any cannot be read, or memory is too small."""
     from tqdm import tqdm
 
     try:
@@ -61,11 +97,9 @@ def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.ui
             f"--image-size {size} makes {gigabytes:,.0f} GB of {len(paths)} images, more than fits in memory: use a "
             f"smaller one"
         ) from None
+    largest = np.zeros(len(paths), np.int64)
 
-    largest = np.zeros(len(paths), np.int64)  # of the grey values of 16 bits
-    failures: list[str] = []
-
-    def read(index: int, grey_bits: int) -> str:
+    def read(index: int) -> str:
         """Read one image. Returns "", or its path and why it cannot be read."""
         try:
             images[index], largest[index] = read_with_range(paths[index], size, grey_bits)
@@ -75,14 +109,9 @@ def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.ui
 
     with warnings.catch_warnings(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of images that it reads nevertheless
+        results = tqdm(pool.map(read, range(len(paths))), "read images", len(paths), unit="image", disable=None)
         try:
-            results = pool.map(partial(read, grey_bits=16), range(len(paths)))
-            progress = tqdm(results, "read images", len(paths), unit="image", disable=None)
-            failures += filter(None, progress)
-            deep = np.flatnonzero(largest)
-            grey_bits = bits_of(int(largest.max()), _DEPTHS) if len(deep) else None
-            if grey_bits is not None and grey_bits < 16:
-                failures += filter(None, pool.map(partial(read, grey_bits=grey_bits), deep.tolist()))
+            failures = [failure for failure in results if failure]
         except BaseException:  # a stop signal must not wait for the remaining images
             pool.shutdown(cancel_futures=True)
             raise
@@ -91,11 +120,9 @@ def _read(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.ui
             f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {few(failures)}; remove or "
             f"replace each of them"
         )
-    if grey_bits is not None and grey_bits < 16:
-        print(
-            f"data_prep: the {len(deep)} images with 16 bits of grey have values up to {largest.max():,}: they are "
-            f"read as {grey_bits} bits",
-            file=sys.stderr,
-            flush=True,
-        )
-    return images, grey_bits
+    return images, largest
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every rank reads what it evaluates on
+        print(f"data_prep: {message}", file=sys.stderr, flush=True)

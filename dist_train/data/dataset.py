@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig
+from dist_train.data_prep.folders import split_of
 from dist_train.errors import UserError
 
 # data_prep's messages name its own options; the trainer's messages name these settings instead
@@ -99,6 +103,48 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
             f"that with {_command(config, other)}"
         )
     return betons
+
+
+def is_own(folder: Path, dataset: str, content_sha256: dict[str, str]) -> bool:
+    """Whether a folder holds the betons of a run's own data set: those with its name and its content. content_sha256:
+    of each split; empty where it is not known. Raises UserError for damaged betons."""
+    if not (folder / data_prep.MANIFEST).exists():
+        return False
+    betons = data_prep.check(folder)
+    content = {name: split.content_sha256 for name, split in betons.splits.items()}
+    return betons.dataset == dataset and content_sha256 in ({}, content)
+
+
+def read_labelled(
+    folder: Path, split: str, classes: tuple[str, ...], image_shape: tuple[int, int, int], grey_bits: int | None
+) -> tuple[str, NDArray[np.uint8], NDArray[np.int64]]:
+    """A labelled data set to evaluate a network of `classes` on: its name, the images, (N, H, W, C), and the labels,
+    (N,), as the network numbers its classes.
+
+    folder: of betons, or of images in a folder for each class; its classes are some of the network's, or all of them.
+    split: `train` or `test`, where the folder has splits. grey_bits: as in `data_prep.pictures.read_picture`. Raises
+    UserError.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder; name one with betons, or with images by class")
+    if not (folder / data_prep.MANIFEST).exists():
+        images, labels = data_prep.load_labelled(folder, split, classes, image_shape[0], grey_bits)
+        *_, above, name = ["", *folder.resolve().parts]
+        return f"{above}/{name}" if split_of(name) else name, images, labels
+    betons = data_prep.check(folder)
+    if unknown := [name for name in betons.classes if name not in classes]:
+        raise UserError(
+            f"--data {folder}: has classes that the network does not have, {', '.join(unknown[:3])}; name a folder "
+            f"with the network's classes"
+        )
+    if betons.image_shape != image_shape:
+        height, width, _ = betons.image_shape
+        raise UserError(
+            f"--data {folder}: has images of {width}x{height} pixels, where the network takes "
+            f"{image_shape[1]}x{image_shape[0]}; name the folder of the images themselves, which are scaled"
+        )
+    images, labels = data_prep.read_split(folder, split)
+    return betons.dataset, images, np.array([classes.index(name) for name in betons.classes], np.int64)[labels]
 
 
 def _command(config: DataConfig, folder: Path) -> str:

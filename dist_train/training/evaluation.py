@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config.settings import Tta
-from dist_train.data.batches import Data
+from dist_train.data.batches import Evaluated
 from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.model.network import MixedBlock
 from dist_train.model.tta import averaged
@@ -73,18 +73,18 @@ class Evaluation:
             bins.append({"confidence": None, "accuracy": None, **content})
         return {"ece": error / len(self.labels), "bins": bins}
 
-    def details(self, data: Data, step: int) -> dict[str, Any]:
+    def details(self, data: Evaluated, step: int) -> dict[str, Any]:
         """The content of `evaluation.json`, described in `dist_train.runs.metrics`. step: finished steps."""
         counts = np.bincount(self.labels, minlength=self.sums.shape[1])
         by_class = self.sums[0] * _UNIT / np.maximum(counts, 1)[:, None]  # (classes, branches)
         of_classes = zip(*map(self._by_block, by_class.tolist()), strict=True)
         return {
-            "dataset": data.manifest.dataset,
+            "dataset": data.dataset,
             "split": self.split,
             "step": step,
             "images": len(self.labels),
             **self.metrics,
-            "classes": list(data.manifest.classes),
+            "classes": list(data.classes),
             "confusion": self.confusion().tolist(),
             "calibration": self.calibration(),
             "coefficients": [
@@ -99,7 +99,7 @@ class Evaluation:
             "wrong": self._wrong(data),
         }
 
-    def _wrong(self, data: Data) -> list[dict[str, Any]]:
+    def _wrong(self, data: Evaluated) -> list[dict[str, Any]]:
         """The misclassified images of the highest confidence."""
         wrong = np.flatnonzero(self.labels != self.predicted)
         chosen = torch.from_numpy(wrong[np.argsort(-self.confidence[wrong], kind="stable")][:_WRONG])
@@ -124,7 +124,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, split: str, ranks: Ranks, autocast: torch.autocast, tta: Tta = "none"
+    model: nn.Module, data: Evaluated, split: str, ranks: Ranks, autocast: torch.autocast, tta: Tta = "none"
 ) -> Evaluation:
     """Evaluate on the split `test`, `holdout` or `train`, without augmentation except `tta`.
 
@@ -133,7 +133,7 @@ def evaluate(
     """
     model.eval()
     blocks = [block for block in model.modules() if isinstance(block, MixedBlock)]
-    classes, branches = len(data.manifest.classes), sum(len(block.convolutions) for block in blocks)
+    classes, branches = len(data.classes), sum(len(block.convolutions) for block in blocks)
     totals = torch.zeros(2, 3, dtype=torch.int64, device=ranks.device)
     answers = torch.zeros(len(data.indices[split]), 3, dtype=torch.int64, device=ranks.device)
     sums = torch.zeros(2, classes, branches, dtype=torch.int64, device=ranks.device)
