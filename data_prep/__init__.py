@@ -12,6 +12,7 @@ from dist_train.data_prep.betons import (
     Split,
     check,
     command,
+    may_share_images,
     open_split,
     prepare,
     read_split,
@@ -20,6 +21,7 @@ from dist_train.data_prep.betons import (
 )
 from dist_train.data_prep.datasets import DATASETS
 from dist_train.data_prep.files import DataError, NoNetworkError
+from dist_train.data_prep.images import load_labelled
 
 __all__ = [
     "DATASETS",
@@ -31,6 +33,8 @@ __all__ = [
     "Split",
     "check",
     "command",
+    "load_labelled",
+    "may_share_images",
     "open_split",
     "prepare",
     "read_split",

@@ -4,9 +4,9 @@
     dist-train prepare --dataset mine --source FOLDER --image-size 64
 
 A folder that already holds the data set is only checked. The data set is cifar10, digits, or one of your own: a folder
-with a folder of images for each class, or with two such folders train and test (or val). python -m dist_train.data_prep
-is the same command. Exit codes: 0 the data set is ready; 2 bad input; 3 CIFAR-10 had to be downloaded, but there is no
-network.
+with a folder of images for each class, or with two such folders train and test (or val). What is left out of it is
+counted and named. python -m dist_train.data_prep is the same command. Exit codes: 0 the data set is ready; 2 bad input;
+3 CIFAR-10 had to be downloaded, but there is no network.
 """
 
 import sys
@@ -17,7 +17,7 @@ from dist_train.command_line import Parser, command
 from dist_train.data_prep.betons import prepare, verify
 from dist_train.data_prep.datasets import DATASETS
 from dist_train.data_prep.files import DataError
-from dist_train.data_prep.images import TEST_FRACTION
+from dist_train.data_prep.folders import TEST_FRACTION
 from dist_train.errors import UserError
 
 _INTERRUPTED = 130  # exit code
@@ -53,6 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"share of each class that is for testing, where your folder has no test split (default: {TEST_FRACTION})",
     )
     parser.add_argument(
+        "--drop-equal",
+        action="store_true",
+        help="leave out training images that have the pixels of a test image",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
     )
     parser.add_argument(
@@ -64,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="write the folder again even if it is complete or damaged",
     )
     args = parser.parse_args(arguments)
-    if args.verify and (args.force or args.source or args.image_size or args.test_fraction is not None):
+    writing = (args.force, args.source, args.image_size, args.test_fraction is not None, args.drop_equal)
+    if args.verify and any(writing):
         parser.error("--verify writes nothing: use it with --dataset and --out only")
     dataset: str = args.dataset or "cifar10"
     out: Path = args.out or Path("data") / dataset
@@ -84,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 args.source,
                 image_size=args.image_size,
                 test_fraction=args.test_fraction,
+                drop_equal=args.drop_equal,
                 force=args.force,
             )
     except ImportError as error:

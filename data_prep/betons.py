@@ -6,8 +6,9 @@ import math
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,13 @@ from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync, temporary
-from dist_train.data_prep.images import TEST_FRACTION, load_images
+from dist_train.data_prep.folders import TEST_FRACTION, LeftOut, few
+from dist_train.data_prep.images import load_images
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
+_EXAMPLES = 100  # pairs of equal images in a manifest
 OWN_FILES = {MANIFEST, *(f"{split}.beton" for split in SPLITS)}
 
 
@@ -39,12 +42,25 @@ class Split:
 
 
 @dataclass(frozen=True)
+class EqualImages:
+    """What the splits have in common. count: the test images whose pixels are those of a training image. examples: the
+    first of them, each with such a training image. dropped: training images that were left out because they were equal
+    to a test image."""
+
+    count: int
+    examples: tuple[tuple[str, str], ...]
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json.
 
     image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
     the ffcv that wrote the files; None if beton_file.write did. source: path of the folder of images, None for the data
-    sets in DATASETS. test_fraction: share of each class for the test split of a folder without one.
+    sets in DATASETS. test_fraction: share of each class for the test split of a folder without one. grey_bits: of the
+    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none. left_out: files of the
+    source that are in no split. equal_images: None where an earlier version wrote the files.
     """
 
     dataset: str
@@ -56,10 +72,18 @@ class Manifest:
     ffcv_version: str | None
     source: str | None = None
     test_fraction: float | None = None
+    grey_bits: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    equal_images: EqualImages | None = None
 
 
 def command(
-    dataset: str, out: Path, source: Path | None = None, image_size: int = 0, test_fraction: float | None = None
+    dataset: str,
+    out: Path,
+    source: Path | None = None,
+    image_size: int = 0,
+    test_fraction: float | None = None,
+    drop_equal: bool = False,
 ) -> str:
     """The data_prep command that writes a data set; DIR and SIZE stand for a missing source and image size."""
     words = ["python", "-m", "dist_train.data_prep", "--dataset", dataset]
@@ -70,12 +94,19 @@ def command(
         words += ["--image-size", str(image_size or "SIZE")]
     if test_fraction is not None:
         words += ["--test-fraction", str(test_fraction)]
+    if drop_equal:
+        words += ["--drop-equal"]
     return shlex.join([*words, "--out", str(out)])
 
 
 def same_source(manifest: Manifest, source: Path | None) -> bool:
     """Whether a data set was written from `source`, or may have been because one of the two is unknown."""
     return source is None or manifest.source is None or str(source.resolve()) == manifest.source
+
+
+def may_share_images(manifest: Manifest) -> bool:
+    """Whether test images may be equal to training images."""
+    return manifest.equal_images is None or manifest.equal_images.count > 0
 
 
 def check(folder: Path, write: str = "") -> Manifest:
@@ -148,13 +179,15 @@ def prepare(
     *,
     image_size: int = 0,
     test_fraction: float | None = None,
+    drop_equal: bool = False,
     force: bool = False,
 ) -> Manifest:
     """Write the data set into the folder `out` unless it is there already, and return its manifest.
 
     dataset: a name in DATASETS, or any other name for a folder of images: these become image_size x image_size pixels,
     and the share test_fraction of them the test split (see images.py). source: the folder of images, or the one with
-    the official files (see datasets.py); not needed if `out` is complete.
+    the official files (see datasets.py); not needed if `out` is complete. drop_equal: leave out the training images
+    whose pixels are those of a test image.
 
     A complete folder is only checked. force: write the folder again even if it is complete or damaged. Several
     processes may call this at once: one writes while the others wait. The folder is published atomically. Raises
@@ -176,8 +209,9 @@ def prepare(
             f"{setting} is for images of your own, not for {dataset}: remove it, or give your images another name with "
             f"--dataset"
         )
-    write = command(dataset, out, source, image_size, test_fraction)
-    if not force and (existing := _existing(out, dataset, source, image_size, test_fraction, write)):
+    write = command(dataset, out, source, image_size, test_fraction, drop_equal)
+    asked = (source, image_size, test_fraction, drop_equal)
+    if not force and (existing := _existing(out, dataset, *asked, write)):
         return existing  # without the lock, so that a complete folder may be on a read-only disk
     if dataset not in DATASETS and source is None:
         raise DataError(
@@ -200,14 +234,14 @@ def prepare(
             for leftover in (fresh, old):
                 if leftover.exists():
                     shutil.rmtree(leftover)
-            if not force and (existing := _existing(out, dataset, source, image_size, test_fraction, write)):
+            if not force and (existing := _existing(out, dataset, *asked, write)):
                 return existing
             if foreign := _foreign(real):
                 raise DataError(f"--out {out} also holds {foreign[0]}: choose a separate folder")
             try:
-                pixels = _load(dataset, source, image_size, test_fraction)
+                pixels, equal = _compared(_load(dataset, source, image_size, test_fraction), drop_equal)
                 print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
-                manifest = _write(dataset, pixels, fresh, source, test_fraction)
+                manifest = _write(dataset, pixels, equal, fresh, source, test_fraction)
                 if real.exists():
                     real.rename(old)
                 fresh.rename(real)
@@ -224,7 +258,13 @@ def prepare(
 
 
 def _existing(
-    out: Path, dataset: str, source: Path | None, image_size: int, test_fraction: float | None, write: str
+    out: Path,
+    dataset: str,
+    source: Path | None,
+    image_size: int,
+    test_fraction: float | None,
+    drop_equal: bool,
+    write: str,
 ) -> Manifest | None:
     """The checked manifest of `out`, None if it is missing or empty. write: the command that writes the data set.
     Raises DataError for a damaged folder, and for one with another data set."""
@@ -246,6 +286,8 @@ def _existing(
         content = f"images of {width}x{height} pixels, not {image_size}x{image_size}"
     elif test_fraction is not None and manifest.test_fraction != test_fraction:
         content = f"a data set written with --test-fraction {manifest.test_fraction}, not {test_fraction}"
+    elif drop_equal and may_share_images(manifest):
+        content = "a data set written without --drop-equal"
     if content:
         raise DataError(f"{out} holds {content}: choose another --out, or {_remedy(out, write)}")
     return manifest
@@ -267,7 +309,8 @@ def _command(folder: Path, manifest: Manifest | None = None) -> str:
     """The command that writes a folder: from its manifest, or else from the folder's name."""
     if manifest is not None:
         source = Path(manifest.source) if manifest.source else None
-        return command(manifest.dataset, folder, source, manifest.image_shape[0])
+        dropped = manifest.equal_images is not None and manifest.equal_images.dropped > 0
+        return command(manifest.dataset, folder, source, manifest.image_shape[0], drop_equal=dropped)
     return command(folder.name if folder.name in DATASETS else "cifar10", folder)
 
 
@@ -323,12 +366,22 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             ffcv_version=raw["ffcv_version"],
             source=raw.get("source"),
             test_fraction=raw.get("test_fraction"),
+            grey_bits=raw.get("grey_bits"),
+            equal_images=_equal_images(raw["equal_images"]) if raw.get("equal_images") else None,
+            left_out=tuple(
+                LeftOut(part["reason"], part["count"], tuple(part["paths"])) for part in raw.get("left_out", [])
+            ),
         )
         if not _is_valid(manifest):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} has missing or damaged entries: {_remedy(folder, write)}") from error
     return manifest
+
+
+def _equal_images(raw: dict[str, Any]) -> EqualImages:
+    examples = tuple((test, training) for test, training in raw["examples"])
+    return EqualImages(raw["count"], examples, raw["dropped"])
 
 
 def _is_valid(manifest: Manifest) -> bool:
@@ -339,6 +392,13 @@ def _is_valid(manifest: Manifest) -> bool:
         texts += [split.file, split.file_sha256, split.content_sha256]
         sizes += [split.count, split.bytes]
     texts += [text for text in (manifest.ffcv_version, manifest.source) if text is not None]
+    sizes += [bits for bits in (manifest.grey_bits,) if bits is not None]
+    if equal := manifest.equal_images:
+        texts += [name for pair in equal.examples for name in pair]
+        sizes += [1 + equal.count, 1 + equal.dropped]  # may be 0
+    for part in manifest.left_out:
+        texts += [part.reason, *part.paths]
+        sizes.append(part.count)
     numbers = [*manifest.mean, *manifest.std]
     if manifest.test_fraction is not None:
         numbers.append(manifest.test_fraction)
@@ -365,7 +425,50 @@ def _load(dataset: str, source: Path | None, image_size: int, test_fraction: flo
         raise DataError(f"--source {source} cannot be read ({error.strerror or error}): choose another") from error
 
 
-def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test_fraction: float | None) -> Manifest:
+def _compared(pixels: Pixels, drop: bool) -> tuple[Pixels, EqualImages]:
+    """Compare every test image with all training images, and say on stderr which are equal. drop: leave out these
+    training images. Raises DataError where none of a class would be left."""
+    digests = {
+        split: [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+        for split, (images, _) in pixels.splits.items()
+    }
+    first: dict[bytes, int] = {}
+    for index, digest in enumerate(digests["train"]):
+        first.setdefault(digest, index)
+    shared = [(index, first[digest]) for index, digest in enumerate(digests["test"]) if digest in first]
+    if not shared:
+        return pixels, EqualImages(0, ())
+
+    def name(split: str, index: int) -> str:
+        return pixels.names[split][index] if pixels.names else f"{split} image {index}"
+
+    pairs = [(name("test", test), name("train", training)) for test, training in shared]
+    said = (
+        f"data_prep: {len(pairs):,} of the {len(digests['test']):,} test images have the pixels of training images "
+        f"({few([f'{test} = {training}' for test, training in pairs])})"
+    )
+    examples = tuple(pairs[:_EXAMPLES])
+    if not drop:
+        remedy = "--drop-equal, in a training data.drop_equal=true, leaves these training images out"
+        print(f"{said}; {remedy}", file=sys.stderr, flush=True)
+        return pixels, EqualImages(len(shared), examples)
+    of_both = {*digests["test"]} & first.keys()
+    kept = np.array([index for index, digest in enumerate(digests["train"]) if digest not in of_both], np.int64)
+    images, labels = pixels.splits["train"]
+    if gone := [pixels.classes[label] for label in sorted({*labels.tolist()} - {*labels[kept].tolist()})]:
+        raise DataError(
+            f"--drop-equal leaves no training image of {few(gone)}, since all of them are test images too: remove it, "
+            f"or add images"
+        )
+    dropped = len(images) - len(kept)
+    print(f"{said}; {dropped:,} training images are left out for it", file=sys.stderr, flush=True)
+    splits = {**pixels.splits, "train": (images[kept], labels[kept])}
+    return replace(pixels, splits=splits), EqualImages(0, examples, dropped)
+
+
+def _write(
+    dataset: str, pixels: Pixels, equal: EqualImages, folder: Path, source: Path | None, test_fraction: float | None
+) -> Manifest:
     """Write a data set into a new folder, and read every file back; the manifest is written last."""
     origin = None
     if dataset not in DATASETS and source is not None:
@@ -382,16 +485,19 @@ def _write(dataset: str, pixels: Pixels, folder: Path, source: Path | None, test
         sync(path)
         try:
             file = _opened(path, len(images), images.shape[1:], len(pixels.classes))
-            equal = _content_sha256(file.images(), file.labels) == content
+            same = _content_sha256(file.images(), file.labels) == content
         except ValueError:
-            equal = False
-        if not equal:
+            same = False
+        if not same:
             raise OSError(f"{path.name} reads back differently from what was written")
         splits[name] = Split(len(images), path.name, path.stat().st_size, sha256_of(path), content)
     mean, std = _mean_and_std(pixels.splits["train"][0])
     height, width, channels = pixels.splits["train"][0].shape[1:]
     shape = (height, width, channels)
-    manifest = Manifest(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction)
+    manifest = Manifest(
+        *(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction),
+        *(pixels.grey_bits, pixels.left_out, equal),
+    )
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     sync(folder / MANIFEST)

@@ -8,13 +8,14 @@ import socket
 import sys
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_train.data_prep.files import DataError, NoNetworkError, locked
+from dist_train.data_prep.folders import LeftOut
 
 NETWORK_TIMEOUT = 15.0  # seconds without data from the download server after which the download fails
 
@@ -26,11 +27,16 @@ class Pixels:
     """A data set in memory.
 
     splits maps "train" and "test" to (images uint8 (N, H, W, 3), labels int64 (N,)) in the data set's own
-    order; classes[label] is the name of a label.
+    order; classes[label] is the name of a label. grey_bits: of the grey values in pictures of 16 bits, as in
+    `pictures.read_picture`; None where there are none. left_out: what is in no split.
+    names: of the images of each split, in their order; empty where they have none.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
+    grey_bits: int | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    names: dict[str, list[str]] = field(default_factory=dict)
 
 
 def load(dataset: str, source: Path | None) -> Pixels:

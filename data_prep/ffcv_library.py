@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,6 +68,37 @@ def _keeping_torch_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class _Buffer:
+    """A block of this process's own memory, where ffcv takes shared memory."""
+
+    def __init__(self, create: bool, size: int) -> None:
+        self.buf = bytearray(size)
+
+
+class _Number:
+    """A number of this process's own, where ffcv takes a shared one."""
+
+    def __init__(self, _type: Any, value: int) -> None:
+        self.value = value
+
+    def get_lock(self) -> nullcontext[None]:
+        return nullcontext()
+
+
+@contextmanager
+def _own_memory() -> Iterator[None]:
+    """A context in which ffcv's writer takes no shared memory: a process is killed where that is full, and one process
+    needs none."""
+    from ffcv import memory_allocator, writer
+
+    shared = writer.shared_memory, memory_allocator.Value
+    writer.shared_memory, memory_allocator.Value = SimpleNamespace(SharedMemory=_Buffer), _Number
+    try:
+        yield
+    finally:
+        writer.shared_memory, memory_allocator.Value = shared
+
+
 def write(path: Path, images: Images, labels: Labels) -> None:
     """Write the same file as beton_file.write, with ffcv's DatasetWriter, in this process. Raises OSError.
 
@@ -83,22 +115,19 @@ def write(path: Path, images: Images, labels: Labels) -> None:
     page = page_size(images[0].size)
     writer = DatasetWriter(str(path), fields, page_size=page, num_workers=1)
     writer.num_samples = len(images)
-    writer.prepare()
-    try:
-        table = np.zeros(len(images), writer.metadata_type)
+    with _own_memory():
+        writer.prepare()
         allocator = MemoryAllocator(str(path), writer.data_region_start, page)
-        try:
-            with allocator:
-                for i in tqdm(range(len(images)), desc=f"write {path.name}", unit="image", disable=None):
-                    sample = (images[i], int(labels[i]))
-                    handle_sample(sample, i, writer.metadata_type.names, table, allocator, fields)
-        finally:
-            allocator.fp.close()  # the allocator leaves it open if its last write fails
-        writer.metadata_sm.buf[: table.nbytes] = table.tobytes()
-        writer.finalize(allocator.allocations)
+    table = np.zeros(len(images), writer.metadata_type)
+    try:
+        with allocator:
+            for i in tqdm(range(len(images)), desc=f"write {path.name}", unit="image", disable=None):
+                sample = (images[i], int(labels[i]))
+                handle_sample(sample, i, writer.metadata_type.names, table, allocator, fields)
     finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+        allocator.fp.close()  # the allocator leaves it open if its last write fails
+    writer.metadata_sm.buf[:] = table.tobytes()
+    writer.finalize(allocator.allocations)
 
 
 class Stream:

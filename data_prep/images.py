@@ -1,6 +1,5 @@
 """Loads a folder of images of any size and format, in torchvision's ImageFolder layout, as square uint8 RGB images."""
 
-import hashlib
 import os
 import sys
 import warnings
@@ -9,122 +8,85 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dist_train.command_line import is_text
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
+from dist_train.data_prep.folders import few, labelled, scan, sort_key
+from dist_train.data_prep.pictures import bits_of, read_with_range, unreadable
 
-TEST_FRACTION = 0.2  # of each class, where the folder has no test split
-
-# equal to torchvision's IMG_EXTENSIONS, since importing torchvision takes seconds
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-Files = dict[str, list[Path]]  # the files of each class, by its name
+# bits of grey values that are found in pictures of 16 bits: of a whole data set, 14 bits are told from dark pictures
+_DEPTHS = (8, 10, 12, 14)
 
 
 def load_images(source: Path, size: int, test_fraction: float | None = None) -> Pixels:
-    """Load the images in `source`/train/CLASS and `source`/test/CLASS (or val), or else those in `source`/CLASS, of
-    which a share of each class becomes the test split.
+    """Load the images in a folder, which `folders.scan` finds.
 
     Each becomes size x size pixels: its shorter side is scaled, and the middle of the longer one kept. Images are in
     the order of the SHA-256 of their path in `source`, and the first ones of a class are its test images: so classes
     are mixed, and images that are added later move few others between the splits. test_fraction: the share of each
     class, TEST_FRACTION unless given. Raises DataError.
     """
-    if not source.is_dir():
-        raise DataError(f"--source {source} is not a folder: give one with a folder of images for each class")
-    not_images: list[Path] = []
-    test = next((source / name for name in ("test", "val") if (source / name).is_dir()), None)
-    if test is not None and (source / "train").is_dir():
-        if test_fraction is not None:
-            raise DataError(
-                f"--test-fraction {test_fraction} is not for {source}, which has its own test split: remove it"
-            )
-        files = {"train": _files(source / "train", not_images), "test": _files(test, not_images)}
-        if unknown := [name for name in files["test"] if name not in files["train"]]:
-            raise DataError(
-                f"{test} has classes that {source / 'train'} does not have, {_few(unknown)}: put images of the same "
-                f"classes into both"
-            )
-        if not files["test"]:
-            raise DataError(f"{test} has no folders of classes: give it the same classes as {source / 'train'}")
-    else:
-        files = _divided(_files(source, not_images), source, test_fraction or TEST_FRACTION)
-    classes = tuple(files["train"])
-    if len(classes) < 2:
-        raise DataError(
-            f"{source} holds {f'one class, {classes[0]}' if classes else 'no classes'}: give a folder with a folder of "
-            f"images for each class, at least two, or with two such folders train and test"
-        )
-    print(f"data_prep: {source} has {len(classes)} classes: {_few([*classes])}", file=sys.stderr)
-    if not_images:
-        names = _few([str(path.relative_to(source)) for path in not_images])
-        print(f"data_prep: skipped, since their names are not those of images: {names}", file=sys.stderr, flush=True)
+    found = scan(source, test_fraction)
+    classes = tuple(found.splits["train"])
+    _say(f"{source} has {len(classes)} classes: {few([*classes])}")
+    for part in found.left_out:
+        _say(f"left out {part}")
 
     samples = {
         split: sorted(
             ((path, label) for label, name in enumerate(classes) for path in by_class.get(name, [])),
-            key=lambda sample: _sort_key(sample[0], source),
+            key=lambda sample: sort_key(sample[0], source),
         )
-        for split, by_class in files.items()
+        for split, by_class in found.splits.items()
     }
     count = len(samples["train"])
-    images = _read([path for split in samples.values() for path, _ in split], source, size)
+    images, grey_bits = _read_all([path for split in samples.values() for path, _ in split], source, size)
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
-    return Pixels(classes, {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])})
+    splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
+    names = {split: [path.relative_to(source).as_posix() for path, _ in of] for split, of in samples.items()}
+    return Pixels(classes, splits, grey_bits, found.left_out, names)
 
 
-def _files(folder: Path, not_images: list[Path]) -> Files:
-    """The images of each class below `folder`. Files without an image's suffix are appended to `not_images`; hidden
-    files and folders are skipped. Raises DataError for a class without images."""
-    files: Files = {}
-    try:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
-    for class_folder in classes:
-        if not is_text(class_folder.name):
-            raise DataError(f"{class_folder}: the name of this class is not UTF-8: rename the folder")
-        files[class_folder.name] = []
-        for path in sorted(class_folder.rglob("*")):
-            if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                (files[class_folder.name] if path.suffix.lower() in SUFFIXES else not_images).append(path)
-    if empty := [name for name, paths in files.items() if not paths]:
+def load_labelled(
+    source: Path, split: str, classes: tuple[str, ...], size: int, grey_bits: int | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The images of `classes` in a folder that `folders.labelled` reads: uint8 (N, size, size, 3), and their labels,
+    int64 (N,). grey_bits: as in `pictures.read_picture`. Raises DataError, also for a class that is none of them."""
+    files, left_out = labelled(source, split)
+    if unknown := [name for name in files if name not in classes]:
         raise DataError(
-            f"{folder} has no images for {_few(empty)}: put files there ({', '.join(SUFFIXES)}), or remove the folder"
+            f"{source} has classes that the network does not have, {few(unknown)}: name a folder with folders of "
+            f"images for {few([*classes])}"
         )
-    return files
+    for part in left_out:
+        _say(f"left out {part}")
+    samples = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
+    images, _ = _read([path for path, _ in samples], source, size, grey_bits)
+    return images, np.array([label for _, label in samples], np.int64)
 
 
-def _divided(files: Files, source: Path, test_fraction: float) -> dict[str, Files]:
-    """The files divided into `train` and `test`, class by class. Raises DataError for a class with a single image."""
-    if single := [name for name, paths in files.items() if len(paths) == 1]:
-        raise DataError(
-            f"{source} has a single image for {_few(single)}, too few for a train and a test split: add images, or "
-            f"remove the folder"
+def _read_all(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:
+    """The images as (N, size, size, 3) uint8, and the bits of grey in those of 16 bits, None where there are none.
+    Raises DataError."""
+    images, largest = _read(paths, source, size, 16)
+    deep = np.flatnonzero(largest)
+    if not len(deep):
+        return images, None
+    grey_bits = bits_of(int(largest.max()), _DEPTHS)
+    if grey_bits < 16:
+        _say(
+            f"the {len(deep)} images with 16 bits of grey have values up to {largest.max():,}: they are read as "
+            f"{grey_bits} bits"
         )
-    train, test = {}, {}
-    for name, paths in files.items():
-        ordered = sorted(paths, key=lambda path: _sort_key(path, source))
-        count = min(max(round(test_fraction * len(ordered)), 1), len(ordered) - 1)
-        test[name], train[name] = ordered[:count], ordered[count:]
-    return {"train": train, "test": test}
+        images[deep], _ = _read([paths[index] for index in deep], source, size, grey_bits)
+    return images, grey_bits
 
 
-def _sort_key(path: Path, source: Path) -> bytes:
-    """The key that orders images: the SHA-256 of the path in `source`."""
-    return hashlib.sha256(os.fsencode(path.relative_to(source).as_posix())).digest()
-
-
-def _few(names: list[str]) -> str:
-    """The first three names, and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
-
-
-def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
-    """The images as (N, size, size, 3) uint8. Raises DataError if any cannot be read, or memory is too small."""
+def _read(
+    paths: list[Path], source: Path, size: int, grey_bits: int | None
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The images as (N, size, size, 3) uint8, and the largest grey value of each that has 16 bits, 0 of others. Raises
+    DataError if any cannot be read, or memory is too small."""
     from tqdm import tqdm
 
     try:
@@ -135,12 +97,12 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
             f"--image-size {size} makes {gigabytes:,.0f} GB of {len(paths)} images, more than fits in memory: use a "
             f"smaller one"
         ) from None
+    largest = np.zeros(len(paths), np.int64)
 
     def read(index: int) -> str:
         """Read one image. Returns "", or its path and why it cannot be read."""
         try:
-            with Image.open(paths[index]) as image:
-                images[index] = square(image, size)
+            images[index], largest[index] = read_with_range(paths[index], size, grey_bits)
         except Exception as error:  # Pillow's decoders raise errors of all types, also SyntaxError
             return f"{paths[index].relative_to(source)} ({unreadable(error)})"
         return ""
@@ -155,30 +117,12 @@ def _read(paths: list[Path], source: Path, size: int) -> npt.NDArray[np.uint8]:
             raise
     if failures:
         raise DataError(
-            f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {_few(failures)}; remove or "
+            f"{len(failures)} of the {len(paths)} images in {source} cannot be read: {few(failures)}; remove or "
             f"replace each of them"
         )
-    return images
+    return images, largest
 
 
-def square(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """An image that was just opened, as (size, size, 3) uint8: rotated according to its EXIF data, transparent parts on
-    white, 16-bit grey as 8-bit. Raises ValueError for grey values without a known range, and Pillow's errors for a
-    damaged image."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"grey values of mode {image.mode} have no known range")
-    image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG at a reduced size, which is many times as fast
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return np.array(ImageOps.fit(upright.convert("RGB"), (size, size)))
-
-
-def unreadable(error: Exception) -> str:
-    """The reason why Pillow could not open or decode an image, for a message."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every rank reads what it evaluates on
+        print(f"data_prep: {message}", file=sys.stderr, flush=True)

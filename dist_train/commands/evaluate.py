@@ -3,7 +3,10 @@
     dist-train evaluate runs/block94-seed0-1a2b3c4d
     torchrun --nproc_per_node=4 -m dist_train evaluate CHECKPOINT --split holdout
 
-The metrics of a run's last checkpoint are equal to those of the run itself.
+    dist-train evaluate CHECKPOINT --data photographs/
+
+The metrics of a run's last checkpoint are equal to those of the run itself. --data names another labelled data set, by
+which the network is tested too; its name is in the result.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from dist_train.command_line import Parser, command
 from dist_train.config.settings import Tta
-from dist_train.data.batches import Data
-from dist_train.data.dataset import manifest
+from dist_train.data.batches import Data, Evaluated
+from dist_train.data.dataset import is_own, manifest, read_labelled
+from dist_train.data.loaders import Resident
 from dist_train.distributed.device import autocast
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import DONE, NotFiniteError, UserError
@@ -42,7 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="the images to evaluate on (default: %(default)s)",
     )
     add("--tta", choices=get_args(Tta), help="test-time augmentation (default: the run's)")
-    add("--data", metavar="DIR", type=str, help="folder of the betons (default: the run's)")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run's betons, or another data set with classes of the network: betons, or a folder of "
+        "images for each class (default: the run's betons)",
+    )
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -57,15 +68,31 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--write: {args.checkpoint} is not a run folder, or --split is not test; remove --write")
     trained = load(args.checkpoint, "cpu")
     t, config = trained.config.train, trained.config.data
-    config = dataclasses.replace(config, dir=args.data or config.dir)
-    dataset = manifest(config)
-    if (dataset.classes, dataset.image_shape) != (trained.classes, trained.image_shape):
-        raise UserError(
-            f"--data {config.folder}: its classes or its image size are not those that {args.checkpoint} was trained "
-            f"on; name the folder of {trained.dataset}"
-        )
+    other = args.data is not None and not is_own(args.data, trained.dataset, trained.content_sha256)
+    if other and (args.write or args.split == "holdout"):
+        setting = "--write" if args.write else "--split holdout"
+        raise UserError(f"{setting}: {args.data} is not the data set of {args.checkpoint}; remove {setting}, or --data")
+    config = dataclasses.replace(config, dir=str(args.data or config.dir))
+    betons = labelled = None
+    if other:
+        labelled = read_labelled(args.data, args.split, trained.classes, trained.image_shape, trained.grey_bits)
+    else:
+        betons = manifest(config)
+        if (betons.classes, betons.image_shape) != (trained.classes, trained.image_shape):
+            raise UserError(
+                f"{config.folder}: its classes or its image size are not those that {args.checkpoint} was trained on; "
+                f"name the folder of {trained.dataset} with --data"
+            )
     with join_ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
-        data = Data(config, dataset, ranks, t.batch_size, t.microbatches, t.seed)
+        data: Evaluated
+        if betons:
+            data = Data(config, betons, ranks, t.batch_size, t.microbatches, t.seed)
+        elif labelled:
+            name, images, labels = labelled
+            mean, std = (tuple(values.flatten().tolist()) for values in (trained.mean, trained.std))
+            source, indices = Resident(images, labels, ranks.device), {args.split: torch.arange(len(labels))}
+            described = (name, trained.classes, mean, std)
+            data = Evaluated(*described, ranks, config.eval_batch, {args.split: source}, indices)
         if not len(data.indices[args.split]):
             raise UserError(f"--split {args.split}: this run has none, its data.holdout is 0; take another split")
         model = trained.network.to(ranks.device)

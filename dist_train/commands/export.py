@@ -7,6 +7,7 @@ CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or a mod
     model.safetensors  the weights, with configuration and classes in the metadata; dist_train.load reads it
     model.pt2          torch.export: float32 images (N, C, H, W) from 0 to 1, any N, to logits
     model.onnx         the same for ONNX Runtime and others; needs pip install onnx onnxscript onnxruntime
+    pictures.py        reads a picture as the training images were read; needs numpy and Pillow
     config.toml        the configuration, without the folders of this machine
     README.md          the model card
 

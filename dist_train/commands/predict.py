@@ -5,15 +5,17 @@
     curl -s URL | dist-train predict CHECKPOINT -
 
 CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or an exported model.safetensors. IMAGE is a
-picture of any size and kind; or a folder, for all pictures in it and its subfolders, sorted by path; or - for standard
-input, which is one picture if it begins like one, else a list of paths, one a line. A picture is scaled until its
-shorter side fits, and cropped to its middle; an animation is represented by its first frame. Results are printed a
-batch at a time. Exit code: 0 done; 1 pictures that could not be read, named on stderr; 2 bad input.
+picture of any size and kind; or a folder, for all pictures in it and its subfolders, sorted by path, where what is left
+out is counted and named; or - for standard input, which is one picture if it begins like one, else a list of paths, one
+a line. A picture is scaled until its shorter side fits, and cropped to its middle; an animation is represented by its
+first frame. Results are printed a batch at a time. Exit code: 0 done; 1 pictures that could not be read, named on
+stderr; 2 bad input.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -31,11 +33,14 @@ import numpy.typing as npt
 
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Tta
-from dist_train.data_prep.images import SUFFIXES
+from dist_train.data_prep.folders import images_below
+from dist_train.data_prep.pictures import SUFFIXES
 from dist_train.errors import DONE, FAILED, UserError, say
-from dist_train.inference.trained_network import TrainedNetwork, load, read_image
+from dist_train.inference.trained_network import TrainedNetwork, load
 
-_KINDS = (*SUFFIXES, ".gif")  # suffixes of pictures in a folder
+_HEAD = 16  # bytes from which a picture on standard input is recognised
+_WITHOUT_ZERO = re.compile(rb"\xff\xd8\xff|GIF8[79]a|P[1-7]\s|RIFF.{4}WEBP", re.DOTALL)
+_LARGEST = 1 << 30  # bytes of a picture on standard input
 _BAR = 24  # characters of the bar for probability 1
 
 
@@ -55,10 +60,7 @@ def sources(images: Iterable[str]) -> Iterator[Source]:
         if name == "-":
             yield from _standard_input()
         elif _is_folder(name):
-            paths = sorted(filter(_is_picture, Path(name).rglob("*")))
-            yield from map(str, paths)
-            if not paths:
-                yield UserError(f"{name}: holds no pictures ({', '.join(_KINDS)})")
+            yield from _in_folder(Path(name))
         else:
             yield name
 
@@ -71,18 +73,37 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _KINDS and not path.name.startswith(".") and path.is_file()
+def _in_folder(folder: Path) -> Iterator[Source]:
+    try:
+        paths, left_out = images_below(folder)
+    except UserError as error:
+        yield error
+        return
+    yield from map(str, paths)
+    for part in left_out:
+        say(f"{folder}: left out {part}")
+    if not paths:
+        yield UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
 
 
 def _standard_input() -> Iterator[Source]:
     stream = cast(io.BufferedReader, sys.stdin.buffer)
-    head = stream.peek(16)[:16]
-    # A path has no zero byte. All kinds of pictures have one among the first 16 bytes, except for GIF and PNM.
-    if not head or b"\0" in head or re.match(rb"GIF8[79]a|P[1-6]\s", head):
-        yield _Piped(stream.read())
+    head = stream.read(_HEAD)
+    if begins_a_picture(head):
+        content = head + stream.read(_LARGEST)
+        if len(content) > _LARGEST:
+            yield UserError(f"-: is larger than {_LARGEST >> 20} MiB; name a file")
+        else:
+            yield _Piped(content)
     else:
-        yield from (os.fsdecode(line.rstrip(b"\n")) for line in stream if line.strip())
+        lines = itertools.chain((head + stream.readline()).split(b"\n"), stream)
+        yield from (os.fsdecode(line.rstrip(b"\n")) for line in lines if line.strip())
+
+
+def begins_a_picture(head: bytes) -> bool:
+    """Whether the first bytes on standard input are those of a picture, and not of a list of paths."""
+    # A path has no zero byte. All kinds of pictures have one among the first 16 bytes, except for these.
+    return not head or b"\0" in head or bool(_WITHOUT_ZERO.match(head))
 
 
 def results(
@@ -95,7 +116,7 @@ def results(
         if isinstance(source, UserError):
             return source
         try:
-            return read_image(source, network.image_shape[0])
+            return network.read(source)
         except UserError as error:
             return error
 

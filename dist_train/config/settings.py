@@ -72,6 +72,8 @@ class DataConfig:
     """Folder that the betons are written from: images of your own, or CIFAR-10's official files. Empty: none."""
     image_size: PixelsOrNone = 0
     """Side of images of your own in pixels. 0: that of the betons."""
+    drop_equal: Annotated[bool, FREE] = False
+    """Leave out training images that have the pixels of a test image, when the betons are written."""
     loader: Annotated[Literal["resident", "stream"], FREE] = "resident"
     """`resident` holds the data set in the device's memory, `stream` reads it from its file in every epoch."""
     holdout: CountOrNone = 0

@@ -7,7 +7,7 @@ this module, from the seed, the epoch and the sample's index alone, so both give
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,59 @@ class Microbatch:
     indices: Tensor
 
 
-class Data:
+class Evaluated:
+    """Labelled images to evaluate on, in splits, and this rank's share of them.
+
+    dataset: a name. classes: their names, in the order of the labels.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        classes: tuple[str, ...],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        ranks: Ranks,
+        eval_batch: int,
+        sources: Mapping[str, Resident | Stream],
+        indices: dict[str, Tensor],
+    ) -> None:
+        """mean, std: of each channel, by which images are normalised. eval_batch: images in one forward pass. sources:
+        the loaders of `test` and `train`. indices: (n,) int64 of each split, where `holdout` is a part of `train`."""
+        self.dataset, self.classes, self.ranks, self.eval_batch = dataset, classes, ranks, eval_batch
+        self.sources, self.indices = sources, indices
+        means, deviations = (torch.tensor(values, device=ranks.device) for values in (mean, std))
+        self.scale, self.shift = 1 / (255 * deviations), -means / deviations
+
+    def evaluation(self, split: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """This rank's batches of the split `test`, `holdout` or `train`: (positions in the split, images, labels), the
+        latter two as in Microbatch, not augmented. The split is divided into the same batches for any number of ranks,
+        and each batch is on exactly one rank."""
+        source = self.sources["train" if split == "holdout" else split]
+        size = min(self.eval_batch, len(self.indices[split]))  # ffcv reserves memory for whole batches
+        chunks = self.indices[split].split(size)
+        own = chunks[self.ranks.rank :: self.ranks.world_size]
+        if own:
+            first = self.ranks.rank * size
+            for images, labels, _ in source.batches(torch.cat(own), size):
+                yield slice(first, first + len(labels)), self._normalised(images), labels
+                first += self.ranks.world_size * size
+
+    def pixels(self, split: str, positions: Tensor) -> Tensor:
+        """The unprocessed images at `positions`, (n,) int64, of a split: (n, H, W, C) uint8, on the CPU."""
+        source = self.sources["train" if split == "holdout" else split]
+        indices = self.indices[split][positions]
+        return next(source.batches(indices, len(indices)))[0].to("cpu", copy=True)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        # scale and shift repeated to whole rows: broadcasting over three channels would take 40 times as long on a CPU
+        width = images.shape[2]
+        rows = images.flatten(2).to(torch.float32, copy=True)
+        rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
+        return rows.view(images.shape).permute(0, 3, 1, 2)
+
+
+class Data(Evaluated):
     """The training and evaluation batches of one rank."""
 
     def __init__(
@@ -54,28 +106,31 @@ class Data:
         check_batch(batch_size, microbatches)
         check_images(config, manifest, batch_size)
         count = manifest.splits["train"].count
-        self.config, self.manifest, self.ranks, self.seed = config, manifest, ranks, seed
+        self.config, self.manifest, self.seed = config, manifest, seed
         self.batch_size, self.size = batch_size, batch_size // microbatches
         self.slots = ranks.share(microbatches)
         # the seed 0 for every run: runs of all seeds hold out the same images, and can be compared
         shuffled = permutation(count, derive(0, "holdout")) if config.holdout else torch.arange(count)
-        self.indices = {
+        indices = {
             "train": shuffled[config.holdout :].sort().values,
             "holdout": shuffled[: config.holdout].sort().values,
             "test": torch.arange(manifest.splits["test"].count),
         }
         # For statistics: training images in batches of equal size, which fit into memory as those of training or
         # evaluation do
-        chosen = self.indices["train"][permutation(len(self.indices["train"]), derive(seed, "statistics"))]
+        chosen = indices["train"][permutation(len(indices["train"]), derive(seed, "statistics"))]
         chosen = chosen[: max(batch_size, _STATISTICS)]
         self.statistics_batches = -(-len(chosen) // max(self.size, config.eval_batch))
-        chosen = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
-        self.indices["statistics"] = chosen
-        self.steps_per_epoch = len(self.indices["train"]) // batch_size
-        source = Resident if config.loader == "resident" else Stream
-        self.sources = {split: source(config, split, ranks.device) for split in ("train", "test")}
-        mean, std = (torch.tensor(values, device=ranks.device) for values in (manifest.mean, manifest.std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+        indices["statistics"] = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
+        self.steps_per_epoch = len(indices["train"]) // batch_size
+        sources: dict[str, Resident | Stream] = {}
+        for split in ("train", "test"):
+            if config.loader == "resident":
+                sources[split] = Resident(*data_prep.read_split(config.folder, split), ranks.device)
+            else:
+                sources[split] = Stream(config, split, ranks.device)
+        described = (manifest.dataset, manifest.classes, manifest.mean, manifest.std)
+        super().__init__(*described, ranks, config.eval_batch, sources, indices)
 
     def steps(self, first: int) -> Iterator[list[Microbatch]]:
         """This rank's microbatches of step `first` (counted from 0) and of every later step, without end."""
@@ -101,20 +156,6 @@ class Data:
         """The splits to evaluate on: (prefix of the metrics, split) of each."""
         return [("test", "test"), *([("val", "holdout")] if self.config.holdout else [])]
 
-    def evaluation(self, split: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """This rank's batches of the split `test`, `holdout` or `train`: (positions in the split, images, labels), the
-        latter two as in Microbatch, not augmented. The split is divided into the same batches for any number of ranks,
-        and each batch is on exactly one rank."""
-        source = self.sources["test" if split == "test" else "train"]
-        size = min(self.config.eval_batch, len(self.indices[split]))  # ffcv reserves memory for whole batches
-        chunks = self.indices[split].split(size)
-        own = chunks[self.ranks.rank :: self.ranks.world_size]
-        if own:
-            first = self.ranks.rank * size
-            for images, labels, _ in source.batches(torch.cat(own), size):
-                yield slice(first, first + len(labels)), self._normalised(images), labels
-                first += self.ranks.world_size * size
-
     def statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels), as in Microbatch, of this rank's share of `statistics_batches`: training images as in an
         evaluation, the same ones at every step, for the statistics of the network's channels."""
@@ -124,12 +165,6 @@ class Data:
             own = batches[share.start : share.stop].flatten()
             for images, labels, _ in self.sources["train"].batches(own, batches.shape[1]):
                 yield self._normalised(images), labels
-
-    def pixels(self, split: str, positions: Tensor) -> Tensor:
-        """The unprocessed images at `positions`, (n,) int64, of a split: (n, H, W, C) uint8, on the CPU."""
-        source = self.sources["test" if split == "test" else "train"]
-        indices = self.indices[split][positions]
-        return next(source.batches(indices, len(indices)))[0].to("cpu", copy=True)
 
     def sample_indices(self, step: int, slot: int) -> list[int]:
         """Indices in the training set of the images in one microbatch of a step, counted from 0."""
@@ -158,10 +193,3 @@ class Data:
             images = cut_out(images, bits, self.config.cutout)
         parts = zip(*(whole.split(self.size) for whole in (images, labels, indices)), strict=True)
         return [Microbatch(slot, *part) for slot, part in zip(self.slots, parts, strict=True)]
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        # scale and shift repeated to whole rows: broadcasting over three channels would take 40 times as long on a CPU
-        width = images.shape[2]
-        rows = images.flatten(2).to(torch.float32, copy=True)
-        rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
-        return rows.view(images.shape).permute(0, 3, 1, 2)

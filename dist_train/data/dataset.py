@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig
+from dist_train.data_prep.folders import split_of
 from dist_train.errors import UserError
 
 # data_prep's messages name its own options; the trainer's messages name these settings instead
 _SETTING_OF_OPTION = {
     "--dataset digits": "--preset digits",
+    "--drop-equal": "data.drop_equal",
     "--dataset": "data.dataset",
     "--image-size": "data.image_size",
     "--out": "data.dir",
@@ -54,7 +60,11 @@ def prepare(config: DataConfig) -> data_prep.Manifest:
         return manifest(config)
     check(config)
     try:
-        return data_prep.prepare(config.dataset, config.folder, config.source_folder, image_size=config.image_size)
+        return data_prep.prepare(
+            *(config.dataset, config.folder, config.source_folder),
+            image_size=config.image_size,
+            drop_equal=config.drop_equal,
+        )
     except data_prep.DataError as error:
         sentence, run, command = str(error).partition("python -m ")
         for option, setting in _SETTING_OF_OPTION.items():
@@ -65,7 +75,7 @@ def prepare(config: DataConfig) -> data_prep.Manifest:
 def manifest(config: DataConfig) -> data_prep.Manifest:
     """Check the betons and return their manifest. Raises UserError."""
     check(config)
-    write = data_prep.command(config.dataset, config.folder, config.source_folder, config.image_size)
+    write = _command(config, config.folder)
     if _is_empty(config):
         raise UserError(f"data.dir = {config.folder}: there is no data set; write it with {write}")
     betons = data_prep.check(config.folder, write)
@@ -82,12 +92,66 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
     height, width, _ = betons.image_shape
     if config.image_size and (height, width) != (config.image_size, config.image_size):
         other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
-        write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
         raise UserError(
             f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
-            f"{config.image_size}; set data.dir={other} and write that with {write}"
+            f"{config.image_size}; set data.dir={other} and write that with {_command(config, other)}"
+        )
+    if config.drop_equal and data_prep.may_share_images(betons):
+        other = config.folder.with_name(f"{config.dataset}-drop-equal")
+        raise UserError(
+            f"data.dir = {config.folder} was written without data.drop_equal = true; set data.dir={other} and write "
+            f"that with {_command(config, other)}"
         )
     return betons
+
+
+def is_own(folder: Path, dataset: str, content_sha256: dict[str, str]) -> bool:
+    """Whether a folder holds the betons of a run's own data set: those with its name and its content. content_sha256:
+    of each split; empty where it is not known. Raises UserError for damaged betons."""
+    if not (folder / data_prep.MANIFEST).exists():
+        return False
+    betons = data_prep.check(folder)
+    content = {name: split.content_sha256 for name, split in betons.splits.items()}
+    return betons.dataset == dataset and content_sha256 in ({}, content)
+
+
+def read_labelled(
+    folder: Path, split: str, classes: tuple[str, ...], image_shape: tuple[int, int, int], grey_bits: int | None
+) -> tuple[str, NDArray[np.uint8], NDArray[np.int64]]:
+    """A labelled data set to evaluate a network of `classes` on: its name, the images, (N, H, W, C), and the labels,
+    (N,), as the network numbers its classes.
+
+    folder: of betons, or of images in a folder for each class; its classes are some of the network's, or all of them.
+    split: `train` or `test`, where the folder has splits. grey_bits: as in `data_prep.pictures.read_picture`. Raises
+    UserError.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder; name one with betons, or with images by class")
+    if not (folder / data_prep.MANIFEST).exists():
+        images, labels = data_prep.load_labelled(folder, split, classes, image_shape[0], grey_bits)
+        *_, above, name = ["", *folder.resolve().parts]
+        return f"{above}/{name}" if split_of(name) else name, images, labels
+    betons = data_prep.check(folder)
+    if unknown := [name for name in betons.classes if name not in classes]:
+        raise UserError(
+            f"--data {folder}: has classes that the network does not have, {', '.join(unknown[:3])}; name a folder "
+            f"with the network's classes"
+        )
+    if betons.image_shape != image_shape:
+        height, width, _ = betons.image_shape
+        raise UserError(
+            f"--data {folder}: has images of {width}x{height} pixels, where the network takes "
+            f"{image_shape[1]}x{image_shape[0]}; name the folder of the images themselves, which are scaled"
+        )
+    images, labels = data_prep.read_split(folder, split)
+    return betons.dataset, images, np.array([classes.index(name) for name in betons.classes], np.int64)[labels]
+
+
+def _command(config: DataConfig, folder: Path) -> str:
+    """The command that writes the data set into a folder."""
+    return data_prep.command(
+        *(config.dataset, folder, config.source_folder, config.image_size), drop_equal=config.drop_equal
+    )
 
 
 def _is_empty(config: DataConfig) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_train import data_prep
@@ -17,8 +19,8 @@ from dist_train.data_prep import ffcv_library
 class Resident:
     """A split in the device's memory."""
 
-    def __init__(self, config: DataConfig, split: str, device: torch.device) -> None:
-        images, labels = data_prep.read_split(config.folder, split)
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], device: torch.device) -> None:
+        """images: (N, H, W, C). labels: (N,)."""
         self.images = torch.from_numpy(images).to(device)
         self.labels = torch.from_numpy(labels).to(device)
 

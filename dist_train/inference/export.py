@@ -20,15 +20,16 @@ from torch.export import ExportedProgram
 
 from dist_train import config, data_prep
 from dist_train.config.settings import RecordConfig
+from dist_train.data_prep import pictures
 from dist_train.files import write_atomic
-from dist_train.inference.model_card import Check, Checked, Results, card
+from dist_train.inference.model_card import PICTURES, Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
 from dist_train.runs.layout import SETTINGS
 from dist_train.runs.run import Run
 
 FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 CARD = "README.md"
-WRITTEN = (*FILES.values(), SETTINGS, CARD)
+WRITTEN = (*FILES.values(), SETTINGS, CARD, PICTURES)
 _TOLERANCE = 1e-4  # of the largest logit
 _IMAGES = 256  # to compare the logits on
 _PARTS = (1, 8)  # indices at which the images are split into batches, whose sizes differ
@@ -159,6 +160,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
                 f"{1 / _TOLERANCE:,.0f}; it is removed"
             )
     write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
+    write_atomic(out / PICTURES, Path(pictures.__file__).read_bytes())
     write_atomic(out / CARD, card(network, results, Checked(len(images), description, largest, checks)).encode())
     print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / CARD}", flush=True)
     return failures

@@ -16,6 +16,7 @@ from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.run import Run
 
+PICTURES = "pictures.py"  # beside the exported files: a copy of data_prep/pictures.py
 _LABELS = {"code": "digest of dist_train's code", "threads": "CPU threads", "instructions": "CPU instructions"}
 # by data set: a description, the known limits, the licence terms
 _DATA = {
@@ -103,6 +104,7 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             "What may be done with a network trained on these images depends on the terms of the images.",
         ),
     )
+    equal = summary.get("equal_images")
     size = totals(network.config.model, (channels, height, width), len(network.classes))
     parts = {
         "": f"{_purpose(network)} A block network: every block mixes several convolutions of the same input, with "
@@ -118,6 +120,7 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             "places and times, and pictures that are meant to mislead, were not tested.",
             "It was made for research on training. Do not let it decide anything about people, or where a wrong answer "
             "does harm.",
+            *([f"{equal:,} of the test images have the pixels of training images."] if equal else []),
             *biases,
         ),
         "Data": f"{about} The network was trained on the training images only, normalised by their mean and standard "
@@ -255,7 +258,8 @@ def _checked(network: TrainedNetwork, checked: Checked) -> str:
 
 def _reproduction(network: TrainedNetwork, digest: str) -> str:
     size = network.image_shape[0] if network.dataset not in data_prep.DATASETS else 0
-    write = data_prep.command(network.dataset, network.config.data.folder, image_size=size)
+    data = network.config.data
+    write = data_prep.command(network.dataset, data.folder, image_size=size, drop_equal=data.drop_equal)
     environment = network.environments[-1]
     content = " and ".join(f"`{sha}` ({split})" for split, sha in network.content_sha256.items())
     return (
@@ -273,7 +277,8 @@ def _reproduction(network: TrainedNetwork, digest: str) -> str:
 
 def _use(network: TrainedNetwork, files: Sequence[str]) -> str:
     height, width, channels = network.image_shape
-    open_image = f'image = ImageOps.fit(Image.open("image.png").convert("RGB"), ({width}, {height}))'
+    bits = f", grey_bits={network.grey_bits}" if network.grey_bits else ""
+    read = f'image = read_picture("image.png", {height}{bits})  # uint8 (height, width, RGB)'
     snippets = {
         "model.safetensors": (
             "the weights, with the configuration and the classes in its metadata; for dist_train",
@@ -282,23 +287,23 @@ def _use(network: TrainedNetwork, files: Sequence[str]) -> str:
             'print(network.predict("image.png", top=3))  # also a list of paths, PIL images, arrays or tensors',
         ),
         "model.pt2": (
-            f"a graph of torch.export, written by torch {torch.__version__.partition('+')[0]}; needs torch alone",
-            "import json\n\nimport numpy as np\nimport torch\nfrom PIL import Image, ImageOps\n\n"
+            f"a graph of torch.export, written by torch {torch.__version__.partition('+')[0]}; needs torch",
+            "import json\n\nimport torch\nfrom pictures import read_picture\n\n"
             'metadata = {"classes": ""}\n'
             'network = torch.export.load("model.pt2", extra_files=metadata).module()\n'
             'classes = json.loads(metadata["classes"])\n'
-            f"{open_image}\n"
-            "images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255\n"
+            f"{read}\n"
+            "images = torch.from_numpy(image).permute(2, 0, 1)[None] / 255\n"
             "probabilities = network(images).softmax(1)[0]\n"
             "print(classes[probabilities.argmax()], probabilities.max().item())",
         ),
         "model.onnx": (
             "for ONNX Runtime and other software that reads ONNX; the classes are in its metadata",
-            "import json\n\nimport numpy as np\nimport onnxruntime\nfrom PIL import Image, ImageOps\n\n"
+            "import json\n\nimport numpy as np\nimport onnxruntime\nfrom pictures import read_picture\n\n"
             'session = onnxruntime.InferenceSession("model.onnx")\n'
             'classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])\n'
-            f"{open_image}\n"
-            "images = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255\n"
+            f"{read}\n"
+            "images = image.astype(np.float32).transpose(2, 0, 1)[None] / 255\n"
             '(logits,) = session.run(["logits"], {"images": images})\n'
             "print(classes[logits[0].argmax()])",
         ),
@@ -308,7 +313,9 @@ def _use(network: TrainedNetwork, files: Sequence[str]) -> str:
     )
     graphs = (
         f"The graphs take `images`, float32 RGB from 0 to 1 of shape (N, {channels}, {height}, {width}), any N, "
-        f"and give `logits`, float32 (N, {len(network.classes)}). The images' normalisation is inside.\n\n"
+        f"and give `logits`, float32 (N, {len(network.classes)}). The images' normalisation is inside. [{PICTURES}]"
+        f"({PICTURES}) reads a picture as the training images were read: turned by EXIF, transparent parts on white, "
+        f"16 bits as 8, scaled, and cropped to its middle. A picture read otherwise may be classified otherwise.\n\n"
     )
     return (graphs if {"model.pt2", "model.onnx"} & {*files} else "") + usage
 

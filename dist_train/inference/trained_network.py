@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_train.config.loading import parse, to_toml
 from dist_train.config.settings import Config, Tta
-from dist_train.data_prep.images import square, unreadable
+from dist_train.data_prep.pictures import read_picture, unreadable
 from dist_train.errors import NotFiniteError, UserError, reason, say
 from dist_train.model.network import BlockNetwork, check_finite, weights_digest
 from dist_train.model.tta import averaged
@@ -46,7 +46,8 @@ class TrainedNetwork(nn.Module):
 
     classes: their names, in the order of the logits. image_shape: (H, W, C) of the training images. dataset: the
     name of the data set. content_sha256: of the pixels and labels of each split, by its name. config: of the run. step:
-    the number of training steps. environments: those that the run has had, in order.
+    the number of training steps. environments: those that the run has had, in order. grey_bits: of the training
+    images, as in `data_prep.pictures.read_picture`.
     """
 
     mean: Tensor
@@ -58,7 +59,7 @@ class TrainedNetwork(nn.Module):
         super().__init__()
         self.network, self.config, self.step, self.environments = network, config, step, environments
         self.dataset, self.classes, self.image_shape = data.dataset, data.classes, data.image_shape
-        self.content_sha256 = data.content_sha256
+        self.content_sha256, self.grey_bits = data.content_sha256, data.grey_bits
         for name, values in (("mean", data.mean), ("std", data.std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
@@ -97,6 +98,15 @@ class TrainedNetwork(nn.Module):
             rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             predictions += [[(self.classes[c], p) for c, p in zip(*row, strict=True)] for row in rows]
         return predictions
+
+    def read(self, source: str | os.PathLike[str] | BinaryIO | Image.Image) -> npt.NDArray[np.uint8]:
+        """One picture in the network's size, (H, W, C), as the training images were read. Raises UserError for one that
+        cannot be read."""
+        try:
+            return read_picture(source, self.image_shape[0], self.grey_bits)
+        except Exception as error:  # Pillow's decoders raise many types, among them SyntaxError
+            name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "an image")
+            raise UserError(f"{name}: cannot be read ({unreadable(error)})") from error
 
     @torch.no_grad()
     def _scores(self, x: Tensor, tta: Tta) -> Tensor:
@@ -141,7 +151,7 @@ class TrainedNetwork(nn.Module):
             if x.shape == (size, size, channels):
                 return x
             picture = Image.fromarray(x.cpu().numpy().squeeze(2) if x.shape[2:] == (1,) else x.cpu().numpy())
-        return torch.from_numpy(read_image(picture, size))
+        return torch.from_numpy(self.read(picture))
 
 
 def load(path: str | os.PathLike[str], device: Literal["auto", "cpu", "cuda"] = "auto") -> TrainedNetwork:
@@ -175,20 +185,6 @@ def predict(
 ) -> list[list[tuple[str, float]]]:
     """`TrainedNetwork.predict` of a network that is loaded for this call: see there and `load`."""
     return load(path, device).predict(images, top, tta)
-
-
-def read_image(source: str | os.PathLike[str] | BinaryIO | Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """One picture as RGB (size, size, 3), scaled and cropped as data_prep does with folders of images. Raises UserError
-    for one that cannot be read."""
-    try:
-        if isinstance(source, Image.Image):
-            source.load()  # else `square` may decode it at a smaller size
-            return square(source, size)
-        with Image.open(source) as image:
-            return square(image, size)
-    except Exception as error:  # Pillow's decoders raise many types, among them SyntaxError
-        name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", "an image")
-        raise UserError(f"{name}: cannot be read ({unreadable(error)})") from error
 
 
 def _separated(images: Picture | Sequence[Picture]) -> Iterator[Picture]:
@@ -226,6 +222,7 @@ def stamp(network: TrainedNetwork) -> dict[str, str]:
         "mean": json.dumps(network.mean.flatten().tolist()),
         "std": json.dumps(network.std.flatten().tolist()),
         "content_sha256": json.dumps(network.content_sha256),
+        "grey_bits": json.dumps(network.grey_bits),
         "step": json.dumps(network.step),
         "environments": json.dumps(network.environments),
         "weights_sha256": weights_digest(network.network),
@@ -269,6 +266,7 @@ def _from_stamp(stamped: dict[str, str], model: dict[str, Tensor]) -> tuple[Chec
     """A checkpoint, without the optimizers' state, from a `stamp` and the weights; and the expected SHA-256 of
     these."""
     data = {key: json.loads(stamped[key]) for key in ("classes", "image_shape", "mean", "std", "content_sha256")}
+    data["grey_bits"] = json.loads(stamped.get("grey_bits", "null"))
     contents = Checkpoint.from_dict(
         {
             "step": json.loads(stamped["step"]),

@@ -249,6 +249,9 @@ def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
     evaluated = [page_run for page_run in runs if page_run.run.evals]
     if without := [page_run for page_run in evaluated if not any("coefficients" in row for row in page_run.run.evals)]:
         notes.append(f"No mixing coefficients were recorded by {names(without)}.")
+    for count in sorted({page_run.run.summary.get("equal_images") or 0 for page_run in runs} - {0}):
+        same = [page_run for page_run in runs if page_run.run.summary.get("equal_images") == count]
+        notes.append(f"{count:,} of the test images of {names(same)} have the pixels of training images.")
     for group in groups:
         done = [page_run for page_run in group.runs if page_run.run.done]
         seeds = Counter(page_run.run.settings.train.seed for page_run in done)

@@ -40,6 +40,7 @@ class _Described(BaseModel):
     mean: list[float]
     std: list[Annotated[float, Field(gt=0)]]
     content_sha256: dict[str, str] = {}
+    grey_bits: Annotated[int, Field(ge=1, le=16)] | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> _Described:
@@ -67,7 +68,8 @@ class DataDescription:
 
     classes: their names, in the order of the logits. image_shape: (H, W, C). mean, std: of each channel of the training
     images, whose values go from 0 to 1. content_sha256: of the pixels and labels of each split, by the split's name;
-    empty in checkpoints of an earlier version.
+    empty in checkpoints of an earlier version. grey_bits: of the grey values in pictures of 16 bits, as in
+    `data_prep.pictures.read_picture`; None where there are none.
     """
 
     dataset: str
@@ -76,6 +78,7 @@ class DataDescription:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     content_sha256: dict[str, str]
+    grey_bits: int | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> DataDescription:
@@ -88,6 +91,7 @@ class DataDescription:
             manifest.mean,
             manifest.std,
             content_sha256=digests,
+            grey_bits=manifest.grey_bits,
         )
 
     @classmethod
@@ -96,7 +100,8 @@ class DataDescription:
         found = _Described.model_validate(data)
         height, width, channels = found.image_shape
         classes, mean, std = tuple(found.classes), tuple(found.mean), tuple(found.std)
-        return cls(found.dataset, classes, (height, width, channels), mean, std, found.content_sha256)
+        shape = (height, width, channels)
+        return cls(found.dataset, classes, shape, mean, std, found.content_sha256, found.grey_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict in a checkpoint, which is also valid JSON."""

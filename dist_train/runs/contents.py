@@ -44,6 +44,7 @@ class _Summary(_Checked):
     val_accuracy: _Share = 0.0
     val_loss: float = 0.0
     mfu: _Amount | None = None
+    equal_images: _Count | None = None
     parameters: _Amount | None = None
     flops_per_image: _Amount | None = None
     matrix_flops_per_second: _Amount = 0.0

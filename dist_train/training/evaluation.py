@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config.settings import Tta
-from dist_train.data.batches import Data
+from dist_train.data.batches import Evaluated
 from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.errors import NotFiniteError
 from dist_train.model.network import MixedBlock
@@ -73,7 +73,7 @@ class Evaluation:
             bins.append({"confidence": None, "accuracy": None, **content})
         return {"ece": error / len(self.labels), "bins": bins}
 
-    def details(self, data: Data, step: int) -> dict[str, Any]:
+    def details(self, data: Evaluated, step: int) -> dict[str, Any]:
         """The content of `evaluation.json`, described in `dist_train.runs.metrics`. step: finished steps."""
         counts = np.bincount(self.labels, minlength=self.classes)
         by_class = np.zeros((self.classes, self.mixing.shape[1]))
@@ -81,12 +81,12 @@ class Evaluation:
         by_class /= np.maximum(counts, 1)[:, None]
         of_classes = zip(*map(self._by_block, by_class.tolist()), strict=True)
         return {
-            "dataset": data.manifest.dataset,
+            "dataset": data.dataset,
             "split": self.split,
             "step": step,
             "images": len(self.labels),
             **self.metrics,
-            "classes": list(data.manifest.classes),
+            "classes": list(data.classes),
             "confusion": self.confusion().tolist(),
             "calibration": self.calibration(),
             "coefficients": [
@@ -101,7 +101,7 @@ class Evaluation:
             "wrong": self._wrong(data),
         }
 
-    def _wrong(self, data: Data) -> list[dict[str, Any]]:
+    def _wrong(self, data: Evaluated) -> list[dict[str, Any]]:
         """The misclassified images of the highest confidence."""
         wrong = np.flatnonzero(self.labels != self.predicted)
         chosen = torch.from_numpy(wrong[np.argsort(-self.confidence[wrong], kind="stable")][:_WRONG])
@@ -126,7 +126,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Data, split: str, ranks: Ranks, autocast: torch.autocast, tta: Tta = "none"
+    model: nn.Module, data: Evaluated, split: str, ranks: Ranks, autocast: torch.autocast, tta: Tta = "none"
 ) -> Evaluation:
     """Evaluate on the split `test`, `holdout` or `train`, without augmentation except `tta`.
 
@@ -172,7 +172,7 @@ def evaluate(
         metrics[f"loss{suffix}"] = math.fsum(floats[start + 1].tolist()) / len(labels)
         metrics[f"accuracy{suffix}"] = float(np.mean(rows[start] == labels))
     mixing = np.ascontiguousarray(floats[2 + 2 * len(starts) :].T)
-    return Evaluation(split, metrics, labels, predicted, confidence, mixing, branches, len(data.manifest.classes))
+    return Evaluation(split, metrics, labels, predicted, confidence, mixing, branches, len(data.classes))
 
 
 @contextmanager

@@ -227,6 +227,7 @@ def _summary(
         "train_flops": train_flops,
         "matrix_flops_per_second": rate,
         "mfu": train_flops / train_seconds / rate,
+        "equal_images": equal.count if (equal := data.manifest.equal_images) else None,
         "weights_sha256": weights_digest(model),
         "config_digest": config_digest(config),
         "world_size": ranks.world_size,

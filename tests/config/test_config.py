@@ -211,7 +211,8 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
     def ending(words: str) -> set[str]:
         return {re.sub(r"=.*|[][]", "", name) for name, part in marked.items() if part.endswith(words)}
 
-    data, train = ("data.dir", "data.source", "data.loader"), ("train.backend", "train.timeout", "train.log_every")
+    data = ("data.dir", "data.source", "data.drop_equal", "data.loader")
+    train = ("train.backend", "train.timeout", "train.log_every")
     assert ending("Does not change the weights.") == {*data, *train, "checkpoint", "record"}
     assert ending("May change bits.") == {"train.threads", "train.device"}
     # a mark on a setting of a list's items would have no effect

@@ -274,6 +274,18 @@ def test_a_killed_write_leaves_nothing_whole_and_four_at_once_then_write_it_once
     assert sorted(p.name for p in tmp_path.iterdir()) == [".digits.lock", "digits"]
 
 
+@needs_ffcv
+def test_no_shared_memory_is_needed(digits: Path, tmp_path: Path) -> None:
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is refused here: no small /dev/shm can be made")
+    full = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero >/dev/shm/full && exec "$@"'
+    command = [sys.executable, "-m", "dist_train.data_prep", "--dataset", "digits", "--out", str(tmp_path / "digits")]
+    done = subprocess.run([*unshare, "bash", "-c", full, "bash", *command], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert data_prep.check(tmp_path / "digits") == data_prep.check(digits)
+
+
 def test_no_network_is_reported_promptly_with_its_own_exit_code(tmp_path: Path) -> None:
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
     empty = {"CIFAR10_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_PROXY": "", "no_proxy": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import shlex
@@ -24,6 +25,7 @@ from dist_train.config import loading
 from dist_train.config.settings import Block, Convolution, DataConfig
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest, prepare
+from dist_train.data_prep import folders
 from dist_train.distributed.ranks import Ranks
 from dist_train.errors import UserError
 from dist_train.runs.metrics import read_metrics
@@ -176,18 +178,146 @@ def test_a_share_of_each_class_is_for_testing_and_the_same_folder_gives_the_same
     assert {image.tobytes() for image in tenth["test"][0]} < fifth
 
 
-@pytest.mark.parametrize("name", ["test", "val"])
-def test_a_test_part_of_the_folder_is_kept_and_other_files_are_skipped(shapes: Path, tmp_path: Path, name: str) -> None:
+def put(source: Path, *folders: str, count: int = 5) -> None:
+    """Images of a few pixels, each another, in folders of `source`."""
+    for folder in folders:
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            colour = hashlib.sha256(f"{folder} {number}".encode()).digest()[:3]
+            Image.new("RGB", (4, 4), tuple(colour)).save(source / folder / f"{number}.png")
+
+
+def taken(source: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
+    """The number of images of each class in each split of the betons, and what the manifest says was left out, by the
+    reason; the same is said on stderr."""
+    out = source.with_name("out")
+    shutil.rmtree(out, ignore_errors=True)
+    found = data_prep.prepare("own", out, source, image_size=4)
+    assert data_prep.check(out) == found
+    said = capsys.readouterr().err
+    for part in found.left_out:
+        assert part.count == len(part.paths)
+        assert f"data_prep: left out {part.count}, since {part.reason}: {', '.join(part.paths[:3])}" in said
+    labels = {split: data_prep.read_split(out, split)[1] for split in found.splits}
+    counts = {split: dict(zip(found.classes, np.bincount(of).tolist(), strict=True)) for split, of in labels.items()}
+    return counts, {part.reason: [*part.paths] for part in found.left_out}
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        *(("train", "test"), ("train", "val"), ("Training", "Testing"), ("TRAIN", "TEST"), ("train", "Validation")),
+        *(("train_set", "test_set"), ("TrainingSet", "TestSet"), ("trainset", "valset"), ("train2017", "val2017")),
+        *(("seg_train", "seg_test"), ("train-images", "test-images"), ("training_data", "dev"), ("trn", "tst")),
+        *(("seg_train/seg_train", "seg_test/seg_test"), ("Train", "valid"), ("train", "eval")),
+    ],
+)
+def test_splits_have_any_of_the_usual_names(
+    tmp_path: Path, train: str, test: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "in"
-    shutil.copytree(shapes, source / "train")
-    shutil.copytree(shapes / "class01", source / name / "class01" / "below")
-    (source / "train" / "class00" / "notes.txt").write_text("no image")
-    (source / "train" / "class00" / "._000.png").write_text("nor this")
-    (source / "train" / ".cache").mkdir()
-    result = write(tmp_path / "out", source, 20)
-    assert "shapes, 30 train and 10 test images" in result.stdout, result.stderr
-    assert "skipped, since their names are not those of images: train/class00/notes.txt\n" in result.stderr
-    assert set(data_prep.read_split(tmp_path / "out", "test")[1].tolist()) == {1}
+    put(source, f"{train}/cat", f"{train}/dog")
+    put(source, f"{test}/dog/below", f"{test}/cat", count=3)
+    assert taken(source, capsys) == ({"train": {"cat": 5, "dog": 5}, "test": {"cat": 3, "dog": 3}}, {})
+
+
+@pytest.mark.parametrize("names", [("train", "bus"), ("bullet_train", "test"), ("dev", "test"), ("trains", "tests")])
+def test_classes_may_be_called_like_splits(
+    tmp_path: Path, names: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in", *names)
+    assert taken(tmp_path / "in", capsys)[0]["test"] == dict.fromkeys(sorted(names), 1)
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in"
+    put(source, "train/cat", "train/dog", "test/cat", "test/dog", "val/cat", "extra/more", "train/.cache", count=2)
+    for name in ("notes.txt", "train/labels.csv", "train/cat/page.html", "train/cat/._0.png", "train/cat/deep/a.heic"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("no image")
+    for name in ("loose.png", "test/loose.jpg"):
+        Image.new("RGB", (4, 4)).save(source / name)
+    (source / "train" / "kitten").symlink_to("cat")
+    (source / "train" / "dog" / "up").symlink_to(source)
+    put(tmp_path / "elsewhere", "b", count=3)
+    (source / "train" / "dog" / "linked").symlink_to(tmp_path / "elsewhere")  # read
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path)
+    counts, left_out = taken(source, capsys)
+    assert counts == {"train": {"cat": 2, "dog": 5}, "test": {"cat": 2, "dog": 2}}
+    assert left_out == {
+        folders.NO_CLASS: ["loose.png", "test/loose.jpg"],
+        folders.NO_IMAGES: ["notes.txt", "train/labels.csv", "train/cat/page.html", "train/cat/deep/a.heic"],
+        folders.BESIDE: ["extra/more/0.png", "extra/more/1.png"],
+        folders.HIDDEN: ["train/.cache", "train/cat/._0.png"],
+        folders.LINKS: ["train/kitten", "train/dog/up", "train/dog/linked/round"],
+        folders.VALIDATION: ["val/cat/0.png", "val/cat/1.png"],
+    }
+
+
+@pytest.mark.parametrize("inside", ["", "unknown", "test"])
+@pytest.mark.parametrize("name", ["test", "Testing"])
+def test_a_test_split_without_labels_is_left_out(
+    tmp_path: Path, name: str, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in"
+    put(source, "train/cat", "train/dog")
+    put(source, f"{name}/{inside}", count=2)
+    counts, left_out = taken(source, capsys)
+    assert counts == {"train": {"cat": 4, "dog": 4}, "test": {"cat": 1, "dog": 1}}
+    place = Path(name, inside).as_posix()
+    assert left_out == {folders.UNLABELLED: [f"{place}/0.png", f"{place}/1.png"]}
+    put(source, "val/cat", "val/dog", count=2)
+    assert taken(source, capsys)[0] == {"train": {"cat": 5, "dog": 5}, "test": {"cat": 2, "dog": 2}}
+
+
+def test_test_images_that_are_training_images_too_are_counted_named_and_dropped_on_request(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    put(source, "train/cat", "train/dog", "test/cat", "test/dog")
+    Image.open(source / "train/cat/1.png").save(source / "train/dog/again.bmp")  # the pixels count, not the file
+    Image.open(source / "train/cat/1.png").save(source / "test/cat/5.tif")
+    shutil.copy(source / "train/dog/2.png", source / "test/cat/6.png")  # of another class
+    result = write(out, source, 4)
+    assert "2 of the 12 test images have the pixels of training images (test/cat/" in result.stderr
+    assert "; --drop-equal, in a training data.drop_equal=true, leaves these training images out\n" in result.stderr
+    equal = data_prep.check(out).equal_images
+    assert equal is not None
+    assert (equal.count, equal.dropped) == (2, 0)
+    pairs = dict(equal.examples)
+    assert pairs["test/cat/6.png"] == "train/dog/2.png"
+    assert pairs["test/cat/5.tif"] in ("train/cat/1.png", "train/dog/again.bmp")
+    refused(write(out, source, 4, "--drop-equal"), "written without --drop-equal: choose another --out, or delete")
+    with pytest.raises(
+        UserError, match=r"written without data\.drop_equal = true; set data\.dir=.*--drop-equal"
+    ) as said:
+        manifest(DataConfig("shapes", str(out), source=str(source), image_size=4, drop_equal=True))
+    words = shlex.split(str(said.value).partition(" that with ")[2])
+    result = run_here(*words[3:])
+    assert "; 3 training images are left out for it\n" in result.stderr
+    fresh = DataConfig("shapes", words[-1], drop_equal=True)
+    equal = manifest(fresh).equal_images
+    assert equal is not None
+    assert (equal.count, equal.dropped) == (0, 3)
+    train, test = ({i.tobytes() for i in data_prep.read_split(fresh.folder, split)[0]} for split in ("train", "test"))
+    assert (len(train), len(test), train & test) == (8, 12, set())
+    put(source, "train/only", "test/only", count=1)
+    shutil.copy(source / "train/only/0.png", source / "test/only/0.png")
+    with pytest.raises(UserError, match=r"^data\.drop_equal leaves no training image of only"):
+        prepare(DataConfig("shapes", str(tmp_path / "third"), str(source), 4, drop_equal=True))
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    owner = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]  # root may read everything
+    if not shutil.which("unshare") or subprocess.run([*owner, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("unshare is refused here: no user without root's rights can be made")
+    source = tmp_path / "in"
+    put(source, "cat", "dog/deep")
+    (source / "dog" / "deep").chmod(0)
+    words = ["--dataset", "own", "--source", str(source), "--image-size", "4", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*owner, sys.executable, "-m", "dist_train.data_prep", *words], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    (source / "dog" / "deep").chmod(0o700)
+    refused(done, f"{source / 'dog' / 'deep'} cannot be read (Permission denied)", "change its permissions")
 
 
 def without_images(source: Path) -> None:
@@ -212,11 +342,18 @@ def with_an_unknown_test_class(source: Path) -> None:
     (source / "train" / "class02").rename(source / "train" / "other")
 
 
-def with_an_empty_test_part(source: Path) -> None:
-    with_an_unknown_test_class(source)
-    shutil.rmtree(source / "test")
-    (source / "test").mkdir()
-    shutil.copy(source / "class00" / "000.png", source / "test")
+def with_two_training_sets(source: Path) -> None:
+    put(source, "train/a", "train/b", "Training/a", "test/a")
+
+
+def with_a_training_set_beside_a_class(source: Path) -> None:
+    put(source, "train/a", "train/b")
+
+
+def within_a_folder(source: Path) -> None:
+    for path in source.iterdir():
+        shutil.rmtree(path)
+    put(source, "archive/a", "archive/b")
 
 
 def with_broken_files(source: Path) -> None:
@@ -237,7 +374,9 @@ def with_broken_files(source: Path) -> None:
         (with_one_image, ["has a single image for single"]),
         (with_one_class, ["holds one class, class00", "at least two"]),
         (with_an_unknown_test_class, ["test has classes that", "class02"]),
-        (with_an_empty_test_part, ["test has no folders of classes"]),
+        (with_two_training_sets, ["several folders for one split, Training, train", "keep one of them"]),
+        (with_a_training_set_beside_a_class, ["holds train, a folder of folders, beside class00", "give --source"]),
+        (within_a_folder, ["holds one class, archive", "for example {source}/archive"]),
         (with_broken_files, ["7 of the 36 images", "no.jpg (not an image)", " and 4 more", "remove or replace"]),
     ],
 )
@@ -250,7 +389,7 @@ def test_an_invalid_folder_is_reported_in_one_sentence(
         data_prep.prepare("shapes", tmp_path / "out", source, image_size=20)
     assert "\n" not in str(caught.value)
     for word in (str(source), *words):
-        assert word in str(caught.value)
+        assert word.format(source=source) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -333,13 +472,21 @@ def test_where_images_come_from_binds_no_run_but_their_size_does() -> None:
 
 def test_the_quick_start_trains_on_a_folder_of_images(tmp_path: Path) -> None:
     source = draw(tmp_path / "in", classes=4, count=40)
+    for number in range(1, 10):
+        shutil.copy(source / "class00" / "000.png", source / "class00" / f"{number:03}.png")
     example = ("--config", EXAMPLES / "image_folder.toml", f"data.source={source}", "epochs=2")
     done = start("dist_train quickstart", *example, *QUIET, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mine: 128 training and 32 test images" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert summary(run)["steps"] == 2
-    assert data_prep.check(tmp_path / "data" / "mine").image_shape == (64, 64, 3)
+    found = data_prep.check(tmp_path / "data" / "mine")
+    assert found.image_shape == (64, 64, 3)
+    assert found.equal_images is not None
+    assert summary(run)["equal_images"] == found.equal_images.count > 0
+    assert start("dist_train report", run, "--out", run / "report.html", folder=tmp_path).returncode == 0
+    words = f"{found.equal_images.count} of the test images of {run.name} have the pixels of training images."
+    assert words in (run / "report.html").read_text()
 
 
 def test_many_classes_and_small_images_give_the_same_weights_from_both_loaders(tmp_path: Path) -> None:

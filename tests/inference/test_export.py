@@ -156,7 +156,9 @@ def test_the_command_says_what_it_wrote_and_nothing_else(run: Path, exported: su
         assert float(difference) < 1e-4
     assert rows[0].split()[2] == "0"
     assert "compared on 256 test images of digits" in end
-    assert {path.name for path in (run / "export").iterdir()} == {*export.FILES.values(), "README.md", "config.toml"}
+    assert {path.name for path in (run / "export").iterdir()} == {
+        *(*export.FILES.values(), "README.md", "config.toml", "pictures.py")
+    }
     for path in (run / "export").iterdir():  # nothing of the machine it was made on
         assert not re.search(rb"/tmp/|/home/|dist_train/\w+\.py", path.read_bytes()), path
 
@@ -260,8 +262,15 @@ def test_the_card_has_the_metrics_of_the_run(
 def test_the_card_s_snippets_run(run: Path, exported: subprocess.CompletedProcess[str], digits: Path) -> None:
     snippets = re.findall(r"```python\n(.*?)```", (run / "export" / "README.md").read_text(), re.DOTALL)
     assert len(snippets) == 3
-    image = data_prep.read_split(digits, "test")[0][5]
-    Image.fromarray(image).save(run / "export" / "image.png")
+    # a picture that no step of the reading leaves as it is: large, wide, transparent beside the digit, turned by EXIF
+    pixels = Image.fromarray(data_prep.read_split(digits, "test")[0][5]).resize((96, 96))
+    picture = Image.new("RGBA", (140, 96))
+    picture.paste(pixels, (22, 0))
+    picture.putalpha(Image.fromarray(np.maximum(np.asarray(picture)[..., 0], 90)))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees to the right
+    image = run / "export" / "image.png"
+    picture.transpose(Image.Transpose.ROTATE_90).save(image, exif=turned)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", TORCH_2_9, "-c", "\n".join(snippets)],
         cwd=run / "export",
@@ -271,8 +280,8 @@ def test_the_card_s_snippets_run(run: Path, exported: subprocess.CompletedProces
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    (run / "export" / "image.png").unlink()
     (name, probability), *_ = load(run, "cpu").predict(image)[0]
+    image.unlink()
     of_dist_train, of_torch, of_onnx = done.stdout.splitlines()
     assert of_dist_train.startswith(f"[[('{name}', {probability:.3f}"[:-1])
     assert of_torch.rpartition(" ")[0] == of_onnx == name
@@ -299,7 +308,9 @@ def test_a_checkpoint_alone_and_without_the_extra(run: Path, tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr == "dist_train: model.onnx needs onnxruntime: pip install onnx onnxscript onnxruntime\n"
     assert "256 images of random pixels, as the test images of digits were not available" in done.stdout
-    assert {path.name for path in (tmp_path / "export").iterdir()} == {"model.safetensors", "README.md", "config.toml"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {
+        *("model.safetensors", "README.md", "config.toml", "pictures.py")
+    }
     card = (tmp_path / "export" / "README.md").read_text()
     assert "There is no evaluation of these weights" in card
     assert "model-index" not in card
@@ -325,6 +336,17 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     assert done.stderr == (
         f"dist_train: --out {tmp_path / 'file' / 'folder'}: cannot be made (Not a directory); name another folder\n"
     )
+
+
+def test_the_card_says_how_many_test_images_are_training_images(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+    words = "of the test images have the pixels of training images"
+    for count in (0, 1234):
+        summary = json.loads((copy / "summary.json").read_text())
+        (copy / "summary.json").write_text(json.dumps({**summary, "equal_images": count}))
+        assert not export.export(load(copy, "cpu"), tmp_path, ["safetensors"], copy)
+        card = (tmp_path / "README.md").read_text()
+        assert (f"- 1,234 {words}.\n" in card) == (words in card) == bool(count)
 
 
 def test_metrics_of_other_weights_are_omitted(run: Path, tmp_path: Path) -> None:

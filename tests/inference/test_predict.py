@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dist_train import TrainedNetwork, data_prep, load, predict
+from dist_train.commands.predict import begins_a_picture
 from dist_train.config.trees import leaves
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
@@ -352,7 +355,10 @@ def test_a_folder_of_all_kinds(run: Path, network: TrainedNetwork, pictures: Pat
         [p for _, p in answers["long.jpg"]], abs=1e-6
     )  # all white
     assert code == 1
-    named = [line.split(": ")[1] for line in err.splitlines()]
+    said_of_folder = f"dist_train: {pictures}: left out 1, since their names are not those of images: notes.txt"
+    hidden = f"dist_train: {pictures}: left out 1, since their names are those of hidden files: .hidden.png"
+    assert {said_of_folder, hidden} <= {*err.splitlines()}
+    named = [line.split(": ")[1] for line in err.splitlines() if "left out" not in line]
     bad = ["broken.jpg", "empty.png", "words.png", "nowhere.png", "notes.txt"]
     assert named == [str(pictures / name) for name in bad]
     assert "(not an image)" in err
@@ -378,6 +384,61 @@ def test_standard_input(run: Path, pictures: Path) -> None:
     code, out, err = said(run, "-", "--top", 1, stdin=paths)
     assert (code, out) == (1, "".join(f"{pictures / name}: {answer}" for name in ("a.png", "more/rgba.png")))
     assert err == f"dist_train: {pictures / 'empty.png'}: cannot be read (not an image)\n"
+
+
+def test_a_photograph_on_a_slow_standard_input(run: Path, pictures: Path, tmp_path: Path) -> None:
+    """It begins with a colour profile, in which there is no zero byte for long, and its first byte comes alone."""
+    file = io.BytesIO()
+    Image.open(pictures / "a.png").save(file, "JPEG", quality=100, icc_profile=b"x" * 0x1234)
+    content = file.getvalue()
+    start, profile = content.index(b"\xff\xe0"), content.index(b"\xff\xe2")
+    content = content[:start] + content[profile:]  # without JFIF's segment
+    assert b"\0" not in content[:16]
+    (tmp_path / "photo.jpg").write_bytes(content)
+    expected = said(run, tmp_path / "photo.jpg", "--json")[1].replace(str(tmp_path / "photo.jpg"), "-")
+    reading = subprocess.Popen(
+        command(run, "-", "--json", module="dist_train predict"),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert reading.stdin is not None
+    reading.stdin.write(content[:1])
+    time.sleep(0.2)
+    out, err = reading.communicate(content[1:], timeout=120)
+    assert (reading.returncode, out.decode(), err.decode()) == (0, expected, "")
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_kind_of_picture_is_known_by_its_first_bytes(kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    file = io.BytesIO()
+    Image.new("RGB", (300, 300)).save(file, kind)
+    assert begins_a_picture(file.getvalue()[:16])
+
+
+@pytest.mark.parametrize(
+    ("head", "picture"),
+    [
+        (b"\xff\xd8\xff\xe1\x1f\xffhttp://ns.ad", True),  # a JPEG that begins with XMP
+        (b"RIFF\x01\x01\x01\x01WEBPVP8 ", True),  # larger than 16 MB
+        (b"P6\n1920 1080\n255", True),
+        (b"", True),
+        (b"P6/a.png\nP5.png\n", False),
+        (b"BMW.jpg\nBM.png\n", False),
+        (b"GIF89/cat.gif\n", False),
+        (b"RIFF.png\n", False),
+        (b"\xff\xd8.png\n", False),  # names need not be valid text
+        (b"a\n", False),
+    ],
+)
+def test_pictures_are_told_from_lists_of_paths(head: bytes, picture: bool) -> None:
+    assert begins_a_picture(head[:16]) == picture
 
 
 def test_a_closed_pipe_ends_the_command_quietly(run: Path, pictures: Path) -> None:

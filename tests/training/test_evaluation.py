@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conftest import REPOSITORY, TINY, command, environment, lines, trainer
 from PIL import Image
 from torch import Tensor, nn
 
-from dist_train import config, data_prep
+from dist_train import config, data_prep, load
 from dist_train.config.settings import DataConfig, Tta
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
@@ -177,9 +178,49 @@ def test_the_command_gives_the_metrics_of_the_run(digits: Path, tmp_path: Path) 
     ]
     elsewhere = evaluation(run, f"--data={tmp_path}")
     assert (elsewhere.returncode, elsewhere.stdout) == (2, "")
-    assert re.fullmatch(r"dist_train: .*manifest\.json is missing.*\n", elsewhere.stderr)
+    assert re.fullmatch(r"dist_train: .* has classes that the network does not have, run: .*\n", elsewhere.stderr)
+    other_data(digits, run, tmp_path / "photos")
     missing = evaluation(tmp_path / "none")
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+
+
+def other_data(digits: Path, run: Path, folder: Path) -> None:
+    """A second labelled set: pictures of some classes, in betons of another order of classes, and on two ranks."""
+    images, labels = data_prep.read_split(digits, "test")
+    for number in (*range(60), 359):
+        place = folder / "test" / f"digit {labels[number]}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).resize((64, 64), Image.Resampling.NEAREST).save(place / f"{number}.png")
+    (folder / "test" / "notes.txt").touch()
+    found = evaluation(run, "--data", folder / "test", "--json", ranks=2)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("left out 1, since their names are not those of images: notes.txt") == 1
+    details = json.loads(found.stdout)
+    assert (details["dataset"], details["split"], details["images"]) == ("photos/test", "test", 61)
+    chosen = [*range(60), 359]
+    assert np.sum(details["confusion"], 1).tolist() == np.bincount(labels[chosen], minlength=10).tolist()
+    paths = sorted((folder / "test").rglob("*.png"))
+    answers = [answer[0][0] for answer in load(run, "cpu").predict([*paths], top=1)]
+    right = sum(answer == path.parent.name for answer, path in zip(answers, paths, strict=True))
+    assert details["accuracy"] == pytest.approx(right / 61)
+
+    for place in [*(folder / "test").glob("digit*")][:-2]:
+        shutil.rmtree(place)
+    shutil.copytree(folder / "test", folder / "train")
+    data_prep.prepare("again", folder / "betons", folder, image_size=32)
+    details = json.loads(evaluation(run, "--data", folder / "betons", "--json").stdout)
+    assert details["dataset"] == "again"
+    assert [name for name, row in zip(details["classes"], details["confusion"], strict=True) if sum(row)] == [
+        *data_prep.check(folder / "betons").classes
+    ]
+    for more, words in (
+        (["--write"], "--write: .* is not the data set of .*; remove --write, or --data"),
+        (["--split", "holdout"], "--split holdout: .* is not the data set of"),
+        (["--data", folder / "none"], "--data .*none: there is no such folder"),
+    ):
+        refused = evaluation(run, "--data", folder / "betons", *more)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert re.fullmatch(f"dist_train: {words}.*\n", refused.stderr)
 
 
 def evaluation(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
