@@ -18,7 +18,7 @@ from dist_train.data_prep.betons import prepare, verify
 from dist_train.data_prep.datasets import DATASETS
 from dist_train.data_prep.files import DataError
 from dist_train.data_prep.images import TEST_FRACTION
-from dist_train.errors import UserError
+from dist_train.errors import UserError, say, show
 
 _INTERRUPTED = 130  # exit code
 
@@ -89,13 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"{error}: install the project's requirements") from None
     except KeyboardInterrupt:
-        print("data_prep: interrupted, no data set was written", file=sys.stderr)
+        say("interrupted, no data set was written", "data_prep")
         return _INTERRUPTED
     counts = " and ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     size = "x".join(map(str, manifest.image_shape))
     state = "verified" if args.verify else "ready"
     seconds = time.monotonic() - start
-    print(f"{out}: {manifest.dataset}, {counts} images of {size}, {state} ({seconds:.1f} s)")
+    show(f"{out}: {manifest.dataset}, {counts} images of {size}, {state} ({seconds:.1f} s)")
     return 0
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync
 from dist_train.data_prep.images import TEST_FRACTION, load_images
+from dist_train.errors import say
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
 MANIFEST = "manifest.json"
@@ -206,7 +206,7 @@ def prepare(
                 raise DataError(f"--out {out} also holds {foreign[0]}: choose a separate folder")
             try:
                 pixels = _load(dataset, source, image_size, test_fraction)
-                print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
+                say(f"writing {dataset} into {out}", "data_prep")
                 manifest = _write(dataset, pixels, fresh, source, test_fraction)
                 if real.exists():
                     real.rename(old)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_train.data_prep.files import DataError, NoNetworkError, locked
+from dist_train.errors import say
 
 NETWORK_TIMEOUT = 15.0  # seconds without data from the download server after which the download fails
 
@@ -91,7 +92,7 @@ def _download_cifar10() -> Path:
             # torchvision would draw its progress bar into log files, too
             quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
             if not (cache / CIFAR10_FOLDER).is_dir():
-                print(f"data_prep: downloading CIFAR-10 into {cache}", file=sys.stderr, flush=True)
+                say(f"downloading CIFAR-10 into {cache}", "data_prep")
             with quiet:
                 CIFAR10(str(cache), download=True)
     # torchvision raises RuntimeError for a wrong checksum: a truncated download, or a login page

@@ -3,12 +3,11 @@
 import fcntl
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_train.errors import NO_NETWORK, UserError
+from dist_train.errors import NO_NETWORK, UserError, say
 
 
 class DataError(UserError):
@@ -35,7 +34,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
+            say(f"waiting for the process that holds {path}", "data_prep")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

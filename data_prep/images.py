@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
+from dist_train.errors import say
 
 TEST_FRACTION = 0.2  # of each class, where the folder has no test split
 
@@ -56,10 +56,10 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
             f"{source} holds {f'one class, {classes[0]}' if classes else 'no classes'}: give a folder with a folder of "
             f"images for each class, at least two, or with two such folders train and test"
         )
-    print(f"data_prep: {source} has {len(classes)} classes: {_few([*classes])}", file=sys.stderr)
+    say(f"{source} has {len(classes)} classes: {_few([*classes])}", "data_prep")
     if not_images:
         names = _few([str(path.relative_to(source)) for path in not_images])
-        print(f"data_prep: skipped, since their names are not those of images: {names}", file=sys.stderr, flush=True)
+        say(f"skipped, since their names are not those of images: {names}", "data_prep")
 
     samples = {
         split: sorted(

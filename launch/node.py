@@ -28,7 +28,7 @@ from dist_train.command_line import command
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node
-from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say, show
 from dist_train.files import write_atomic
 from dist_train.reports import table
 from dist_train.runs import layout
@@ -161,7 +161,7 @@ class Training:
             code = code_of(_outcome(self.run_dir, known, self.stopping))
         if code == DONE and node.main and self.group:
             try:
-                print(table.write(self.run_dir.parent), flush=True)
+                show(*table.write(self.run_dir.parent).split("\n"))
             except UserError as error:  # another member's folder is damaged; this training is done
                 say(f"no table: {error}")
         return code
@@ -275,7 +275,8 @@ def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip() or done.stdout.strip()
-        say(f"job {job} could not be requeued ({reason}); submit it again with --run-dir {run_dir}")
+        option = shlex.join(["--run-dir", str(run_dir)])
+        say(f"job {job} could not be requeued ({reason}); submit it again with {option}")
         return False
     return True
 
@@ -303,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     this_node = current_node()
     step = _newest(Path(_with_job_id(str(run_dir))))
     if this_node.main:
-        print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
+        show(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}")
     code = training.run()
     slurm = "SLURM_JOB_ID" in os.environ and received[:1] != [signal.SIGINT]
     # the first node requeues the job; the other nodes wait for that, since srun ends all nodes when one exits

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Tta
 from dist_train.data_prep.images import SUFFIXES
-from dist_train.errors import DONE, FAILED, UserError, say
+from dist_train.errors import DONE, FAILED, UserError, printable, say, show
 from dist_train.inference.trained_network import TrainedNetwork, load, read_image
 
 _KINDS = (*SUFFIXES, ".gif")  # suffixes of pictures in a folder
@@ -104,12 +104,14 @@ def results(
                     yield (source if isinstance(source, str) else _Piped.name), next(answers)
 
 
-def as_text(name: str, answer: Answer, width: int) -> str:
-    """An answer for the terminal. width: characters of the column with the classes."""
+def as_text(name: str, answer: Answer, width: int) -> list[str]:
+    """An answer as lines for the terminal. width: characters of the column with the classes."""
     if len(answer) == 1:
-        return f"{name}: {answer[0][0]} ({100 * answer[0][1]:.2f} %)"
-    rows = [f"    {cls:{width}}  {100 * p:6.2f} %  {'█' * round(_BAR * p)}".rstrip() for cls, p in answer]
-    return "\n".join([name, *rows])
+        return [f"{name}: {answer[0][0]} ({100 * answer[0][1]:.2f} %)"]
+    return [
+        name,
+        *(f"    {printable(cls):{width}}  {100 * p:6.2f} %  {'█' * round(_BAR * p)}".rstrip() for cls, p in answer),
+    ]
 
 
 @command
@@ -139,11 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for number in (signal.SIGPIPE, signal.SIGINT):  # exit quietly when `| head` closes the pipe, or at Ctrl-C
         signal.signal(number, signal.SIG_DFL)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names need not be valid text
     warnings.simplefilter("ignore")  # Pillow warns of flaws in pictures that it can read
 
     network = load(options.checkpoint, options.device)
-    code, width = DONE, max(map(len, network.classes))
+    code, width = DONE, max(len(printable(name)) for name in network.classes)
     for result in results(network, sources(options.images), options.batch, options.top, options.tta):
         if isinstance(result, UserError):
             say(str(result))
@@ -153,5 +154,5 @@ def main(arguments: list[str] | None = None) -> int:
             predictions = [{"class": cls, "probability": p} for cls, p in answer]
             print(json.dumps({"image": name, "predictions": predictions}), flush=True)
         else:
-            print(as_text(*result, width), flush=True)
+            show(*as_text(*result, width))
     return code

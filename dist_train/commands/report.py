@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE, UserError
+from dist_train.errors import DONE, UserError, show
 from dist_train.files import write_atomic
 from dist_train.reports.page import page
 
@@ -29,10 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
-    text = page(options.runs, options.title, ["dist-train", "report", *arguments]).encode()
+    text = page(options.runs, options.title, ["dist-train", "report", *arguments])
+    content = text.encode(errors="backslashreplace")  # names of folders need not be valid text
     try:
-        write_atomic(out, text)
+        write_atomic(out, content)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
-    print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
+    show(f"{out} ({len(content) / 1e6:.1f} MB): open it in a browser")
     return DONE

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE
+from dist_train.errors import DONE, show
 from dist_train.reports.table import write
 
 
@@ -20,5 +20,5 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     parser = Parser("table", __doc__)
     parser.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
-    print(write(parser.parse_args(arguments).group), end="")
+    show(*write(parser.parse_args(arguments).group).splitlines())
     return DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig
@@ -85,7 +86,7 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
         write = data_prep.command(config.dataset, other, config.source_folder, config.image_size)
         raise UserError(
             f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
-            f"{config.image_size}; set data.dir={other} and write that with {write}"
+            f"{config.image_size}; set {shlex.quote(f'data.dir={other}')} and write that with {write}"
         )
     return betons
 

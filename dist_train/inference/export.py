@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from dist_train import config, data_prep
 from dist_train.config.settings import RecordConfig
+from dist_train.errors import show
 from dist_train.files import write_atomic
 from dist_train.inference.model_card import Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
@@ -137,7 +138,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
     data = replace(network.config.data, dir="", source="")
     network.config = replace(network.config, data=data, record=RecordConfig())
 
-    print(f"{'file':17}  {'bytes':>10}  largest difference  same answers", flush=True)
+    show(f"{'file':17}  {'bytes':>10}  largest difference  same answers")
     checks, failures = [], []
     program = cache(lambda: as_graph(network))
     contents: dict[str, Callable[[], bytes]] = {
@@ -153,7 +154,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
             logits = _logits(reader(path), images)
         difference = (logits - expected).abs().max().item()
         same = int((logits.argmax(1) == expected.argmax(1)).sum())
-        print(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}", flush=True)
+        show(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}")
         if difference <= _TOLERANCE * largest:
             checks.append(Check(path.name, len(content), hashlib.sha256(content).hexdigest(), difference, same))
         else:
@@ -164,7 +165,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
             )
     write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
     write_atomic(out / "README.md", card(network, results, Checked(len(images), description, largest, checks)).encode())
-    print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / 'README.md'}", flush=True)
+    show(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / 'README.md'}")
     return failures
 
 

@@ -1,7 +1,8 @@
 """The figures of the report, as plotly's JSON. The page draws them, and replaces the names of colours.
 
-A colour is a name in report.css such as `--c0`; `--c0 0.3` is that with an opacity of 0.3. The `meta` of a trace names
-its run and its entry of the legend. All text goes through `_plain`: plotly reads it as HTML.
+A colour is a name in report.css such as `--c0`; `--c0 0.3` is that with an opacity of 0.3. Only the values of keys that
+end with "color" or "colorscale" are colours. The `meta` of a trace names its run and its entry of the legend. All text
+goes through `_plain`: plotly reads it as HTML.
 """
 
 from __future__ import annotations
@@ -526,8 +527,8 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def _plain(text: str) -> str:
-    """Text for plotly, which reads HTML."""
-    return escape(text)
+    """Text for plotly, which reads HTML, but leaves the entities of quotes as they are."""
+    return escape(text, quote=False)
 
 
 def _from_to(values: set[int]) -> str:

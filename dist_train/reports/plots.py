@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.errors import printable
 from dist_train.files import write_atomic
 from dist_train.runs import layout
 from dist_train.runs.metrics import Row, best_eval
@@ -50,10 +52,8 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
         run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name),
     }
     for path, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, png.getvalue())
+        write_atomic(path, saved(figure, format="png", dpi=150))
     return [*figures]
 
 
@@ -156,11 +156,20 @@ def new_figure(**options: Any) -> Figure:
     return Figure(**options)
 
 
+def saved(figure: Figure, **options: Any) -> bytes:
+    """The bytes of a figure's file. options: those of its `savefig`."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # of names in a script that the font does not have
+        figure.savefig(file, **options)
+    return file.getvalue()
+
+
 def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
     figure = new_figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
     data = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
-    axes.set_title(f"{title} · {data} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)
+    axes.set_title(printable(f"{title} · {data} · {name}"), fontsize=12, loc="left", parse_math=False, wrap=True)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

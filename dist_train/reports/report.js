@@ -12,16 +12,18 @@
     doubleClick: "reset",
   };
 
-  // The value with names of colours replaced: "--c0", or "--c0 0.3" for an opacity of 0.3.
-  function painted(value, styles) {
-    if (typeof value === "string" && value.startsWith("--")) {
+  // The value with names of colours replaced: "--c0", or "--c0 0.3" for an opacity of 0.3. color: whether it is the value
+  // of a key for colours; elsewhere such a text may be the name of a class.
+  function painted(value, styles, color = false) {
+    if (color && typeof value === "string" && value.startsWith("--")) {
       const [name, share] = value.split(" ");
-      const color = styles.getPropertyValue(name).trim();
-      return share ? color + Math.round(255 * share).toString(16).padStart(2, "0") : color;
+      const hex = styles.getPropertyValue(name).trim();
+      return share ? hex + Math.round(255 * share).toString(16).padStart(2, "0") : hex;
     }
-    if (Array.isArray(value)) return value.map((item) => painted(item, styles));
+    if (Array.isArray(value)) return value.map((item) => painted(item, styles, color));
     if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, styles)]));
+    const paint = ([key, item]) => [key, painted(item, styles, /color(scale)?$/.test(key))];
+    return Object.fromEntries(Object.entries(value).map(paint));
   }
 
   function draw(plot) {

@@ -12,6 +12,7 @@ from dist_train import config
 from dist_train.data_prep.files import locked
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
+from dist_train.reports import markdown
 from dist_train.reports.statistics import interval
 from dist_train.runs import layout
 from dist_train.runs.run import Run, members
@@ -61,16 +62,14 @@ def table(runs: Sequence[Run]) -> str:
     """The runs as a Markdown table, with a line below that names those that are not done. Raises UserError."""
     keys, rows = configurations(runs)
     metrics = [key for key in _METRICS if any(row.results(key) for row in rows)]
-    header = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"]
-    lines = [header, ["---"] * len(header)]
+    header, lines = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"], []
     for row in rows:
         of = f" of {len(row.runs)}" if row.done < len(row.runs) else ""
         cells = [_spread([100 * value for value in row.results(key)]) for key in metrics]
         seconds = f"{statistics.mean(row.results('train_seconds')):,.1f}" if row.done else ""
-        lines.append([*row.values, f"{row.done}{of}", *cells, seconds])
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    missing = [f"{run.folder.name}: {run.state}" for run in runs if run.state != "done"]
-    return "\n".join(text + ([f"\nmissing: {', '.join(missing)}"] if missing else [])) + "\n"
+        lines.append([*map(markdown.literal, row.values), f"{row.done}{of}", *cells, seconds])
+    missing = [f"{markdown.literal(run.folder.name)}: {run.state}" for run in runs if run.state != "done"]
+    return markdown.table(header, lines) + (f"\nmissing: {', '.join(missing)}\n" if missing else "")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from dist_train.config.trees import leaves
 from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
+from dist_train.errors import say
 from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
 from dist_train.runs.contents import read_checksum
@@ -182,7 +182,7 @@ def newest(folder: Path) -> Path | None:
     for path in reversed(layout.checkpoints(folder)):
         if (why := wrong(path)) is None:
             return path
-        print(f"checkpoint {path} {why}; it is set aside and the one before it is used", file=sys.stderr)
+        say(f"checkpoint {path} {why}; it is set aside and the one before it is used")
         path.replace(layout.damaged_path(path))
         layout.checksum_path(path).unlink(missing_ok=True)
     return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_train.errors import say
 from dist_train.runs.layout import HISTORY
 from dist_train.runs.metrics import Row, finite
 
@@ -27,8 +27,7 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
             torn = file.read() not in (b"", b"\n")  # a process was killed while it wrote the last line
             file.write(b"\n" * torn + line)
     except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped"
-        print(message, file=sys.stderr, flush=True)
+        say(f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped")
 
 
 def read_history(run_dir: Path) -> list[Row]:

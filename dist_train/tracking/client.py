@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_train.errors import show
 from dist_train.runs.layout import WANDB
 from dist_train.tracking import messages
 from dist_train.tracking.messages import Artifact, Begin, End, Message, encode
@@ -86,5 +87,6 @@ class WandbRun:
 
 def report(sentence: str) -> None:
     """Print a sentence to stderr, in place of a progress bar."""
-    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # tqdm draws the progress bar again
-    print(f"{wipe}{sentence}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")  # tqdm draws the progress bar again
+    show(sentence, stream=sys.stderr)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_train import config
-from dist_train.errors import UserError, code_of
+from dist_train.errors import UserError, code_of, show
 from dist_train.files import claimed
 from dist_train.runs import layout
 from dist_train.runs.run import Run
@@ -80,5 +80,5 @@ def send(run_dir: Path, messages: list[Message]) -> int:
     assert isinstance(begin_message, Begin)
     finished = subprocess.run(**process(begin_message), input=b"".join(map(encode, messages)), stdout=subprocess.PIPE)
     if finished.stdout:
-        print(f"{run_dir}: {finished.stdout.decode().strip()}", flush=True)
+        show(f"{run_dir}: {finished.stdout.decode().strip()}")
     return finished.returncode

@@ -22,6 +22,7 @@ import math
 import netrc
 import os
 import select
+import shlex
 import signal
 import sys
 import time
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_train.errors import PREEMPTED, first_line
+from dist_train.errors import PREEMPTED, first_line, show
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
 from dist_train.tracking.client import report
@@ -58,10 +59,11 @@ def main() -> int:
     for attempt in (1, 2):
         try:
             run, location = _follow(first, received, messages)
-            print(location)
+            show(location)
             return int(first.mode == "online" and run.offline)
         except TimeoutError:
-            report(f"W&B: not all was uploaded in time; later: wandb sync --include-online {folder}/run-*")
+            runs = f"{shlex.quote(str(folder))}/run-*"
+            report(f"W&B: not all was uploaded in time; later: wandb sync --include-online {runs}")
             break
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -144,7 +146,7 @@ def _begin(first: Begin) -> tuple[Any, str, bool]:
             report(f"W&B: no online run ({first_line(error)}), continuing offline")
             _tear_down()  # otherwise wandb reports the id as in use
     run = begin("offline")
-    report(f"W&B: offline run in {folder}; upload it with: wandb sync {folder}/offline-run-*")
+    report(f"W&B: offline run in {folder}; upload it with: wandb sync {shlex.quote(str(folder))}/offline-run-*")
     return _with_axes(run), str(run.settings.sync_dir), new
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from dist_train.errors import show, shown
 from dist_train.runs.metrics import Averages, Row
 
 
@@ -53,7 +54,7 @@ class Progress:
             f"{time.monotonic() - self._start:9.1f}",
         ]
         lines.append("  ".join(cells))
-        self._print("\n".join(lines), sys.stdout)
+        self._print(sys.stdout, *lines)
 
     def phase(self, name: str) -> None:
         """Show on the bar what runs between two steps, such as an evaluation."""
@@ -62,7 +63,7 @@ class Progress:
 
     def warn(self, sentence: str) -> None:
         """Print a sentence to stderr, above the bar."""
-        self._print(sentence, sys.stderr)
+        self._print(sys.stderr, sentence)
 
     def close(self) -> None:
         """Remove the bar: no more steps follow. A second call does nothing."""
@@ -70,11 +71,12 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _print(self, text: str, stream: Any) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=stream)  # clears the bar, prints, and draws the bar again
-        else:
-            print(text, file=stream, flush=True)
+    def _print(self, stream: Any, *lines: str) -> None:
+        if self._bar is None:
+            show(*lines, stream=stream)
+            return
+        for line in lines:
+            self._bar.write(shown(line, stream), file=stream)  # clears the bar, prints, and draws the bar again
 
 
 def _cell(value: float | None, spec: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,7 +151,7 @@ class Recorder:
         except OSError as error:
             self._progress.warn(
                 f"{self._dir / EVALUATION} cannot be written ({error.strerror}); "
-                f"later: dist-train evaluate {self._dir} --write"
+                f"later: {shlex.join(['dist-train', 'evaluate', str(self._dir), '--write'])}"
             )
 
     def checkpoint(self, path: Path, last: bool = False) -> None:
@@ -184,7 +185,8 @@ class Recorder:
         try:
             images = plots.draw(self._dir, dataset=self._dataset, name=self._name)
         except Exception as error:
-            self._progress.warn(f"plots not drawn ({error}); try again: dist-train plots {self._dir}")
+            again = shlex.join(["dist-train", "plots", str(self._dir)])
+            self._progress.warn(f"plots not drawn ({error}); try again: {again}")
             images = []
         if self._wandb is not None:
             self._wandb.summarize(summary, images, self._dir / EVALUATION)

@@ -24,6 +24,7 @@ from dist_train import config, data_prep, load
 from dist_train.errors import UserError
 from dist_train.inference import export
 from dist_train.reports.statistics import proportion
+from dist_train.runs.run import Run
 
 # torch.export.load of torch 2.9, in the card's snippet as anywhere: it reads tensors from the bytes of the file
 TORCH_2_9 = "ignore:The given buffer is not writable:UserWarning"
@@ -255,6 +256,19 @@ def test_the_card_has_the_metrics_of_the_run(
     ):
         assert words in body
     assert (run / "export" / "config.toml").read_text() in body
+
+
+def test_the_card_has_names_of_classes_as_they_are(run: Path) -> None:
+    network = load(last(run))
+    odd = ["a|b", "*star*", "<b>bold</b>", "[link](http://x)", "\x1b[31m", "`code`", "&amp;"]
+    network.classes = (*odd, *network.classes[len(odd) :])
+    results = export.Results.of(network, Run(run))
+    results.evaluation["classes"] = [*network.classes]
+    body = export.card(network, results, export.Checked(1, "noise", 1.0, []))
+    shown = [r"a\|b", r"\*star\*", r"\<b\>bold\</b\>", r"\[link\](http\://x)", r"\\x1b\[31m", r"\`code\`", r"\&amp;"]
+    assert body.count(", ".join(shown)) == 2
+    assert all(f"\n| {name} | " in body for name in shown)
+    assert not any(name in body.replace("\\", "") and name in body for name in odd[:3])
 
 
 def test_the_card_s_snippets_run(run: Path, exported: subprocess.CompletedProcess[str], digits: Path) -> None:

@@ -340,7 +340,9 @@ def test_names_are_only_names(browser: Browser, runs: Path, tmp_path: Path) -> N
     config = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(config.replace('\nname = ""', f"\nname = {json.dumps(BAD)}"))
     details = json.loads((folder / "evaluation.json").read_text())
-    details["classes"][3] = BAD
+    odd = {0: "it's", 1: 'say "hi"', 2: "--c0", 3: BAD, 4: "--ink 0.3", 5: "&quot;"}
+    for number, name in odd.items():
+        details["classes"][number] = name
     details["wrong"] = [{**image, "label": 3} for image in details["wrong"]]
     (folder / "evaluation.json").write_text(json.dumps(details))
     history = (folder / "history.jsonl").read_text()
@@ -359,6 +361,7 @@ def test_names_are_only_names(browser: Browser, runs: Path, tmp_path: Path) -> N
         assert opened.undrawn() == []
         ticks = page.locator(".panel:visible .ytick text").all_text_contents()
         assert any(tick.startswith("</script>") for tick in ticks)
+        assert {*odd.values()} - {BAD} <= {*ticks}
         page.locator("#loss .nsewdrag").hover()
         page.wait_for_selector("#loss .hoverlayer :text('smoothed')")
         assert "<b>" in (page.locator("#loss .hoverlayer").text_content() or "")

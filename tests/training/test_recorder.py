@@ -250,7 +250,8 @@ def test_history_survives_kills_and_a_full_disk(tmp_path: Path, capsys: pytest.C
     append_history(tmp_path, "start", step=4, loss=math.nan)
     with full_disk(path, room=10):
         append_history(tmp_path, "end", outcome="failed")
-    assert capsys.readouterr().err == f"{path} cannot be written (File too large); the line on the end is skipped\n"
+    told = f"dist_train: {path} cannot be written (File too large); the line on the end is skipped\n"
+    assert capsys.readouterr().err == told
     append_history(tmp_path, "end", outcome="done")
     first, second, third = read_history(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.pop("time"))
