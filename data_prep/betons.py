@@ -85,7 +85,7 @@ def check(folder: Path, write: str = "") -> Manifest:
     and that their tables match it. Imports neither ffcv nor torch. write: the command that writes the folder, for
     messages; derived from the folder unless given. Raises DataError.
     """
-    manifest = _read_manifest(folder, write)
+    manifest = read_manifest(folder, write)
     remedy = _remedy(folder, write or _command(folder, manifest))
     for name, split in manifest.splits.items():
         path = folder / split.file
@@ -135,7 +135,7 @@ def open_split(folder: Path, split: str) -> BetonFile:
     The number of samples, their size and the range of their labels match the manifest, and all offsets lie inside the
     file, which ffcv's reader does not check itself. Raises DataError.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if split not in manifest.splits:
         raise DataError(f"split {split!r} is not in {folder}: choose one of {', '.join(SPLITS)}")
     return _open(folder, split, manifest)
@@ -291,7 +291,7 @@ def _opened(path: Path, count: int, shape: tuple[int, ...], classes: int) -> Bet
     return file
 
 
-def _read_manifest(folder: Path, write: str = "") -> Manifest:
+def read_manifest(folder: Path, write: str = "") -> Manifest:
     """The manifest of a folder, with every entry checked. write: as in check(). Raises DataError."""
     path = folder / MANIFEST
     write = write or _command(folder)

@@ -17,6 +17,7 @@ from dist_train.reports.statistics import interval
 from dist_train.runs import layout
 from dist_train.runs.run import Run, members
 
+IMAGES = "images"  # the column that tells runs apart which have the same settings, and were trained on other images
 _METRICS = {
     "val_accuracy": "held out, %",
     "test_accuracy": "test accuracy, %",
@@ -26,8 +27,8 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed. values: as text, of the settings in which the group's
-    configurations differ."""
+    """Runs that differ in nothing but the seed, on the same images. values: as text, of the settings in which the
+    group's configurations differ."""
 
     values: tuple[str, ...]
     runs: list[Run]
@@ -45,7 +46,8 @@ class Configuration:
 
 def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """The settings in which the runs that have begun differ, by dotted key and without the seed; and these runs,
-    grouped by the values. Raises UserError."""
+    grouped by the values. Where runs with the same values were trained on different images, IMAGES is one of the keys;
+    its values are the first digits of their SHA-256. Raises UserError."""
     begun = [run for run in runs if run.begun]
     varied: set[str] = set()
     for run in begun:
@@ -55,7 +57,19 @@ def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]
     for run in begun:
         tree = config.to_dict(run.settings)
         rows.setdefault(tuple(_value(tree, key) for key in keys), []).append(run)
+    if any(len({_images(run) for run in same} - {""}) > 1 for same in rows.values()):
+        keys.append(IMAGES)
+        of_images: dict[tuple[str, ...], list[Run]] = {}
+        for values, same in rows.items():
+            for run in same:
+                of_images.setdefault((*values, _images(run) or "not recorded"), []).append(run)
+        rows = of_images
     return keys, [Configuration(values, same) for values, same in rows.items()]
+
+
+def _images(run: Run) -> str:
+    """The images of a run as the first digits of their SHA-256, "" where that is not recorded."""
+    return " ".join(f"{split} {sha256[:8]}" for split, sha256 in run.images.items())
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -126,6 +126,13 @@ class Run:
         return f"{self.outcome} at step {self.history[-1].get('step', 0)}" if self.outcome else "not ended"
 
     @property
+    def images(self) -> dict[str, str]:
+        """The SHA-256 of the images and labels that the run was last started on, by split; empty where it is not
+        recorded."""
+        recorded = (row.get("images") for row in reversed(self.starts))
+        return next((dict(images) for images in recorded if isinstance(images, dict)), {})
+
+    @property
     def ranks(self) -> int | None:
         """The number of ranks of the last start; None where it is not recorded."""
         recorded = (row.get("world_size") for row in reversed(self.starts))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dist_train import config, data_prep, load
 from dist_train.errors import UserError
-from dist_train.inference import export
+from dist_train.inference import export, model_card
 from dist_train.reports.statistics import proportion
 from dist_train.runs.run import Run
 
@@ -262,9 +262,9 @@ def test_the_card_has_names_of_classes_as_they_are(run: Path) -> None:
     network = load(last(run))
     odd = ["a|b", "*star*", "<b>bold</b>", "[link](http://x)", "\x1b[31m", "`code`", "&amp;"]
     network.classes = (*odd, *network.classes[len(odd) :])
-    results = export.Results.of(network, Run(run))
+    results = model_card.Results.of(network, Run(run))
     results.evaluation["classes"] = [*network.classes]
-    body = export.card(network, results, export.Checked(1, "noise", 1.0, []))
+    body = model_card.card(network, results, model_card.Checked(1, "noise", 1.0, []))
     shown = [r"a\|b", r"\*star\*", r"\<b\>bold\</b\>", r"\[link\](http\://x)", r"\\x1b\[31m", r"\`code\`", r"\&amp;"]
     assert body.count(", ".join(shown)) == 2
     assert all(f"\n| {name} | " in body for name in shown)
