@@ -72,17 +72,15 @@ def printable(text: str) -> str:
     )
 
 
-def shown(text: str, stream: TextIO) -> str:
-    """One line as `show` prints it: `printable`, with escapes for what the stream's encoding lacks."""
-    encoding = stream.encoding or "utf-8"
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
-
-
 def show(*lines: str, stream: TextIO | None = None) -> None:
-    """Print lines to stdout, or to another stream. Everything that may have a name of the user's, or a text of a file,
-    is printed by this function."""
+    """Print lines to stdout, or to another stream, in place of a progress bar, which is drawn again with its next step.
+    Everything that may have a name of the user's, or a text of a file, is printed by this function."""
     stream = stream or sys.stdout
-    print(*(shown(line, stream) for line in lines), sep="\n", file=stream, flush=True)
+    if sys.stderr.isatty():  # where the bar is, of this process or of the one that started it
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    encoding = stream.encoding or "utf-8"
+    text = "\n".join(map(printable, lines)).encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream, flush=True)
 
 
 def say(message: str, program: str = "dist_train") -> None:

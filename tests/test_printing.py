@@ -178,11 +178,8 @@ def test_commands_to_paste_are_quoted(
     recorder.evaluation({})
     recorder.finish({})
     recorder.close(0)
-    run = SimpleNamespace(define_metric=lambda *_, **__: None, settings=SimpleNamespace(sync_dir=""))
-    monkeypatch.setattr("wandb.init", lambda **_: run)
-    first: Any = SimpleNamespace(run_dir=str(folder), settings={}, mode="offline", config={})
-    worker._begin(first)
-    said = capsys.readouterr().err.splitlines()
+    first: Any = SimpleNamespace(run_dir=str(folder))
+    said = [*capsys.readouterr().err.splitlines(), worker._where(SimpleNamespace(offline=True), first)]
     commands = [shlex.split(line[re.search("dist-train|wandb sync", line).start() :]) for line in said]  # type: ignore[union-attr]
     assert commands == [
         ["dist-train", "evaluate", str(folder), "--write"],

@@ -25,7 +25,7 @@ class Begin:
     run_dir: the run folder, absolute. mode: `record.wandb`. settings: of wandb.Settings. config: shown with the run.
     branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products on all ranks, NaN
     for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already. samples: whether
-    each rank samples its system metrics.
+    each rank samples its system metrics. table: whether the terminal shows a row for each evaluation.
     """
 
     run_dir: str
@@ -36,6 +36,7 @@ class Begin:
     matrix_rate: float
     sent: dict[str, int]
     samples: bool
+    table: bool
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def begin(
         matrix_rate=matrix_rate,
         sent={METRICS: offset, **samples},
         samples=record.system == "all",
+        table=not record.quiet,
     )
 
 

@@ -42,6 +42,7 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
         wandb="offline" if args.offline else "online",
         project=args.project or settings.record.project,
         system="all",  # the system metrics of every rank in the folder
+        quiet=True,  # no table is printed
     )
     begin_message = begin(
         run_dir,

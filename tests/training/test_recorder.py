@@ -24,7 +24,7 @@ from recorded import EPOCH, digests_at, loss_at, mixed_at, opened, train, whole_
 
 from dist_train.commands import plots as plots_command
 from dist_train.config.settings import RecordConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, say
 from dist_train.reports import plots
 from dist_train.runs.history import append_history, read_history
 from dist_train.runs.metrics import Row, best_eval, read_digests, read_metrics
@@ -272,6 +272,8 @@ def test_what_the_terminal_shows(
 ) -> None:
     if terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "100")
     whole_run(tmp_path, RecordConfig(wandb="disabled"))
     out, err = capsys.readouterr()
     header, *rows = out.splitlines()
@@ -287,6 +289,39 @@ def test_what_the_terminal_shows(
 def terminal_text() -> str:
     assert isinstance(sys.stderr, StringIO)
     return sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (100, ["epoch", "train loss", "train acc", "test loss", "test acc", "images/s", "elapsed s"]),
+        (60, ["epoch", "train loss", "train acc", "test loss", "test acc", "images/s"]),
+        (40, ["epoch", "train acc", "test loss", "test acc"]),
+        (10, ["epoch", "test acc"]),
+    ],
+)
+def test_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, shown: list[str]) -> None:
+    """A row of the table is one line, and the bar keeps its beginning and the time left."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", table := Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    whole_run(tmp_path, RecordConfig(wandb="disabled"))
+    header, *rows = table.getvalue().splitlines()
+    assert header == "  ".join(shown)
+    assert [len(row) for row in rows] == [len(header)] * 3
+    assert len(header) <= max(columns, 15)
+    bars = [part for part in terminal_text().split("\r") if "step 12/12, " in part]
+    assert all("00:00 left" in bar and len(bar.rstrip()) <= columns for bar in bars) or columns < 60
+    assert bars or columns < 60
+
+
+def test_a_message_takes_the_place_of_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    recorder = opened(tmp_path, RecordConfig(wandb="disabled"))
+    train(recorder, 1, 1)
+    say("the loss is not finite")
+    assert re.search(r"step [01]/12.*\r\x1b\[Kdist_train: the loss is not finite\n$", terminal_text())
+    recorder.close(1)
 
 
 def test_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
