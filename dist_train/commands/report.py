@@ -8,13 +8,29 @@ row of the table, as in `dist-train table`. Runs need not be finished: the page 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
 from dist_train.errors import DONE, UserError, show
 from dist_train.files import write_atomic
-from dist_train.reports.page import page
+from dist_train.reports.page import GENERATOR, page
+
+_HEAD = 2000  # bytes of a page in which GENERATOR is
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is free, or has a page of this command. Raises UserError."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(_HEAD)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be read ({error.strerror}); name another file") from None
 
 
 @command
@@ -29,6 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
+    if not _is_own(out):
+        raise UserError(
+            f"--out {out}: is there, and was not written by dist-train report; name another file with --out"
+        )
     text = page(options.runs, options.title, ["dist-train", "report", *arguments])
     content = text.encode(errors="backslashreplace")  # names of folders need not be valid text
     try:

@@ -25,10 +25,9 @@ from dist_train.files import write_atomic
 from dist_train.inference.model_card import Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
 from dist_train.model.network import BatchNorm
-from dist_train.runs.layout import SETTINGS
+from dist_train.runs.layout import EXPORTED, SETTINGS
 from dist_train.runs.run import Run
 
-FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 _TOLERANCE = 1e-4  # of the largest logit
 _IMAGES = 256  # to compare the logits on
 _PARTS = (1, 8)  # indices at which the images are split into batches, whose sizes differ
@@ -126,7 +125,7 @@ def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
     """Write the files and the model card into the folder `out`, and print a line for each file.
 
-    formats: keys of FILES. run_dir: of the run that trained the network, None where that is not known. Returns a
+    formats: keys of EXPORTED. run_dir: of the run that trained the network, None where that is not known. Returns a
     sentence for each file that failed the comparison; these files are removed. Raises OSError, and UserError before
     anything is written.
     """
@@ -147,7 +146,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
         "onnx": lambda: as_onnx(network, program()),
     }
     for name in formats:
-        path = out / FILES[name]
+        path = out / EXPORTED[name]
         with _quiet():
             content = contents[name]()
             write_atomic(path, content)

@@ -24,6 +24,7 @@ from dist_train.runs.layout import EVALUATION, SETTINGS
 from dist_train.runs.metrics import Row
 from dist_train.runs.run import Run
 
+GENERATOR = '<meta name="generator" content="dist-train report">'  # by which the command knows its own pages
 _LABELS = {
     "code": "digest of the code",
     "instructions": "CPU instructions",
@@ -88,6 +89,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> str:
         figures={each.id: {"data": each.traces, "layout": each.layout} for each in all_figures},
         style=Markup((sources / "report.css").read_text()),
         scripts=[Markup(script) for script in scripts],
+        generator=Markup(GENERATOR),
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
 

@@ -166,9 +166,11 @@ class Run:
 
 def members(group: Path) -> list[Run]:
     """The runs of a group in order of their names, including those that were submitted and have not begun. Raises
-    UserError for a folder without runs."""
+    UserError for a folder without runs, and for that of a run."""
+    if layout.is_run(group):
+        raise UserError(f"{group}: is the folder of one run; name the folder above it")
     expected = read_members(group) or {}
-    begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}")}
+    begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}") if layout.is_run(path.parent)}
     if not begun | expected.keys():
         raise UserError(f"{group}: holds no runs; name the folder above the run folders")
     # shorter names first, so that seed10 comes after seed9

@@ -24,6 +24,7 @@ from dist_train import config, data_prep, load
 from dist_train.errors import UserError
 from dist_train.inference import export, model_card
 from dist_train.reports.statistics import proportion
+from dist_train.runs import layout
 from dist_train.runs.run import Run
 
 # torch.export.load of torch 2.9, in the card's snippet as anywhere: it reads tensors from the bytes of the file
@@ -157,7 +158,7 @@ def test_the_command_says_what_it_wrote_and_nothing_else(run: Path, exported: su
         assert float(difference) < 1e-4
     assert rows[0].split()[2] == "0"
     assert "compared on 256 test images of digits" in end
-    assert {path.name for path in (run / "export").iterdir()} == {*export.FILES.values(), "README.md", "config.toml"}
+    assert {path.name for path in (run / "export").iterdir()} == {*layout.EXPORTED.values(), "README.md", "config.toml"}
     for path in (run / "export").iterdir():  # nothing of the machine it was made on
         assert not re.search(rb"/tmp/|/home/|dist_train/\w+\.py", path.read_bytes()), path
 

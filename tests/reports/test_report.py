@@ -206,6 +206,23 @@ def test_mistakes(runs: Path, arguments: Sequence[str], sentence: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_only_its_own_page_is_overwritten(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    for _ in range(2):
+        assert report(runs / "seed1", "--out", out).returncode == 0
+    page = out.read_bytes()
+    (tmp_path / "link.html").symlink_to(out)
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "other.html").write_text("<html><p>written by hand, with dist-train report</p></html>")
+    for name in ("link", "folder", "other"):
+        kept = tmp_path / f"{name}.html"
+        done = report(runs / "seed1", "--out", kept)
+        told = f"dist_train: --out {kept}: is there, and was not written by dist-train report; name another file"
+        assert (done.returncode, done.stderr) == (2, f"{told} with --out\n")
+    assert out.read_bytes() == page
+    assert "by hand" in (tmp_path / "other.html").read_text()
+
+
 def test_long_runs_are_thinned_and_keep_their_spikes() -> None:
     values = np.sin(np.arange(100_000) / 1000)
     values[[777, 55_555]] = 9.0, np.nan

@@ -384,6 +384,37 @@ def test_loss_figure_draws_every_batch() -> None:
     assert "CIFAR" not in axes.get_title("left")
 
 
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [
+        (0.5, [0, 0.5]),
+        (1, [0, 1]),
+        (2, [0, 1, 2]),
+        (8.6, [0, 2, 4, 6, 8.6]),
+        (10, [0, 2, 4, 6, 8, 10]),
+        (22, [0, 5, 10, 15, 22]),
+        (200, [0, 50, 100, 150, 200]),
+    ],
+)
+def test_ticks_are_whole_epochs_and_the_last(last: float, ticks: list[float]) -> None:
+    assert plots.epoch_ticks(last) == ticks
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_epochs_on_the_plots(epochs: int) -> None:
+    steps, evals = made_up(epochs)
+    of_loss = plots.loss_figure(steps, dataset="", name="")
+    of_accuracy = plots.accuracy_figure(evals, dataset="", name="")
+    for figure in (of_loss, of_accuracy):
+        figure.draw_without_rendering()
+    (top,) = of_loss.axes[0].child_axes
+    for axis in (top.xaxis, of_accuracy.axes[0].xaxis):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert labels[-1] == str(epochs)
+        assert all(label.isdigit() for label in labels)
+    assert all(label.get_text().isdigit() for label in of_loss.axes[0].xaxis.get_ticklabels())
+
+
 def test_smoothing_keeps_a_constant_and_a_slope() -> None:
     line = np.arange(100.0)
     np.testing.assert_allclose(plots.smooth(np.full(100, 3.0), 7), 3.0)
