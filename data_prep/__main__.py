@@ -4,7 +4,7 @@
     dist-train prepare --dataset mine --source FOLDER --image-size 64
 
 A folder that already holds the data set is only checked. The data set is cifar10, digits, or one of your own: a folder
-with a folder of images for each class, or with two such folders train and test (or val). What is left out of it is
+with a folder of images for each class, or with two such folders train and test (or val). What is skipped of it is
 counted and named. python -m dist_train.data_prep is the same command. Exit codes: 0 the data set is ready; 2 bad input;
 3 CIFAR-10 had to be downloaded, but there is no network.
 """
@@ -18,7 +18,7 @@ from dist_train.data_prep.betons import prepare, verify
 from dist_train.data_prep.datasets import DATASETS
 from dist_train.data_prep.files import DataError
 from dist_train.data_prep.folders import TEST_FRACTION
-from dist_train.errors import UserError
+from dist_train.errors import UserError, say, show
 
 _INTERRUPTED = 130  # exit code
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--drop-equal",
         action="store_true",
-        help="leave out training images that have the pixels of a test image",
+        help="drop training images that have the pixels of a test image",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: data/<name of the data set>)"
@@ -96,13 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"{error}: install the project's requirements") from None
     except KeyboardInterrupt:
-        print("data_prep: interrupted, no data set was written", file=sys.stderr)
+        say("interrupted, no data set was written", "data_prep")
         return _INTERRUPTED
     counts = " and ".join(f"{split.count} {name}" for name, split in manifest.splits.items())
     size = "x".join(map(str, manifest.image_shape))
     state = "verified" if args.verify else "ready"
     seconds = time.monotonic() - start
-    print(f"{out}: {manifest.dataset}, {counts} images of {size}, {state} ({seconds:.1f} s)")
+    show(f"{out}: {manifest.dataset}, {counts} images of {size}, {state} ({seconds:.1f} s)")
     return 0
 
 

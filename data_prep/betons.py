@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 import shutil
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from dist_train.data_prep import beton_file, ffcv_library
 from dist_train.data_prep.beton_file import BetonFile, Images, Labels
 from dist_train.data_prep.datasets import DATASETS, Pixels, load
 from dist_train.data_prep.files import DataError, locked, sha256_of, sync, temporary
-from dist_train.data_prep.folders import TEST_FRACTION, LeftOut, few
+from dist_train.data_prep.folders import TEST_FRACTION, Skipped, few
 from dist_train.data_prep.images import load_images
+from dist_train.errors import say
 
 FORMAT = 1  # of manifest.json; raise it when the meaning of a prepared folder changes
 MANIFEST = "manifest.json"
@@ -44,7 +44,7 @@ class Split:
 @dataclass(frozen=True)
 class EqualImages:
     """What the splits have in common. count: the test images whose pixels are those of a training image. examples: the
-    first of them, each with such a training image. dropped: training images that were left out because they were equal
+    first of them, each with such a training image. dropped: training images that were dropped because they were equal
     to a test image."""
 
     count: int
@@ -59,7 +59,7 @@ class Manifest:
     image_shape is (H, W, C); mean and std are the train split's, one number in 0..1 for each channel. ffcv_version: of
     the ffcv that wrote the files; None if beton_file.write did. source: path of the folder of images, None for the data
     sets in DATASETS. test_fraction: share of each class for the test split of a folder without one. grey_bits: of the
-    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none. left_out: files of the
+    grey values in pictures of 16 bits, as in `pictures.read_picture`; None where there are none. skipped: files of the
     source that are in no split. equal_images: None where an earlier version wrote the files.
     """
 
@@ -73,7 +73,7 @@ class Manifest:
     source: str | None = None
     test_fraction: float | None = None
     grey_bits: int | None = None
-    left_out: tuple[LeftOut, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     equal_images: EqualImages | None = None
 
 
@@ -116,7 +116,7 @@ def check(folder: Path, write: str = "") -> Manifest:
     and that their tables match it. Imports neither ffcv nor torch. write: the command that writes the folder, for
     messages; derived from the folder unless given. Raises DataError.
     """
-    manifest = _read_manifest(folder, write)
+    manifest = read_manifest(folder, write)
     remedy = _remedy(folder, write or _command(folder, manifest))
     for name, split in manifest.splits.items():
         path = folder / split.file
@@ -166,7 +166,7 @@ def open_split(folder: Path, split: str) -> BetonFile:
     The number of samples, their size and the range of their labels match the manifest, and all offsets lie inside the
     file, which ffcv's reader does not check itself. Raises DataError.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if split not in manifest.splits:
         raise DataError(f"split {split!r} is not in {folder}: choose one of {', '.join(SPLITS)}")
     return _open(folder, split, manifest)
@@ -186,7 +186,7 @@ def prepare(
 
     dataset: a name in DATASETS, or any other name for a folder of images: these become image_size x image_size pixels,
     and the share test_fraction of them the test split (see images.py). source: the folder of images, or the one with
-    the official files (see datasets.py); not needed if `out` is complete. drop_equal: leave out the training images
+    the official files (see datasets.py); not needed if `out` is complete. drop_equal: drop the training images
     whose pixels are those of a test image.
 
     A complete folder is only checked. force: write the folder again even if it is complete or damaged. Several
@@ -240,7 +240,7 @@ def prepare(
                 raise DataError(f"--out {out} also holds {foreign[0]}: choose a separate folder")
             try:
                 pixels, equal = _compared(_load(dataset, source, image_size, test_fraction), drop_equal)
-                print(f"data_prep: writing {dataset} into {out}", file=sys.stderr, flush=True)
+                say(f"writing {dataset} into {out}", "data_prep")
                 manifest = _write(dataset, pixels, equal, fresh, source, test_fraction)
                 if real.exists():
                     real.rename(old)
@@ -334,7 +334,7 @@ def _opened(path: Path, count: int, shape: tuple[int, ...], classes: int) -> Bet
     return file
 
 
-def _read_manifest(folder: Path, write: str = "") -> Manifest:
+def read_manifest(folder: Path, write: str = "") -> Manifest:
     """The manifest of a folder, with every entry checked. write: as in check(). Raises DataError."""
     path = folder / MANIFEST
     write = write or _command(folder)
@@ -368,8 +368,8 @@ def _read_manifest(folder: Path, write: str = "") -> Manifest:
             test_fraction=raw.get("test_fraction"),
             grey_bits=raw.get("grey_bits"),
             equal_images=_equal_images(raw["equal_images"]) if raw.get("equal_images") else None,
-            left_out=tuple(
-                LeftOut(part["reason"], part["count"], tuple(part["paths"])) for part in raw.get("left_out", [])
+            skipped=tuple(
+                Skipped(part["reason"], part["count"], tuple(part["paths"])) for part in raw.get("skipped", [])
             ),
         )
         if not _is_valid(manifest):
@@ -396,7 +396,7 @@ def _is_valid(manifest: Manifest) -> bool:
     if equal := manifest.equal_images:
         texts += [name for pair in equal.examples for name in pair]
         sizes += [1 + equal.count, 1 + equal.dropped]  # may be 0
-    for part in manifest.left_out:
+    for part in manifest.skipped:
         texts += [part.reason, *part.paths]
         sizes.append(part.count)
     numbers = [*manifest.mean, *manifest.std]
@@ -426,7 +426,7 @@ def _load(dataset: str, source: Path | None, image_size: int, test_fraction: flo
 
 
 def _compared(pixels: Pixels, drop: bool) -> tuple[Pixels, EqualImages]:
-    """Compare every test image with all training images, and say on stderr which are equal. drop: leave out these
+    """Compare every test image with all training images, and say on stderr which are equal. drop: drop these
     training images. Raises DataError where none of a class would be left."""
     digests = {
         split: [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
@@ -444,13 +444,13 @@ def _compared(pixels: Pixels, drop: bool) -> tuple[Pixels, EqualImages]:
 
     pairs = [(name("test", test), name("train", training)) for test, training in shared]
     said = (
-        f"data_prep: {len(pairs):,} of the {len(digests['test']):,} test images have the pixels of training images "
+        f"{len(pairs):,} of the {len(digests['test']):,} test images have the pixels of training images "
         f"({few([f'{test} = {training}' for test, training in pairs])})"
     )
     examples = tuple(pairs[:_EXAMPLES])
     if not drop:
-        remedy = "--drop-equal, in a training data.drop_equal=true, leaves these training images out"
-        print(f"{said}; {remedy}", file=sys.stderr, flush=True)
+        remedy = "--drop-equal, in a training data.drop_equal=true, drops these training images"
+        say(f"{said}; {remedy}", "data_prep")
         return pixels, EqualImages(len(shared), examples)
     of_both = {*digests["test"]} & first.keys()
     kept = np.array([index for index, digest in enumerate(digests["train"]) if digest not in of_both], np.int64)
@@ -461,7 +461,7 @@ def _compared(pixels: Pixels, drop: bool) -> tuple[Pixels, EqualImages]:
             f"or add images"
         )
     dropped = len(images) - len(kept)
-    print(f"{said}; {dropped:,} training images are left out for it", file=sys.stderr, flush=True)
+    say(f"{said}; {dropped:,} of these training images are dropped", "data_prep")
     splits = {**pixels.splits, "train": (images[kept], labels[kept])}
     return replace(pixels, splits=splits), EqualImages(0, examples, dropped)
 
@@ -496,7 +496,7 @@ def _write(
     shape = (height, width, channels)
     manifest = Manifest(
         *(dataset, pixels.classes, shape, mean, std, splits, version, origin, test_fraction),
-        *(pixels.grey_bits, pixels.left_out, equal),
+        *(pixels.grey_bits, pixels.skipped, equal),
     )
     text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_train.data_prep.files import DataError, NoNetworkError, locked
-from dist_train.data_prep.folders import LeftOut
+from dist_train.data_prep.folders import Skipped
+from dist_train.errors import say
 
 NETWORK_TIMEOUT = 15.0  # seconds without data from the download server after which the download fails
 
@@ -28,14 +29,14 @@ class Pixels:
 
     splits maps "train" and "test" to (images uint8 (N, H, W, 3), labels int64 (N,)) in the data set's own
     order; classes[label] is the name of a label. grey_bits: of the grey values in pictures of 16 bits, as in
-    `pictures.read_picture`; None where there are none. left_out: what is in no split.
+    `pictures.read_picture`; None where there are none. skipped: what is in no split.
     names: of the images of each split, in their order; empty where they have none.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]
     grey_bits: int | None = None
-    left_out: tuple[LeftOut, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     names: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -97,7 +98,7 @@ def _download_cifar10() -> Path:
             # torchvision would draw its progress bar into log files, too
             quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
             if not (cache / CIFAR10_FOLDER).is_dir():
-                print(f"data_prep: downloading CIFAR-10 into {cache}", file=sys.stderr, flush=True)
+                say(f"downloading CIFAR-10 into {cache}", "data_prep")
             with quiet:
                 CIFAR10(str(cache), download=True)
     # torchvision raises RuntimeError for a wrong checksum: a truncated download, or a login page

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_train.data_prep.beton_file import Images, Labels, page_size
+from dist_train.errors import say
 
 
 @cache
@@ -33,11 +33,10 @@ def version() -> str | None:
     except Exception as error:  # a missing or incompatible library may raise anything
         if os.environ.get("RANK", "0") == "0":  # report it on one rank only
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(
-                f"data_prep: ffcv is installed but cannot be imported ({reason}): betons are written and read without "
-                f"it, with the same result; repair it, or pip uninstall ffcv",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"ffcv is installed but cannot be imported ({reason}): betons are written and read without it, with "
+                f"the same result; repair it, or pip uninstall ffcv",
+                "data_prep",
             )
         return None
     return importlib.metadata.version("ffcv")

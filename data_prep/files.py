@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +35,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock(file.fileno(), path)
         except BlockingIOError:
-            print(f"data_prep: waiting for the process that holds {path}", file=sys.stderr, flush=True)
+            say(f"waiting for the process that holds {path}", "data_prep")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

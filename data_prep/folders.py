@@ -1,4 +1,4 @@
-"""Which files of a folder are images of which class and split, and which are left out."""
+"""Which files of a folder are images of which class and split, and which are skipped."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "eval", "evaluation"), "val"),
 }
 _FILLING = r"(?:set|sets|data|dataset|images?|imgs?|pictures?|photos?|pics?|splits?|folder|dir|files?|samples?)"
-_NAMED = 100  # paths that are kept of each kind of what is left out
+_NAMED = 100  # paths that are kept of each kind of what is skipped
 
-# why something is left out
+# why something is skipped
 HIDDEN = "their names are those of hidden files"
 NO_IMAGES = "their names are not those of images"
 NO_CLASS = "they are in no folder of a class"
@@ -38,7 +38,7 @@ Files = dict[str, list[Path]]  # the files of each class, by its name
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """Files and folders of a source that are in no split. reason: in words. count: how many there are. paths: the
     first ones, relative to the source."""
 
@@ -57,7 +57,7 @@ class Found:
     """What a folder holds. splits: the files of `train` and of `test`; every class of `test` is one of `train`."""
 
     splits: dict[str, Files]
-    left_out: tuple[LeftOut, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def scan(source: Path, test_fraction: float | None = None) -> Found:
@@ -73,23 +73,23 @@ def scan(source: Path, test_fraction: float | None = None) -> Found:
         return _Scan(source).found(test_fraction)
 
 
-def labelled(source: Path, split: str) -> tuple[Files, tuple[LeftOut, ...]]:
+def labelled(source: Path, split: str) -> tuple[Files, tuple[Skipped, ...]]:
     """The images of each class in the folder `source`, or where it has folders for splits in that of `split` (`train`
-    or `test`), and what was left out of it. Raises DataError."""
+    or `test`), and what was skipped of it. Raises DataError."""
     with _readable(source):
         scan = _Scan(source)
         parts = scan.parts()
         folder = source if parts["train"] == source else parts.get(split)
         if folder is None:
             raise DataError(f"{source} has no folder for the split {split}: name the folder that holds its classes")
-        return scan.classes(folder), scan.left_out()
+        return scan.classes(folder), scan.skipped()
 
 
-def images_below(folder: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
+def images_below(folder: Path) -> tuple[list[Path], tuple[Skipped, ...]]:
     """All images in a folder and its subfolders, sorted by path, and what else is in them. Raises DataError."""
     with _readable(folder):
         scan = _Scan(folder)
-        return scan.below(folder), scan.left_out()
+        return scan.below(folder), scan.skipped()
 
 
 @contextmanager
@@ -130,7 +130,7 @@ class _Scan:
 
     def __init__(self, source: Path) -> None:
         self._source = source
-        self._left_out: dict[str, dict[Path, None]] = {}  # by the reason, each path once
+        self._skipped: dict[str, dict[Path, None]] = {}  # by the reason, each path once
         self._listed: dict[Path, tuple[list[Path], list[Path]]] = {}
         self._read = [source.resolve()]  # the folders that are read, where links lead to them
 
@@ -153,28 +153,28 @@ class _Scan:
             splits = {"train": train, "test": test}
         else:
             splits = self._divided(train, test_fraction or TEST_FRACTION)
-        return Found(splits, self.left_out())
+        return Found(splits, self.skipped())
 
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """What was left out so far."""
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What was skipped so far."""
         relative = {
             reason: [path.relative_to(self._source).as_posix() for path in paths]
-            for reason, paths in self._left_out.items()
+            for reason, paths in self._skipped.items()
         }
-        return tuple(LeftOut(why, len(names), tuple(names[:_NAMED])) for why, names in relative.items())
+        return tuple(Skipped(why, len(names), tuple(names[:_NAMED])) for why, names in relative.items())
 
     def below(self, folder: Path) -> list[Path]:
         """The images below a folder, sorted by path."""
         folders, files = self._list(folder)
         for path in files:
             if path.suffix.lower() not in SUFFIXES:
-                self._leave_out(NO_IMAGES, path)
+                self._skip(NO_IMAGES, path)
         images = [path for path in files if path.suffix.lower() in SUFFIXES]
         return sorted([*images, *(path for inner in folders for path in self.below(inner))])
 
     def parts(self) -> dict[str, Path]:
         """The folders that hold the classes of the splits `train` and `test`; without `test` where a share of `train`
-        is to become it. All else in the source is left out."""
+        is to become it. All else in the source is skipped."""
         folders, files = self._list(self._source)
         named: dict[str, dict[str, list[Path]]] = {}  # by what their names say besides the split
         for folder in folders:
@@ -200,18 +200,18 @@ class _Scan:
             )
         found = {split: self._inner(paths[0], split) for split, paths in pairs[0].items()}
         for path in files:
-            self._leave_out(NO_CLASS if path.suffix.lower() in SUFFIXES else NO_IMAGES, path)
+            self._skip(NO_CLASS if path.suffix.lower() in SUFFIXES else NO_IMAGES, path)
         for folder in folders:
             if [folder] not in pairs[0].values():
-                self._leave_out_all(BESIDE, folder)
+                self._skip_all(BESIDE, folder)
         classes = {folder.name for folder in self._list(found["train"])[0]}
         for split in [name for name in found if name != "train"]:
             inside = [folder.name for folder in self._list(found[split])[0]]
             if len(inside) < 2 and not classes & {*inside}:
-                self._leave_out_all(UNLABELLED, found.pop(split))
+                self._skip_all(UNLABELLED, found.pop(split))
         if "val" in found:
             if "test" in found:
-                self._leave_out_all(VALIDATION, found.pop("val"))
+                self._skip_all(VALIDATION, found.pop("val"))
             else:
                 found["test"] = found.pop("val")
         self._read = [folder.resolve() for folder in found.values()]
@@ -230,7 +230,7 @@ class _Scan:
         UTF-8."""
         folders, loose = self._list(folder)
         for path in loose:
-            self._leave_out(NO_CLASS if path.suffix.lower() in SUFFIXES else NO_IMAGES, path)
+            self._skip(NO_CLASS if path.suffix.lower() in SUFFIXES else NO_IMAGES, path)
         for of_class in folders:
             if not is_text(of_class.name):
                 raise DataError(f"{of_class}: the name of this class is not UTF-8: rename the folder")
@@ -251,13 +251,13 @@ class _Scan:
             folders, files = self._listed[folder] = [], []
             for path in sorted(folder.iterdir()):
                 if path.name.startswith(".") or path.name == "__MACOSX":
-                    self._leave_out(HIDDEN, path)
+                    self._skip(HIDDEN, path)
                 elif not path.is_dir():
                     files.append(path)
                 elif not path.is_symlink() or self._leads_elsewhere(path):
                     folders.append(path)
                 else:
-                    self._leave_out(LINKS, path)
+                    self._skip(LINKS, path)
         return self._listed[folder]
 
     def _leads_elsewhere(self, link: Path) -> bool:
@@ -268,14 +268,14 @@ class _Scan:
         self._read.append(target)
         return True
 
-    def _leave_out(self, reason: str, path: Path) -> None:
-        self._left_out.setdefault(reason, {})[path] = None
+    def _skip(self, reason: str, path: Path) -> None:
+        self._skipped.setdefault(reason, {})[path] = None
 
-    def _leave_out_all(self, reason: str, folder: Path) -> None:
-        """Leave out all files below a folder; the folder itself where it has none."""
+    def _skip_all(self, reason: str, folder: Path) -> None:
+        """Skip all files below a folder; the folder itself where it has none."""
         paths = sorted(Path(at, name) for at, _, names in os.walk(folder) for name in names)
         for path in paths or [folder]:
-            self._leave_out(reason, path)
+            self._skip(reason, path)
 
     def _divided(self, files: Files, test_fraction: float) -> dict[str, Files]:
         """The files divided into `train` and `test`, class by class. Raises DataError for a class with a single

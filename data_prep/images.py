@@ -1,7 +1,6 @@
 """Loads a folder of images of any size and format, in torchvision's ImageFolder layout, as square uint8 RGB images."""
 
 import os
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
 from dist_train.data_prep.folders import few, labelled, scan, sort_key
 from dist_train.data_prep.pictures import bits_of, read_with_range, unreadable
+from dist_train.errors import say
 
 # bits of grey values that are found in pictures of 16 bits: of a whole data set, 14 bits are told from dark pictures
 _DEPTHS = (8, 10, 12, 14)
@@ -28,9 +28,9 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
     """
     found = scan(source, test_fraction)
     classes = tuple(found.splits["train"])
-    _say(f"{source} has {len(classes)} classes: {few([*classes])}")
-    for part in found.left_out:
-        _say(f"left out {part}")
+    say(f"{source} has {len(classes)} classes: {few([*classes])}", "data_prep")
+    for part in found.skipped:
+        say(f"skipped {part}", "data_prep")
 
     samples = {
         split: sorted(
@@ -44,7 +44,7 @@ def load_images(source: Path, size: int, test_fraction: float | None = None) -> 
     labels = np.array([label for split in samples.values() for _, label in split], np.int64)
     splits = {"train": (images[:count], labels[:count]), "test": (images[count:], labels[count:])}
     names = {split: [path.relative_to(source).as_posix() for path, _ in of] for split, of in samples.items()}
-    return Pixels(classes, splits, grey_bits, found.left_out, names)
+    return Pixels(classes, splits, grey_bits, found.skipped, names)
 
 
 def load_labelled(
@@ -52,14 +52,14 @@ def load_labelled(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """The images of `classes` in a folder that `folders.labelled` reads: uint8 (N, size, size, 3), and their labels,
     int64 (N,). grey_bits: as in `pictures.read_picture`. Raises DataError, also for a class that is none of them."""
-    files, left_out = labelled(source, split)
+    files, skipped = labelled(source, split)
     if unknown := [name for name in files if name not in classes]:
         raise DataError(
             f"{source} has classes that the network does not have, {few(unknown)}: name a folder with folders of "
             f"images for {few([*classes])}"
         )
-    for part in left_out:
-        _say(f"left out {part}")
+    for part in skipped:
+        _say(f"skipped {part}")
     samples = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
     images, _ = _read([path for path, _ in samples], source, size, grey_bits)
     return images, np.array([label for _, label in samples], np.int64)
@@ -125,4 +125,4 @@ def _read(
 
 def _say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # every rank reads what it evaluates on
-        print(f"data_prep: {message}", file=sys.stderr, flush=True)
+        say(message, "data_prep")

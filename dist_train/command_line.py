@@ -58,9 +58,9 @@ class Parser(argparse.ArgumentParser):
         for before, argument in zip([self.prog, *given], given, strict=False):
             option, _, value = argument.partition("=")
             if not argument.strip():
-                self.error(f'{before} "": an empty argument; give it a value, or leave it out')
+                self.error(f'{before} "": an empty argument; give it a value, or remove it')
             if option.startswith("--") and argument != option and not value.strip():
-                self.error(f"{argument}: an empty value; give one, or leave {option} out")
+                self.error(f"{argument}: an empty value; give one, or remove {option}")
         return given
 
     def error(self, message: str) -> NoReturn:
@@ -160,8 +160,8 @@ class _Log(io.FileIO):
 
 
 def survive_output() -> None:
-    """Have stdout and stderr drop what they cannot take: a training goes on when its log is on a full disk, or when the
-    reader of a pipe has ended."""
+    """Have stdout and stderr drop what they cannot take: a training continues when its log is on a full disk, or when
+    the reader of a pipe has ended."""
 
     def report(error: OSError) -> None:
         say(f"the output cannot be written ({reason(error)}) and is dropped; training continues")

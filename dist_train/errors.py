@@ -1,4 +1,4 @@
-"""The errors whose message is for the user, and the exit codes."""
+"""The errors whose message is for the user, the exit codes, and the printing of lines."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import errno
 import os
 import re
 import sys
+import unicodedata
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TextIO
 
 # Exit codes. PREEMPTED is EX_TEMPFAIL of sysexits.h: the same command resumes the run.
 DONE, FAILED, BAD_INPUT, NO_NETWORK, PREEMPTED = 0, 1, 2, 3, 75
 _OUTCOMES = {DONE: "done", PREEMPTED: "preempted"}
+# Unicode's classes of the characters that `printable` escapes
+_CONTROL = ("Cc", "Cs", "Zl", "Zp")
+_DIRECTION = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def outcome_of(code: int) -> str:
@@ -79,10 +83,32 @@ class LostRecordError(Exception):
     user."""
 
 
-def say(message: str) -> None:
-    """Print a sentence for the user to stderr. Control characters, which only quoted input can have, are escaped."""
-    message = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], message)
-    print(f"dist_train: {message}", file=sys.stderr, flush=True)
+def printable(text: str) -> str:
+    """Text as a part of one line of a terminal, from names that may have any character: line breaks, other control
+    characters, bytes that are not text, and marks that change the direction of writing become escapes such as
+    `\\x1b`."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _CONTROL or unicodedata.bidirectional(character) in _DIRECTION
+        else character
+        for character in text
+    )
+
+
+def show(*lines: str, stream: TextIO | None = None) -> None:
+    """Print lines to stdout, or to another stream, in place of a progress bar, which is drawn again with its next step.
+    Everything that may have a name of the user's, or a text of a file, is printed by this function."""
+    stream = stream or sys.stdout
+    if sys.stderr.isatty():  # where the bar is, of this process or of the one that started it
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    encoding = stream.encoding or "utf-8"
+    text = "\n".join(map(printable, lines)).encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream, flush=True)
+
+
+def say(message: str, program: str = "dist_train") -> None:
+    """Print a sentence for the user to stderr. program: the part of the project that says it."""
+    show(f"{program}: {message}", stream=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

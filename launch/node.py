@@ -29,7 +29,7 @@ from dist_train.command_line import command, survive_output
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node, variable, without_launcher
-from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say
+from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say, show
 from dist_train.files import write_atomic
 from dist_train.reports import table
 from dist_train.runs import layout
@@ -177,7 +177,7 @@ class Training:
         if code == DONE and node.main and self.group:
             try:
                 text, damaged = table.write(self.run_dir.parent)
-                print(text, flush=True)
+                show(*text.split("\n"))
                 for each in damaged:
                     say(str(each))
             except UserError as error:  # of the group; this training is done
@@ -304,7 +304,8 @@ def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     )
     if done.returncode:
         reason = done.stderr.strip() or done.stdout.strip()
-        say(f"job {job} could not be requeued ({reason}); submit it again with --run-dir {run_dir}")
+        option = shlex.join(["--run-dir", str(run_dir)])
+        say(f"job {job} could not be requeued ({reason}); submit it again with {option}")
         return False
     return True
 
@@ -332,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     this_node = current_node()
     step = _newest(Path(_with_job_id(str(run_dir))))
     if this_node.main:
-        print(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}", flush=True)
+        show(f"node {platform.node()}: {shlex.join(['dist_train.main', *training.arguments])}")
     code = training.run()
     slurm = "SLURM_JOB_ID" in os.environ and received[:1] not in ([signal.SIGINT], [signal.SIGHUP])  # of a terminal
     # the first node requeues the job; the other nodes wait for that, since srun ends all nodes when one exits

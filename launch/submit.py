@@ -37,7 +37,7 @@ from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
 from dist_train.config.effects import check_effects, check_muon
 from dist_train.distributed.launcher import gpus_here
-from dist_train.errors import DONE, FAILED, UserError, say
+from dist_train.errors import DONE, FAILED, UserError, say, show
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
@@ -445,7 +445,7 @@ def _parser() -> argparse.ArgumentParser:
         "submit",
         __doc__,
         epilog=f"slurm/train.sh is read from the current folder, else from {cluster.SCRIPT};\n"
-        f'for a copy to edit: mkdir -p slurm && cp "{cluster.SCRIPT}" slurm/',
+        f"for a copy to edit: mkdir -p slurm && {shlex.join(['cp', str(cluster.SCRIPT), 'slurm/'])}",
     )
     add = parser.add_argument
     add("--nodes", metavar="N", type=positive)
@@ -480,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     at_most = args.at_most or (1 if args.local else 0)
     plan = _plan([(name, list(each)) for name, each in named.items()], options, args.local, at_most)
     if args.dry_run:
-        print(_dry_run(plan))
+        show(*_dry_run(plan).split("\n"))
         return DONE
     jobs = _start(plan)
     _print_submitted(jobs, plan)
@@ -508,12 +508,12 @@ def _print_submitted(jobs: Sequence[Job], plan: _Plan) -> None:
     group = plan.trainings[0].group
     folder = first.run_dir.parent if group else first.run_dir
     what = f"job {number}" + (f", {len(jobs)} members" if array else "") if slurm else f"{len(jobs)} on this machine"
-    print(f"{what}; run folder{'s in' * group} {folder}")
-    print(f"its log: tail -F {shlex.quote(str(first.log))}")
+    show(f"{what}; run folder{'s in' * group} {folder}")
+    show(f"its log: tail -F {shlex.quote(str(first.log))}")
     if slurm:
-        print(f"its state: squeue -j {number}; to end it: scancel {number}")
+        show(f"its state: squeue -j {number}; to end it: scancel {number}")
     if group:
-        print(f"its table: dist-train table {shlex.quote(str(folder))}", flush=True)
+        show(f"its table: dist-train table {shlex.quote(str(folder))}")
 
 
 def _wait(jobs: Sequence[Job], is_array: bool) -> int:
@@ -523,14 +523,14 @@ def _wait(jobs: Sequence[Job], is_array: bool) -> int:
         try:
             result = job.result()
         except JobError as error:
-            print(error, file=sys.stderr, flush=True)
+            show(*str(error).split("\n"), stream=sys.stderr)
             code = FAILED
             continue
         tta = f" ({100 * result.test_accuracy_tta:.2f} % with TTA)" if result.test_accuracy_tta is not None else ""
-        print(f"{job.run_dir}: test accuracy {100 * result.test_accuracy:.2f} %{tta}", flush=True)
+        show(f"{job.run_dir}: test accuracy {100 * result.test_accuracy:.2f} %{tta}")
     if is_array:
         text, damaged = table.write(jobs[0].run_dir.parent)
-        print(text, end="", flush=True)
+        show(*text.splitlines())
         for damage in damaged:
             say(str(damage))
             code = FAILED

@@ -130,6 +130,14 @@ def test_torchrun(place: Path) -> None:
     check(done, (*TRAINING, *RESULT))
 
 
+def test_without_a_home(place: Path) -> None:
+    """matplotlib and wandb, which keep files there, do not say so between the rows."""
+    settings = ("data.dir=data/digits", "record.wandb=offline", "--run-dir", "homeless")
+    check(run(place, *SHORT, *settings, HOME="/proc/none"), (*TRAINING, *RESULT), OFFLINE)
+    done = run(place, "homeless", module="dist_train plots", HOME="/proc/none")
+    check(done, (r"homeless/plots/(?:loss|accuracy)\.png",))
+
+
 def test_a_run_that_resumes(place: Path) -> None:
     stopped = place / "stopped"
     shutil.copytree(place / "run", stopped)

@@ -14,7 +14,7 @@ import json
 
 from dist_train.command_line import Parser, command, count
 from dist_train.config.settings import RecordConfig
-from dist_train.errors import DONE
+from dist_train.errors import DONE, show
 from dist_train.tracking.dashboard import BLOCKS, NAME, save, workspace
 from dist_train.tracking.variables import PROJECT, resolved
 
@@ -45,5 +45,5 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(view._to_model().model_dump(by_alias=True, exclude_none=True), indent=1))
     else:
-        print(save(view))
+        show(save(view))
     return DONE

@@ -16,7 +16,7 @@ from pathlib import Path
 from dist_train import config
 from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Config
-from dist_train.errors import DONE, UserError
+from dist_train.errors import DONE, UserError, show
 from dist_train.files import write_atomic
 from dist_train.reports.architecture import images, layers, markdown, shape_text, text, totals
 from dist_train.reports.drawing import PICTURES, figure, image_bytes
@@ -82,11 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         head = {"name": name, "image_shape": image_shape, "classes": classes}
         print(json.dumps({**head, "layers": rows, "totals": totals(*architecture)}, indent=2))
     elif options.markdown:
-        print(markdown(*architecture), end="")
+        show(*markdown(*architecture).splitlines())
     else:
-        print(f"{name}: images of {shape_text(image_shape)}, {classes} classes\n\n{table}", end="")
+        show(f"{name}: images of {shape_text(image_shape)}, {classes} classes", "", *table.splitlines())
         if picture:
-            print(f"picture: {picture}")
+            show(f"picture: {picture}")
     return DONE
 
 

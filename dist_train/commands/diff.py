@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
+from dist_train.errors import show
 from dist_train.reports.diff import ComparedRun, compare
 
 
@@ -23,5 +24,5 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_b", metavar="RUN_B", type=Path, help="another run folder")
     options = parser.parse_args(arguments)
     same, lines = compare(ComparedRun(options.run_a), ComparedRun(options.run_b))
-    print("\n".join(lines))
+    show(*lines)
     return 0 if same else 1

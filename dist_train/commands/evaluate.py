@@ -26,7 +26,7 @@ from dist_train.data.dataset import is_own, manifest, read_labelled
 from dist_train.data.loaders import Resident
 from dist_train.distributed.device import autocast
 from dist_train.distributed.ranks import join_ranks
-from dist_train.errors import DONE, NotFiniteError, UserError
+from dist_train.errors import DONE, NotFiniteError, UserError, printable, show
 from dist_train.inference.trained_network import load
 from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.layout import is_run
@@ -104,16 +104,18 @@ def main(arguments: list[str] | None = None) -> int:
         if ranks.main:
             details = evaluation.details(data, trained.step)
             try:
-                print(json.dumps(details) if args.json else as_text(details), flush=True)
+                if args.json:
+                    print(json.dumps(details), flush=True)
+                else:
+                    show(*as_text(details))
             finally:  # whichever of the two cannot be written, the other is
                 if args.write:
                     write_evaluation(args.checkpoint, details)
     return DONE
 
 
-def as_text(details: dict[str, Any]) -> str:
-    """The contents of an `evaluation.json` for the terminal: the metrics, and a table of the classes."""
-
+def as_text(details: dict[str, Any]) -> list[str]:
+    """The contents of an `evaluation.json` as lines for the terminal: the metrics, and a table of the classes."""
     images, confusion = details["images"], np.array(details["confusion"])
     low, high = proportion(int(confusion.trace()), images)
     lines = [
@@ -124,11 +126,12 @@ def as_text(details: dict[str, Any]) -> str:
     if "accuracy_tta" in details:
         lines.append(f"with TTA {100 * details['accuracy_tta']:.2f} %, loss {details['loss_tta']:.4f}")
     lines += [f"calibration error (15 bins) {details['calibration']['ece']:.4f}", ""]
-    width = max(5, *(len(name) for name in details["classes"]))
+    names = [printable(name) for name in details["classes"]]
+    width = max(5, *map(len, names))
     lines.append(f"{'class':{width}}  images  accuracy  most often taken for")
-    others = often_taken_for(details)
-    for number, (name, row) in enumerate(zip(details["classes"], confusion, strict=True)):
+    others = often_taken_for(details, names)
+    for number, (name, row) in enumerate(zip(names, confusion, strict=True)):
         count = int(row.sum())
         share = f"{100 * row[number] / count:6.2f} %" if count else f"{'':8}"
         lines.append(f"{name:{width}}  {count:6,}  {share}  {others[number]}".rstrip())
-    return "\n".join(lines)
+    return lines

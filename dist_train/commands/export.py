@@ -23,9 +23,9 @@ from pathlib import Path
 
 from dist_train.command_line import Parser, check_path, command
 from dist_train.errors import DONE, FAILED, UserError, say
-from dist_train.inference.export import FILES, WRITTEN, export
+from dist_train.inference.export import WRITTEN, export
 from dist_train.inference.trained_network import load
-from dist_train.runs.layout import EXPORT, run_of
+from dist_train.runs.layout import EXPORT, EXPORTED, run_of
 
 
 @command
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint, a run folder or a model.safetensors"
     )
-    parser.add_argument("--format", nargs="+", choices=FILES, help="formats to write (default: all)")
+    parser.add_argument("--format", nargs="+", choices=EXPORTED, help="formats to write (default: all)")
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder to write to (default: export, in the run folder or beside the checkpoint)",
     )
     options = parser.parse_args(arguments)
-    formats, code = [*dict.fromkeys(options.format or FILES)], DONE
+    formats, code = [*dict.fromkeys(options.format or EXPORTED)], DONE
 
     network = load(options.checkpoint, "cpu")
     run_dir = options.checkpoint if options.checkpoint.is_dir() else run_of(options.checkpoint)
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_path("--out", out)
     # an export may replace an earlier one
     present = [name for name in WRITTEN if (out / name).exists()]
-    if present and not any((out / name).exists() for name in FILES.values()):
+    if present and not any((out / name).exists() for name in EXPORTED.values()):
         raise UserError(f"--out {out}: holds {present[0]}, which is not of an export; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]
     if "onnx" in formats and missing:
-        say(f"{FILES['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        say(f"{EXPORTED['onnx']} needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
         formats.remove("onnx")
         code = FAILED if options.format else DONE
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE, UserError
+from dist_train.errors import DONE, UserError, show
 from dist_train.reports.plots import draw
 
 
@@ -25,6 +25,5 @@ def main(arguments: list[str] | None = None) -> int:
         paths = draw(options.run_dir, dataset=options.dataset)
     except OSError as error:
         raise UserError(f"{options.run_dir}: the plots cannot be written ({error.strerror}); make room") from None
-    for path in paths:
-        print(path)
+    show(*map(str, paths))
     return DONE

@@ -35,7 +35,7 @@ from dist_train.command_line import Parser, command, positive
 from dist_train.config.settings import Tta
 from dist_train.data_prep.folders import images_below
 from dist_train.data_prep.pictures import SUFFIXES
-from dist_train.errors import DONE, FAILED, UserError, say
+from dist_train.errors import DONE, FAILED, UserError, printable, say, show
 from dist_train.inference.trained_network import TrainedNetwork, load
 
 _HEAD = 16  # bytes from which a picture on standard input is recognised
@@ -75,13 +75,13 @@ def _is_folder(name: str) -> bool:
 
 def _in_folder(folder: Path) -> Iterator[Source]:
     try:
-        paths, left_out = images_below(folder)
+        paths, skipped = images_below(folder)
     except UserError as error:
         yield error
         return
     yield from map(str, paths)
-    for part in left_out:
-        say(f"{folder}: left out {part}")
+    for part in skipped:
+        say(f"{folder}: skipped {part}")
     if not paths:
         yield UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
 
@@ -133,12 +133,14 @@ def results(
                     yield (source if isinstance(source, str) else _Piped.name), next(answers)
 
 
-def as_text(name: str, answer: Answer, width: int) -> str:
-    """An answer for the terminal. width: characters of the column with the classes."""
+def as_text(name: str, answer: Answer, width: int) -> list[str]:
+    """An answer as lines for the terminal. width: characters of the column with the classes."""
     if len(answer) == 1:
-        return f"{name}: {answer[0][0]} ({100 * answer[0][1]:.2f} %)"
-    rows = [f"    {cls:{width}}  {100 * p:6.2f} %  {'█' * round(_BAR * p)}".rstrip() for cls, p in answer]
-    return "\n".join([name, *rows])
+        return [f"{name}: {answer[0][0]} ({100 * answer[0][1]:.2f} %)"]
+    return [
+        name,
+        *(f"    {printable(cls):{width}}  {100 * p:6.2f} %  {'█' * round(_BAR * p)}".rstrip() for cls, p in answer),
+    ]
 
 
 @command
@@ -172,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # Pillow warns of flaws in pictures that it can read
 
     network = load(options.checkpoint, options.device)
-    code, width = DONE, max(map(len, network.classes))
+    code, width = DONE, max(len(printable(name)) for name in network.classes)
     for result in results(network, sources(options.images), options.batch, options.top, options.tta):
         if isinstance(result, UserError):
             say(str(result))
@@ -182,5 +184,5 @@ def main(arguments: list[str] | None = None) -> int:
             predictions = [{"class": cls, "probability": p} for cls, p in answer]
             print(json.dumps({"image": name, "predictions": predictions}), flush=True)
         else:
-            print(as_text(*result, width), flush=True)
+            show(*as_text(*result, width))
     return code

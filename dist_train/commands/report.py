@@ -9,13 +9,29 @@ run is named, and the others are shown; the exit code is then 1.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE, FAILED, UserError, say
+from dist_train.errors import DONE, FAILED, UserError, say, show
 from dist_train.files import write_atomic
-from dist_train.reports.page import page
+from dist_train.reports.page import GENERATOR, page
+
+_HEAD = 2000  # bytes of a page in which GENERATOR is
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is free, or has a page of this command. Raises UserError."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(_HEAD)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be read ({error.strerror}); name another file") from None
 
 
 @command
@@ -30,13 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.absolute().parent}; make it, or name another")
+    if not _is_own(out):
+        raise UserError(
+            f"--out {out}: is there, and was not written by dist-train report; name another file with --out"
+        )
     html, damaged = page(options.runs, options.title, ["dist-train", "report", *arguments])
-    text = html.encode(errors="backslashreplace")  # file names need not be valid text
+    content = html.encode(errors="backslashreplace")  # names of folders need not be valid text
     try:
-        write_atomic(out, text)
+        write_atomic(out, content)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from None
-    print(f"{out} ({len(text) / 1e6:.1f} MB): open it in a browser")
+    show(f"{out} ({len(content) / 1e6:.1f} MB): open it in a browser")
     for each in damaged:
         say(str(each))
     return FAILED if damaged else DONE

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.command_line import Parser, command
-from dist_train.errors import DONE, FAILED, say
+from dist_train.errors import DONE, FAILED, say, show
 from dist_train.reports.table import write
 
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("table", __doc__)
     parser.add_argument("group", metavar="GROUP", type=Path, help="a folder of run folders")
     text, damaged = write(parser.parse_args(arguments).group)
-    print(text, end="")
+    show(*text.splitlines())
     for error in damaged:
         say(str(error))
     return FAILED if damaged else DONE

@@ -23,7 +23,7 @@ def check_effects(config: Config, given: Iterable[str]) -> None:
         for name in names:
             place, value = f"{key}.{name}", getattr(table, name)
             if value != defaults[name] and any(f"{place}.".startswith(f"{part}.") for part in given):
-                raise UserError(f"{place} = {value} has no effect, since {why}; {remedy}, or leave it out")
+                raise UserError(f"{place} = {value} has no effect, since {why}; {remedy}, or remove it")
 
 
 def check_muon(config: Config) -> None:

@@ -62,9 +62,7 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
         if not separator:
             raise UserError(f"{setting}: settings are written key=value, for example train.epochs=4")
         if not text.strip():
-            raise UserError(
-                f"{setting}: an empty value; give one, leave the setting out, or write {key.strip()}='\"\"'"
-            )
+            raise UserError(f"{setting}: an empty value; give one, remove the setting, or write {key.strip()}='\"\"'")
         _assign(tree, _full_key(key.strip()), _value(text.strip()), setting)
     return _checked(tree)
 

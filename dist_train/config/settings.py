@@ -73,7 +73,7 @@ class DataConfig:
     image_size: PixelsOrNone = 0
     """Side of images of your own in pixels. 0: that of the betons."""
     drop_equal: Annotated[bool, FREE] = False
-    """Leave out training images that have the pixels of a test image, when the betons are written."""
+    """Drop training images that have the pixels of a test image, when the betons are written."""
     loader: Annotated[Literal["resident", "stream"], FREE] = "resident"
     """`resident` holds the data set in the device's memory, `stream` reads it from its file in every epoch."""
     holdout: CountOrNone = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -94,13 +95,13 @@ def manifest(config: DataConfig) -> data_prep.Manifest:
         other = config.folder.with_name(f"{config.dataset}-{config.image_size}")
         raise UserError(
             f"data.dir = {config.folder} holds images of {width}x{height} pixels, but data.image_size = "
-            f"{config.image_size}; set data.dir={other} and write that with {_command(config, other)}"
+            f"{config.image_size}; set {shlex.quote(f'data.dir={other}')} and write that with {_command(config, other)}"
         )
     if config.drop_equal and data_prep.may_share_images(betons):
         other = config.folder.with_name(f"{config.dataset}-drop-equal")
         raise UserError(
-            f"data.dir = {config.folder} was written without data.drop_equal = true; set data.dir={other} and write "
-            f"that with {_command(config, other)}"
+            f"data.dir = {config.folder} was written without data.drop_equal = true; set "
+            f"{shlex.quote(f'data.dir={other}')} and write that with {_command(config, other)}"
         )
     return betons
 

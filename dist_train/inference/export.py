@@ -21,15 +21,15 @@ from torch.export import ExportedProgram
 from dist_train import config, data_prep
 from dist_train.config.settings import RecordConfig
 from dist_train.data_prep import pictures
+from dist_train.errors import show
 from dist_train.files import write_atomic
 from dist_train.inference.model_card import PICTURES, Check, Checked, Results, card
 from dist_train.inference.trained_network import TrainedNetwork, load, stamp
-from dist_train.runs.layout import SETTINGS
+from dist_train.runs.layout import EXPORTED, SETTINGS
 from dist_train.runs.run import Run
 
-FILES = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 CARD = "README.md"
-WRITTEN = (*FILES.values(), SETTINGS, CARD, PICTURES)
+WRITTEN = (*EXPORTED.values(), SETTINGS, CARD, PICTURES)
 _TOLERANCE = 1e-4  # of the largest logit
 _IMAGES = 256  # to compare the logits on
 _PARTS = (1, 8)  # indices at which the images are split into batches, whose sizes differ
@@ -122,7 +122,7 @@ def _logits(read: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path | None) -> list[str]:
     """Write the files and the model card into the folder `out`, and print a line for each file.
 
-    formats: keys of FILES. run_dir: of the run that trained the network, None where that is not known. Returns a
+    formats: keys of EXPORTED. run_dir: of the run that trained the network, None where that is not known. Returns a
     sentence for each file that failed the comparison; these files are removed. Raises OSError, and UserError before
     anything is written.
     """
@@ -134,7 +134,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
     data = replace(network.config.data, dir="", source="")
     network.config = replace(network.config, data=data, record=RecordConfig())
 
-    print(f"{'file':17}  {'bytes':>10}  largest difference  same answers", flush=True)
+    show(f"{'file':17}  {'bytes':>10}  largest difference  same answers")
     checks, failures = [], []
     program = cache(lambda: as_graph(network))
     contents: dict[str, Callable[[], bytes]] = {
@@ -143,14 +143,14 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
         "onnx": lambda: as_onnx(network, program()),
     }
     for name in formats:
-        path = out / FILES[name]
+        path = out / EXPORTED[name]
         with _quiet():
             content = contents[name]()
             write_atomic(path, content)
             logits = _logits(reader(path), images)
         difference = (logits - expected).abs().max().item()
         same = int((logits.argmax(1) == expected.argmax(1)).sum())
-        print(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}", flush=True)
+        show(f"{path.name:17}  {len(content):10,}  {difference:18.2g}  {same} of {len(images)}")
         if difference <= _TOLERANCE * largest:
             checks.append(Check(path.name, len(content), hashlib.sha256(content).hexdigest(), difference, same))
         else:
@@ -162,7 +162,7 @@ def export(network: TrainedNetwork, out: Path, formats: list[str], run_dir: Path
     write_atomic(out / SETTINGS, config.to_toml(network.config).encode())
     write_atomic(out / PICTURES, Path(pictures.__file__).read_bytes())
     write_atomic(out / CARD, card(network, results, Checked(len(images), description, largest, checks)).encode())
-    print(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / CARD}", flush=True)
+    show(f"compared on {description}, with logits of up to {largest:.3g}; model card: {out / CARD}")
     return failures
 
 

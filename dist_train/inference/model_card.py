@@ -12,6 +12,7 @@ import yaml
 from dist_train import __version__, config, data_prep
 from dist_train.inference.trained_network import TrainedNetwork, stamp
 from dist_train.reports.architecture import markdown, totals
+from dist_train.reports.markdown import code, literal, table
 from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import often_taken_for, proportion
 from dist_train.runs.run import Run
@@ -95,11 +96,11 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
     digest = stamp(network)["weights_sha256"]
     summary, evaluation = results.summary, results.evaluation
     height, width, channels = network.image_shape
-    name = DATASETS.get(network.dataset, network.dataset)
+    name, classes = DATASETS.get(network.dataset) or literal(network.dataset), map(literal, network.classes)
     about, biases, terms = _DATA.get(
         network.dataset,
         (
-            f"{name}, a data set that was read from folders of images, one for each class.",
+            f"Images of the data set {name}, which were read from folders, one for each class.",
             ["How they were collected, and so what is rare among them, is not known."],
             "What may be done with a network trained on these images depends on the terms of the images.",
         ),
@@ -124,7 +125,7 @@ def card(network: TrainedNetwork, results: Results, checked: Checked) -> str:
             *biases,
         ),
         "Data": f"{about} The network was trained on the training images only, normalised by their mean and standard "
-        f"deviation; classes: {', '.join(network.classes)}.",
+        f"deviation; classes: {', '.join(classes)}.",
         "Architecture": markdown(network.config.model, (channels, height, width), len(network.classes)),
         "Training": _training(network, summary),
         "How it was checked": _checked(network, checked),
@@ -166,7 +167,7 @@ def _front(network: TrainedNetwork, evaluation: dict[str, Any]) -> dict[str, Any
 
 def _purpose(network: TrainedNetwork) -> str:
     height, width, _ = network.image_shape
-    names = f": {', '.join(network.classes)}" if len(network.classes) <= 20 else ""
+    names = f": {', '.join(map(literal, network.classes))}" if len(network.classes) <= 20 else ""
     return f"Classifies colour images of {width}x{height} pixels into {len(network.classes)} classes{names}."
 
 
@@ -182,7 +183,7 @@ def _results(network: TrainedNetwork, summary: dict[str, Any], evaluation: dict[
         held_out = network.config.data.holdout
         results.append(("held out of the training set", held_out, summary["val_accuracy"], summary["val_loss"]))
     rows = [[name, f"{count:,}", *_share(accuracy, count), f"{loss:.4f}"] for name, count, accuracy, loss in results]
-    text = _table(["images of", "images", "accuracy", "95 % interval", "loss"], rows)
+    text = table(["images of", "images", "accuracy", "95 % interval", "loss"], rows)
 
     precision = network.config.train.precision
     arithmetic = "Computed in float32" if precision == "fp32" else f"Computed in {precision}, as in training"
@@ -192,12 +193,13 @@ def _results(network: TrainedNetwork, summary: dict[str, Any], evaluation: dict[
         f"the choice of the test images.{fp32}\n\n"
     )
     classes = []
-    others = often_taken_for(evaluation)
-    for number, (name, row) in enumerate(zip(evaluation["classes"], evaluation["confusion"], strict=True)):
+    names = [literal(name) for name in evaluation["classes"]]
+    others = often_taken_for(evaluation, names)
+    for number, (name, row) in enumerate(zip(names, evaluation["confusion"], strict=True)):
         count = sum(row)
         share = _share(row[number] / count, count) if count else ["", ""]
         classes.append([name, f"{count:,}", *share, others[number]])
-    text += _table(["class", "images", "accuracy", "95 % interval", "most often taken for"], classes)
+    text += table(["class", "images", "accuracy", "95 % interval", "most often taken for"], classes)
     calibration = evaluation["calibration"]
     confidence = sum(part["count"] * part["confidence"] for part in calibration["bins"] if part["count"]) / images
     return text + (
@@ -230,12 +232,10 @@ def _training(network: TrainedNetwork, summary: dict[str, Any]) -> str:
         facts |= {_LABELS.get(key, key): value for key, value in environment.items()}
     moves = len(network.environments) - 1
     note = f"\nThe run was resumed in another environment {moves} time{'s' * (moves > 1)}; the last one is given.\n"
-    text = _table(["", ""], [[name, str(value)] for name, value in facts.items()]) + note * (moves > 0)
+    text = table(["", ""], [[literal(name), literal(str(value))] for name, value in facts.items()]) + note * (moves > 0)
     toml = config.to_toml(network.config).strip()
-    configuration = (
-        f"<details><summary>The whole configuration (config.toml)</summary>\n\n```toml\n{toml}\n```\n\n</details>"
-    )
-    return f"{text}\n{configuration}"
+    configuration = f"<summary>The whole configuration (config.toml)</summary>\n\n{code('toml', toml)}"
+    return f"{text}\n<details>{configuration}\n\n</details>"
 
 
 def _checked(network: TrainedNetwork, checked: Checked) -> str:
@@ -250,9 +250,9 @@ def _checked(network: TrainedNetwork, checked: Checked) -> str:
         for check in checked.checks
     ]
     return (
-        f"Each file was read back and given {checked.description}, in batches of several sizes; its logits, of up to "
-        f"{checked.largest_logit:.3g}, were compared with those of the network in the trainer's own code.\n\n"
-        + _table(["file", "bytes", "largest difference", "same answers", "SHA-256"], rows)
+        f"Each file was read back and given {literal(checked.description)}, in batches of several sizes; its logits, "
+        f"of up to {checked.largest_logit:.3g}, were compared with those of the network in the trainer's own code.\n\n"
+        + table(["file", "bytes", "largest difference", "same answers", "SHA-256"], rows)
     )
 
 
@@ -261,13 +261,12 @@ def _reproduction(network: TrainedNetwork, digest: str) -> str:
     data = network.config.data
     write = data_prep.command(network.dataset, data.folder, image_size=size, drop_equal=data.drop_equal)
     environment = network.environments[-1]
+    device = literal(environment["device"])
     content = " and ".join(f"`{sha}` ({split})" for split, sha in network.content_sha256.items())
+    commands = f"{write}\npython -m dist_train.main --config config.toml --run-dir runs/again"
     return (
-        "```bash\n"
-        f"{write}\n"
-        "python -m dist_train.main --config config.toml --run-dir runs/again\n"
-        "```\n\n"
-        f"With dist_train {__version__}, torch {environment['torch']}, and a device like {environment['device']}, on "
+        f"{code('bash', commands)}\n\n"
+        f"With dist_train {__version__}, torch {environment['torch']}, and a device like {device}, on "
         f"any number of ranks, the weights and BatchNorm statistics after step {network.step:,} are these, with the "
         f"SHA-256 `{digest}` (at the end of a run, `weights_sha256` in its summary.json). Under another version or on "
         f"another kind of device they may differ in rounding. The images are the same where `manifest.json` beside the "
@@ -309,7 +308,7 @@ def _use(network: TrainedNetwork, files: Sequence[str]) -> str:
         ),
     }
     usage = "\n\n".join(
-        f"**{file}**: {words}.\n\n```python\n{code}\n```" for file, (words, code) in snippets.items() if file in files
+        f"**{file}**: {words}.\n\n{code('python', lines)}" for file, (words, lines) in snippets.items() if file in files
     )
     graphs = (
         f"The graphs take `images`, float32 RGB from 0 to 1 of shape (N, {channels}, {height}, {width}), any N, "
@@ -327,8 +326,3 @@ def _share(accuracy: float, images: int) -> list[str]:
 
 def _list(*items: str) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *escaped])

@@ -10,6 +10,7 @@ from dist_train.config.settings import Block, DataConfig, ModelConfig
 from dist_train.data_prep.betons import MANIFEST
 from dist_train.errors import UserError
 from dist_train.model.shapes import flops, padding_of, shapes, summed, training_flops
+from dist_train.reports.markdown import literal, table
 
 Shape = tuple[int, int, int]
 KNOWN = {"cifar10": ((32, 32), 10), "digits": ((32, 32), 10)}  # by data set: height and width, number of classes
@@ -99,10 +100,9 @@ def text(model: ModelConfig, image_shape: Shape, classes: int) -> str:
 def markdown(model: ModelConfig, image_shape: Shape, classes: int) -> str:
     """The table and the totals as a Markdown table and list."""
     header, *rows = _cells(layers(model, image_shape, classes))
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-    lines += [[f"**{part}**" if part else "", name.replace("*", "\\*"), *numbers] for part, name, *numbers in rows]
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*table, "", *(f"- {remark}" for remark in _remarks(model, image_shape, classes))]) + "\n"
+    rows = [[f"**{part}**" if part else "", literal(name), *numbers] for part, name, *numbers in rows]
+    remarks = [f"- {remark}\n" for remark in _remarks(model, image_shape, classes)]
+    return "\n".join([table(header, rows, ["---", "---", *["---:"] * (len(header) - 2)]), "".join(remarks)])
 
 
 def _cells(rows: list[Layer]) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dist_train.config.settings import Block, Convolution, ModelConfig
+from dist_train.errors import printable
 from dist_train.model.shapes import padding_of, shapes, summed
 from dist_train.reports.architecture import (
     LETTERS,
@@ -25,7 +25,7 @@ from dist_train.reports.architecture import (
     sum_text,
     totals,
 )
-from dist_train.reports.plots import BLUE, ORANGE, new_figure
+from dist_train.reports.plots import BLUE, ORANGE, new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +51,7 @@ def figure(model: ModelConfig, image_shape: Shape, classes: int, name: str = "",
 
     page = _Page(max(len(block.convolutions) for block in model.blocks), ink)
     if name:
+        name = printable(name)
         title = name if len(name) < 40 else f"{name[:38]}…"
         page.write(page.left, page.y + 6, title, size=10, weight="bold", ha="left")
         page.y += 15
@@ -104,11 +105,9 @@ def image_bytes(drawn: Figure, suffix: str, transparent: bool = False) -> bytes:
     import matplotlib
 
     dates = {".svg": ("Date", "Creator", "Format", "Type"), ".pdf": ("CreationDate",), ".png": ()}
-    file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "pdf.fonttype": 42}):
         metadata = dict.fromkeys(dates[suffix])
-        drawn.savefig(file, format=suffix[1:], dpi=200, transparent=transparent, metadata=metadata)
-    return file.getvalue()
+        return saved(drawn, format=suffix[1:], dpi=200, transparent=transparent, metadata=metadata)
 
 
 class _Page:

@@ -1,7 +1,8 @@
 """The figures of the report, as plotly's JSON. The page draws them, and replaces the names of colours.
 
-A colour is a name in report.css such as `--c0`; `--c0 0.3` is that with an opacity of 0.3. The `meta` of a trace names
-its run and its entry of the legend. All text goes through `_plain`: plotly reads it as HTML.
+A colour is a name in report.css such as `--c0`; `--c0 0.3` is that with an opacity of 0.3. Only the values of keys that
+end with "color" or "colorscale" are colours. The `meta` of a trace names its run and its entry of the legend. All text
+goes through `_plain`: plotly reads it as HTML.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_train.reports.groups import PageRun
-from dist_train.reports.plots import smooth
+from dist_train.reports.plots import epoch_ticks, smooth
 from dist_train.reports.statistics import proportion
 from dist_train.runs.metrics import Row
 
@@ -25,8 +26,10 @@ _FEW = 3  # the number of runs up to which overlapping lines of single batches a
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _DOWN = {"autorange": "reversed"}
 _HIGH, _LOW = 320, 240  # pixels
-_WRITTEN = 20  # the number of classes up to which a heat map has its numbers in the cells
-_ACCURACIES = (("test", "test", "--c1"), ("train", "train", "--c0"), ("val", "validation", "--c2"))
+_WRITTEN = 20  # the number of classes up to which a heat map has its numbers in the cells, where there is room
+_ROWS = 40  # classes that a figure with a row for each shows at most
+_CONFUSED = 20  # classes of a confusion matrix of more than _ROWS classes
+_EVALUATED = (("test", "test", "--c1"), ("train", "train", "--c0"), ("val", "validation", "--c2"))
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,12 @@ class Figure:
 
 
 def curves(runs: Sequence[PageRun]) -> list[Figure]:
-    """The metrics of the runs while training: loss, accuracies, learning rate, speed and gradient. A metric that no run
-    has is omitted."""
+    """The metrics of the runs while training: losses, accuracies, learning rate, speed and gradient. A metric that no
+    run has is omitted."""
     figures = [
         _by_batch(runs, "loss", "Training loss", "loss, mean over the batch"),
-        _accuracy(runs),
+        _by_epoch(runs, "accuracy", "Accuracy", "accuracy, %", 100, "%{y:.2f} %"),
+        _by_epoch(runs, "loss", "Loss by epoch", "loss, mean over the images", 1, "%{y:.4f}"),
         _by_batch(runs, "lr", "Learning rate", "rate of the kernels", smoothed=False),
         _by_batch(runs, "images_per_second", "Speed", "images per second", from_zero=True),
         _by_batch(runs, "grad_norm", "Gradient", "norm of the gradient"),
@@ -125,6 +129,8 @@ def _by_batch(
     caption += [f"Not finite, and a gap: {_listed(gaps)}."] if gaps else []
     caption += [f"Not recorded by {_listed(not_recorded)}."] if not_recorded else []
     layout = _layout("training batches", unit, "batch %{x:,}")
+    if max(line["x"][-1] for line in lines) <= 2 * _FEW:
+        layout["xaxis"]["dtick"] = 1  # plotly would take halves
     least, low, high = (pick(ends) for pick, ends in zip((min, min, max), zip(*spans, strict=True), strict=True))
     if smoothed and not from_zero and least > 0 and low < high / 10:
         layout["yaxis"] |= {"type": "log", **_ticks(low, high)}
@@ -134,13 +140,15 @@ def _by_batch(
     return Figure(key, title, alt, batches + lines, layout, " ".join(caption), parts, height)
 
 
-def _accuracy(runs: Sequence[PageRun]) -> Figure | None:
+def _by_epoch(runs: Sequence[PageRun], metric: str, title: str, unit: str, scale: float, form: str) -> Figure | None:
+    """A metric of every evaluation: on the test set, while training, and on the held-out images. scale: what its values
+    are multiplied by. form: of a value in the hover box."""
     several = len(runs) > 1
     traces, alts, present = [], [], set()
     for number, (run, name, run_color) in enumerate(runs):
         epochs = [row["epoch"] for row in run.evals]
-        for position, (key, label, color) in enumerate(_ACCURACIES):
-            values = 100 * _floats([row.get(f"{key}_accuracy") for row in run.evals])
+        for position, (key, label, color) in enumerate(_EVALUATED):
+            values = scale * _floats([row.get(f"{key}_{metric}") for row in run.evals])
             if not np.isfinite(values).any():
                 continue
             traces.append(
@@ -152,24 +160,24 @@ def _accuracy(runs: Sequence[PageRun]) -> Figure | None:
                     "name": _plain(f"{name}, {label}" if several else label),
                     "line": {"color": run_color if several else color, "dash": _DASHES[position], "width": 2},
                     "marker": {"size": 5},
-                    "hovertemplate": "%{y:.2f} %",
+                    "hovertemplate": form,
                     "meta": {"run": number, "part": key},
                 }
             )
             present.add(key)
             if key == "test" and np.isfinite(values[-1]):
-                alts.append(f"{name} at {values[-1]:.2f} % after epoch {epochs[-1]:g}")
+                alts.append(f"{name} at {values[-1]:.4g} after epoch {epochs[-1]:g}")
         last = run.evals[-1] if run.evals else {}
-        if last.get("test_accuracy_tta") is not None:
+        if last.get(f"test_{metric}_tta") is not None:
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "markers",
                     "x": [last["epoch"]],
-                    "y": [100 * last["test_accuracy_tta"]],
+                    "y": _numbers([scale * last[f"test_{metric}_tta"]]),
                     "name": _plain(f"{name}, with TTA" if several else "test with TTA"),
                     "marker": {"color": run_color if several else "--c1", "size": 10, "symbol": "diamond-open"},
-                    "hovertemplate": "%{y:.2f} %",
+                    "hovertemplate": form,
                     "meta": {"run": number, "part": "tta"},
                 }
             )
@@ -178,19 +186,27 @@ def _accuracy(runs: Sequence[PageRun]) -> Figure | None:
         return None
     parts = [
         Part(key, label, "--ink" if several else color, dash)
-        for (key, label, color), dash in zip(_ACCURACIES, _DASHES, strict=False)
+        for (key, label, color), dash in zip(_EVALUATED, _DASHES, strict=False)
         if key in present
     ]
     if "tta" in present:
         parts.append(Part("tta", "test, with test-time augmentation", "--ink" if several else "--c1", "marker"))
-    layout = _layout("epochs", "accuracy, %", "epoch %{x:.4~g}")
-    layout["xaxis"]["rangemode"] = "tozero"
+    layout = _layout("epochs", unit, "epoch %{x:.4~g}")
+    layout["xaxis"] |= _epochs(runs)
+    smoothing = ", label smoothing" if metric == "loss" else ""
     caption = (
-        "Train accuracy is measured while training, with augmentation and dropout, over the steps since the previous "
-        "evaluation."
+        f"Train {metric} is measured while training, with augmentation{smoothing} and dropout, over the steps since "
+        f"the previous evaluation."
     )
-    alt = f"Accuracy by epoch; on the test set {_listed(alts)}."
-    return Figure("accuracy", "Accuracy", alt, traces, layout, caption if "train" in present else "", parts)
+    alt = f"{title}, {unit}, by epoch; on the test set {_listed(alts or ['not finite'])}."
+    id, height = ("accuracy", _HIGH) if metric == "accuracy" else (f"{metric}-by-epoch", _LOW)
+    return Figure(id, title, alt, traces, layout, caption if "train" in present else "", parts, height)
+
+
+def _epochs(runs: Sequence[PageRun]) -> Row:
+    """Options of an axis of epochs, with a tick at the last."""
+    last = max((row["epoch"] for run, _, _ in runs for row in run.evals), default=1)
+    return {"rangemode": "tozero", "tickvals": epoch_ticks(last), "tickformat": "~g"}
 
 
 def coefficients(runs: Sequence[PageRun]) -> list[Figure]:
@@ -224,7 +240,7 @@ def coefficients(runs: Sequence[PageRun]) -> list[Figure]:
                 for branch, names in labels.items()
             ]
             layout = _layout("epochs", "coefficient")
-            layout["xaxis"]["rangemode"] = "tozero"
+            layout["xaxis"] |= _epochs(runs)
             alt = f"Mixing coefficients of block {block + 1} by epoch; at the end {_listed(alts)}."
             figures.append(Figure(f"block{block}", f"Block {block + 1}", alt, bands + lines, layout, "", parts, 220))
     return figures
@@ -270,7 +286,7 @@ def predictions(evaluation: Row, prefix: str) -> Row:
         for image in evaluation["wrong"]
     ]
     return {
-        "many_classes": len(classes) > _WRITTEN,
+        "tall": _rows_height(min(len(classes), _ROWS)) > 600,
         "split": evaluation["split"],
         "images": evaluation["images"],
         "errors": int(confusion.sum() - np.trace(confusion)),
@@ -291,9 +307,15 @@ def _depth(evaluation: Row) -> float:
 
 def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
     """For each block the mean coefficients of the classes, coloured by their difference from the mean of all images."""
-    names, depth = evaluation["classes"], _depth(evaluation)
+    depth = _depth(evaluation)
     for number, block in enumerate(evaluation["coefficients"]):
+        names: list[str] = evaluation["classes"]
         values, mean = _floats(block["by_class"]), _floats(block["mean"])
+        caption = ""
+        if len(names) > _ROWS:
+            caption = f"The {_ROWS} of {len(names)} classes that are furthest from the mean."
+            furthest = np.sort(np.argsort(-np.abs(values - mean).max(1), kind="stable")[:_ROWS])
+            names, values = [names[n] for n in furthest], values[furthest]
         difference = values - mean
         branches = [
             f"{name}, {n + 1}" if block["branches"].count(name) > 1 else name
@@ -323,56 +345,75 @@ def _by_class(evaluation: Row, prefix: str) -> Iterator[Figure]:
             f"Coefficients of block {number + 1} by class. Furthest from the mean of all images is "
             f"{names[place[0]]} in {branches[place[1]]}: {values[place]:.3f}, where the mean is {mean[place[1]]:.3f}."
         )
-        height = 70 + (22 if len(names) <= _WRITTEN else 8) * len(names)
-        yield Figure(f"{prefix}-block{number}", f"Block {number + 1}", alt, [trace], layout, height=height)
+        height = _rows_height(len(names))
+        yield Figure(f"{prefix}-block{number}", f"Block {number + 1}", alt, [trace], layout, caption, height=height)
+
+
+def _rows_height(rows: int) -> int:
+    """Pixels of a figure with a row for each of so many classes."""
+    return 90 + (21 if rows <= _WRITTEN else 15) * rows
 
 
 def _confusion(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) -> Figure:
+    """How often the images of a class were taken for each class. Of many classes those with the most mistakes, of their
+    own images and for them, and one column for all others."""
+    errors = np.where(np.eye(len(names), dtype=bool), 0, confusion)
+    frequent = [
+        f"{names[i]} for {names[j]} ({confusion[i, j]:,})"
+        for i, j in (divmod(int(place), len(names)) for place in np.argsort(-errors, axis=None, kind="stable")[:5])
+        if errors[i, j]
+    ]
+    caption = f"Most often mistaken: {_listed(frequent)}." if frequent else "No image was mistaken."
+    alt, columns = f"Confusion matrix of {len(names)} classes. {caption}", names
+    if len(names) > _ROWS:
+        mistaken = np.argsort(-(errors.sum(0) + errors.sum(1)), kind="stable")
+        kept, others = np.sort(mistaken[:_CONFUSED]), mistaken[_CONFUSED:]
+        confusion = np.column_stack([confusion[np.ix_(kept, kept)], confusion[np.ix_(kept, others)].sum(1)])
+        caption = f"The {_CONFUSED} of {len(names)} classes with the most mistakes. {caption}"
+        names = [names[n] for n in kept]
+        columns = [*names, f"{len(others):,} other classes"]
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    diagonal = np.eye(len(names), dtype=bool)
+    diagonal = np.arange(len(names))[:, None] == np.arange(len(columns))
     worst = max(float(share[~diagonal].max()), 1e-9) if len(names) > 1 else 1.0
+    written = _written(len(names))
     common: Row = {
         "type": "heatmap",
-        "x": list(map(_plain, names)),
+        "x": list(map(_plain, columns)),
         "y": list(map(_plain, names)),
         "customdata": confusion.tolist(),
         "showscale": False,
         "hoverongaps": False,
         "xgap": 1,
         "ygap": 1,
-        "hovertemplate": "%{y} taken for %{x}: %{customdata:,}<br>%{z:.1%} of the class<extra></extra>",
-        **_written(len(names)),
+        "hovertemplate": "%{y} taken for %{x}: %{customdata:,}<br>%{z:.1f} % of the class<extra></extra>",
+        **written,
     }
     traces = [
         {
             **common,
-            "z": [_numbers(row) for row in np.where(mask, share, np.nan)],
-            "text": [[f"{count:,}" if count else "" for count in row] for row in (mask * confusion).tolist()],
+            "z": [_numbers(row) for row in np.where(mask, 100 * share, np.nan)],
+            **({"text": [[f"{count:,}" if count else "" for count in row] for row in own.tolist()]} if written else {}),
             "zmin": 0,
-            "zmax": most,
+            "zmax": 100 * most,
             "colorscale": [[0, "--middle"], [1, color]],
         }
         for mask, most, color in ((~diagonal, worst, "--high"), (diagonal, 1, "--low"))
+        for own in [mask * confusion]
     ]
     layout = _layout("predicted class", "true class")
-    layout["xaxis"] |= _categories(names, _WRITTEN)
-    layout["yaxis"] |= _categories(names, _WRITTEN) | _DOWN
-    errors = np.where(diagonal, 0, confusion)
-    order = np.argsort(-errors, axis=None, kind="stable")[:5]
-    frequent = [
-        f"{names[i]} for {names[j]} ({confusion[i, j]:,})"
-        for i, j in (divmod(int(place), len(names)) for place in order)
-        if errors[i, j]
-    ]
-    caption = f"Most often mistaken: {_listed(frequent)}." if frequent else "No image was mistaken."
-    alt = f"Confusion matrix of {len(names)} classes. {caption}"
+    layout["xaxis"] |= _categories(columns)
+    layout["yaxis"] |= _categories(names) | _DOWN
     return Figure(f"{prefix}-confusion", "Confusion matrix", alt, traces, layout, caption, height=0)
 
 
 def _per_class(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) -> Figure:
-    """Accuracy of each class with its interval, the best on top."""
+    """Accuracy of each class with its interval, the best on top; of many classes, of the best and the worst."""
     counts, right = confusion.sum(1), np.diag(confusion)
     order = [int(n) for n in np.argsort(-right / np.maximum(counts, 1), kind="stable") if counts[n]]
+    which = f"each of the {len(order)} classes"
+    if len(order) > _ROWS:
+        which = f"the {_ROWS // 2} most and the {_ROWS // 2} least accurate of {len(order)} classes"
+        order = [*order[: _ROWS // 2], *order[-_ROWS // 2 :]]
     middle = 100 * right[order] / counts[order]
     ends = 100 * np.array([proportion(int(right[n]), int(counts[n])) for n in order])
     words = [
@@ -395,10 +436,10 @@ def _per_class(names: list[str], confusion: npt.NDArray[np.int64], prefix: str) 
     ends_of_line = {"yref": "paper", "y0": 0, "y1": 1, "x0": overall, "x1": overall}
     layout["shapes"] = [{"type": "line", **ends_of_line, "line": {"color": "--muted", "dash": "dot"}}]
     caption = (
-        f"With 95 % intervals (Wilson) of each of the {len(order)} classes; dotted: all images, {overall:.2f} %. "
+        f"With 95 % intervals (Wilson), of {which}; dotted: all images, {overall:.2f} %. "
         f"Best {names[order[0]]}, {middle[0]:.1f} %; worst {names[order[-1]]}, {middle[-1]:.1f} %."
     )
-    height = 90 + (19 if len(names) <= _WRITTEN else 10) * len(names)
+    height = _rows_height(len(order))
     return Figure(f"{prefix}-classes", "Accuracy by class", caption, [trace], layout, caption, height=height)
 
 
@@ -406,16 +447,16 @@ def _calibration(evaluation: Row, prefix: str) -> Figure:
     calibration = evaluation["calibration"]
     bins = [each for each in calibration["bins"] if each["count"]]
     counts = _floats([each["count"] for each in bins])
-    confidence, right = (_floats([each[key] for each in bins]) for key in ("confidence", "accuracy"))
-    ends = np.array([proportion(round(a * n), int(n)) for a, n in zip(right, counts, strict=True)])
-    share = counts / counts.sum()
-    width = 1 / len(calibration["bins"])
+    confidence, right = (100 * _floats([each[key] for each in bins]) for key in ("confidence", "accuracy"))
+    ends = 100 * np.array([proportion(round(a * n / 100), int(n)) for a, n in zip(right, counts, strict=True)])
+    share = 100 * counts / counts.sum()
+    width = 100 / len(calibration["bins"])
     traces = [
         {
             "type": "scatter",
             "mode": "lines",
-            "x": [0, 1],
-            "y": [0, 1],
+            "x": [0, 100],
+            "y": [0, 100],
             "line": {"color": "--muted", "dash": "dot", "width": 1},
             "hoverinfo": "skip",
         },
@@ -427,28 +468,28 @@ def _calibration(evaluation: Row, prefix: str) -> Figure:
             "error_y": _bars(right, ends),
             "customdata": counts.astype(int).tolist(),
             "marker": {"color": "--c0", "size": _numbers(5 + 13 * np.sqrt(share / share.max()))},
-            "hovertemplate": "%{customdata:,} images: confidence %{x:.1%}, accuracy %{y:.1%}<extra></extra>",
+            "hovertemplate": "%{customdata:,} images: confidence %{x:.1f} %, accuracy %{y:.1f} %<extra></extra>",
         },
         {
             "type": "bar",
-            "x": [each["from"] + width / 2 for each in bins],
+            "x": [100 * each["from"] + width / 2 for each in bins],
             "y": _numbers(share),
             "width": [0.9 * width] * len(bins),
             "yaxis": "y2",
             "customdata": counts.astype(int).tolist(),
             "marker": {"color": "--c0 0.4"},
-            "hovertemplate": "%{customdata:,} images, %{y:.1%}<extra></extra>",
+            "hovertemplate": "%{customdata:,} images, %{y:.1f} %<extra></extra>",
         },
     ]
-    layout = _layout("confidence", "accuracy")
-    layout["xaxis"] |= {"range": [0, 1.02], "tickformat": ".0%", "anchor": "y2"}
-    layout["yaxis"] |= {"range": [0, 1.05], "tickformat": ".0%", "domain": [0.3, 1]}
-    layout["yaxis2"] = {**_axis("images"), "domain": [0, 0.2], "tickformat": ".0%", "rangemode": "tozero", "nticks": 3}
-    average, accuracy = float((confidence * share).sum()), float((right * share).sum())
+    layout = _layout("confidence, %", "accuracy, %")
+    layout["xaxis"] |= {"range": [0, 102], "anchor": "y2"}
+    layout["yaxis"] |= {"range": [0, 105], "domain": [0.3, 1]}
+    layout["yaxis2"] = {**_axis("images, %"), "domain": [0, 0.2], "rangemode": "tozero", "nticks": 3}
+    average, accuracy = (float((values * share).sum() / 100) for values in (confidence, right))
     verdict = "overconfident" if average > accuracy else "underconfident"
     caption = (
-        f"Expected calibration error {100 * calibration['ece']:.1f} %: the mean confidence is {100 * average:.1f} % "
-        f"and the accuracy {100 * accuracy:.1f} %: {verdict}. On the dotted line both are equal; bars are 95 % "
+        f"Expected calibration error {100 * calibration['ece']:.1f} %: the mean confidence is {average:.1f} % "
+        f"and the accuracy {accuracy:.1f} %: {verdict}. On the dotted line both are equal; bars are 95 % "
         f"intervals (Wilson). Below, the share of the images by confidence."
     )
     return Figure(f"{prefix}-calibration", "Calibration", caption, traces, layout, caption, height=330)
@@ -490,11 +531,10 @@ def _axis(title: str) -> Row:
     return {**colors, **words, "automargin": True}
 
 
-def _categories(names: Sequence[str], most: int = 50) -> Row:
-    """Options of an axis of names. Of more than `most` names only every second, third, ... is written."""
-    labelled = [*names[:: math.ceil(len(names) / most)]]
-    text = [_plain(name if len(name) <= 20 else f"{name[:19]}…") for name in labelled]
-    ticks = {"tickvals": list(map(_plain, labelled)), "ticktext": text, "ticks": "", "automargin": True}
+def _categories(names: Sequence[str]) -> Row:
+    """Options of an axis of names, of which the page writes as many as there is room for."""
+    text = [_plain(name if len(name) <= 20 else f"{name[:19]}…") for name in names]
+    ticks = {"tickvals": list(map(_plain, names)), "ticktext": text, "ticks": "", "automargin": True}
     return {**ticks, "type": "category", "showgrid": False, "zeroline": False}
 
 
@@ -526,8 +566,8 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def _plain(text: str) -> str:
-    """Text for plotly, which reads HTML."""
-    return escape(text)
+    """Text for plotly, which reads HTML, but leaves the entities of quotes as they are."""
+    return escape(text, quote=False)
 
 
 def _from_to(values: set[int]) -> str:

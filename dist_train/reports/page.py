@@ -8,7 +8,7 @@ import json
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 from dist_train import config
 from dist_train.errors import UserError
 from dist_train.reports import architecture, drawing, figures
+from dist_train.reports.data import Data, samples
 from dist_train.reports.groups import NAMED, Group, PageRun, names, read
-from dist_train.reports.plots import DATASETS
 from dist_train.reports.statistics import interval, proportion
+from dist_train.reports.table import IMAGES
 from dist_train.runs.layout import EVALUATION, SETTINGS
 from dist_train.runs.metrics import Row
 from dist_train.runs.run import Run
 
+GENERATOR = '<meta name="generator" content="dist-train report">'  # by which the command knows its own pages
 _LABELS = {
     "code": "digest of the code",
     "instructions": "CPU instructions",
@@ -63,18 +65,20 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> tuple[str
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    data = [Data(page_run.run) for page_run in runs]
     text = environment.get_template("report.html").render(
         title=title or (paths[0].resolve().name if len(paths) == 1 and len(runs) > 1 else names(runs)),
         made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         lead=_lead(groups),
-        facts=_facts(groups),
+        facts=_facts(groups, data),
+        samples=samples(data),
         groups=groups,
         runs=runs,
         table=table,
         tta=any(row["accuracies"][1] for row in table),
         intervals={cell["kind"] for row in table for cell in row["accuracies"] if cell},
         run_rows=[_run_row(page_run) for page_run in runs],
-        notes=_notes(groups, unfinished),
+        notes=_notes(groups, keys, unfinished),
         curves=curves,
         coefficients=coefficients,
         architectures=_architectures(runs),
@@ -87,6 +91,7 @@ def page(paths: Sequence[Path], title: str, command: Sequence[str]) -> tuple[str
         figures={each.id: {"data": each.traces, "layout": each.layout} for each in all_figures},
         style=Markup((sources / "report.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
+        generator=Markup(GENERATOR),
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
     return text, damaged
@@ -104,7 +109,7 @@ def _lead(groups: Sequence[Group]) -> str:
         with_tta = f" ({tta['mean']} % with test-time augmentation)" if tta else ""
         if group.done == 1:
             epochs = group.runs[0].run.settings.train.epochs
-            after = f"after {epochs:g} epochs, in {_duration(seconds)} of training"
+            after = f"after {_epochs(epochs)}, in {_duration(seconds)} of training"
             return f"Test accuracy {cell['mean']} %{with_tta} {after}."
         return (
             f"Test accuracy {cell['mean']} %{with_tta} as the mean of {group.done} runs, "
@@ -130,13 +135,16 @@ def _progress(run: Run) -> str:
     return words
 
 
-def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """The facts below the title, as pairs of a heading and lines."""
+def _facts(groups: Sequence[Group], data: Sequence[Data]) -> list[tuple[str, list[str]]]:
+    """The facts below the title, as pairs of a heading and lines. data: of each run."""
     runs = [page_run.run for group in groups for page_run in group.runs]
 
-    def all_of(words: Callable[[Run], str]) -> list[str]:
-        different = list(dict.fromkeys(map(words, runs)))
+    def few(lines: Iterable[str]) -> list[str]:
+        different = list(dict.fromkeys(lines))
         return different[:NAMED] + ([f"and {len(different) - NAMED} more"] if len(different) > NAMED else [])
+
+    def all_of(words: Callable[[Run], str]) -> list[str]:
+        return few(map(words, runs))
 
     def network(run: Run) -> str:
         blocks = run.settings.model.blocks
@@ -148,7 +156,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
     def training(run: Run) -> str:
         t = run.settings.train
-        return f"{t.epochs:g} epochs in batches of {t.batch_size:,} images, {t.precision}"
+        return f"{_epochs(t.epochs)} in batches of {t.batch_size:,} images, {t.precision}"
 
     def machine(run: Run) -> str:
         on = f" on {run.device}" if run.device else ""
@@ -156,11 +164,12 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
     seeds = [str(run.settings.train.seed) for run in runs]
     return [
-        ("Data", all_of(lambda run: DATASETS.get(run.settings.data.dataset, run.settings.data.dataset))),
+        ("Data", few(each.images for each in data)),
         ("Network", all_of(network)),
         ("Training", all_of(training)),
         ("Seeds" if len(set(seeds)) > 1 else "Seed", [", ".join(dict.fromkeys(seeds))]),
         ("Computed by", all_of(machine)),
+        ("Classes", few(each.names for each in data)),
     ]
 
 
@@ -236,7 +245,7 @@ def _run_row(page_run: PageRun) -> Row:
     }
 
 
-def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
+def _notes(groups: Sequence[Group], keys: Sequence[str], unfinished: Sequence[str]) -> list[str]:
     """Sentences about missing data, and for the interpretation of the results."""
     runs = [page_run for group in groups for page_run in group.runs]
     notes = [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
@@ -252,6 +261,11 @@ def _notes(groups: Sequence[Group], unfinished: Sequence[str]) -> list[str]:
     for count in sorted({page_run.run.summary.get("equal_images") or 0 for page_run in runs} - {0}):
         same = [page_run for page_run in runs if page_run.run.summary.get("equal_images") == count]
         notes.append(f"{count:,} of the test images of {names(same)} have the pixels of training images.")
+    if IMAGES in keys:
+        notes.append(
+            "Runs with the same settings were trained on different images, by the SHA-256 of the data set: they are "
+            "separate configurations, and their results are not averaged."
+        )
     for group in groups:
         done = [page_run for page_run in group.runs if page_run.run.done]
         seeds = Counter(page_run.run.settings.train.seed for page_run in done)
@@ -348,7 +362,7 @@ def _environment(runs: Sequence[PageRun]) -> list[Row]:
 
 def _event(name: str, row: Row) -> Row:
     """A line of `history.jsonl` as a row of the table of events. name: of its run."""
-    others = {key: value for key, value in row.items() if key not in ("event", "time", "environment")}
+    others = {key: value for key, value in row.items() if key not in ("event", "time", "environment", "images")}
     step = others.pop("step", None)
     if row["event"] == "start":
         ranks, host = others.pop("world_size", None), others.pop("host", "")
@@ -390,6 +404,10 @@ def _commands(runs: Sequence[PageRun], command: Sequence[str]) -> list[Row]:
         lines = [train(run, str(run.folder)) for run in others]
         commands.append({"for": "Resume the unfinished runs:", "lines": lines})
     return [*commands, {"for": "Create this page again:", "lines": [shlex.join(command)]}]
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch{'s' * (number != 1)}"
 
 
 def _counted(number: int, word: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.errors import printable
 from dist_train.files import write_atomic
 from dist_train.runs import layout
 from dist_train.runs.metrics import Row, best_eval
@@ -50,10 +53,8 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
         run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name),
     }
     for path, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, png.getvalue())
+        write_atomic(path, saved(figure, format="png", dpi=150))
     return [*figures]
 
 
@@ -62,9 +63,9 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
 
     The loss axis is logarithmic where the smoothed line falls below a tenth of its highest value.
     """
-    from matplotlib.ticker import LogLocator
-
     figure, axes = _figure("Training loss", dataset, name)
+    from matplotlib.ticker import LogLocator, MaxNLocator  # after `new_figure`, which silences the first import
+
     axes.set(xlabel="training batches", ylabel="loss (mean over the batch)")
     if not steps:
         return _empty(figure, axes, "no training batch yet")
@@ -90,9 +91,12 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     axes.set_xlim(0, 1.02 * batch[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     per_epoch = batch[-1] / steps[-1]["epoch"]
     top = axes.secondary_xaxis("top", functions=(lambda x: x / per_epoch, lambda x: x * per_epoch))
     top.set_xlabel("epochs", color=GREY)
+    top.set_ticks(epoch_ticks(steps[-1]["epoch"]))
+    top.xaxis.set_major_formatter("{x:.4g}")
     top.tick_params(colors=GREY)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -103,8 +107,6 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
 
     The last value of each is marked and labelled, and the best test accuracy; the last test accuracy is the result.
     """
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _figure("Accuracy", dataset, name)
     axes.set(xlabel="epochs", ylabel="accuracy (%)")
     epoch = np.array([row["epoch"] for row in evals], dtype=np.float64)
@@ -132,7 +134,8 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
             zorder=4,
             label=f"best test: {value:.2f} %, epoch {best['epoch']}",
         )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(epoch_ticks(epoch[-1]))
+    axes.xaxis.set_major_formatter("{x:.4g}")
     axes.set_xlim(0, 1.03 * epoch[-1])
     axes.margins(y=0.08)
     # The last values stand right of the axes, moved apart where they would cover each other.
@@ -156,11 +159,20 @@ def new_figure(**options: Any) -> Figure:
     return Figure(**options)
 
 
+def saved(figure: Figure, **options: Any) -> bytes:
+    """The bytes of a figure's file. options: those of its `savefig`."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # of names in a script that the font does not have
+        figure.savefig(file, **options)
+    return file.getvalue()
+
+
 def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
     figure = new_figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
     data = DATASETS.get(dataset) or (f"data set: {dataset}" if dataset else "data set not recorded")
-    axes.set_title(f"{title} · {data} · {name}", fontsize=12, loc="left", parse_math=False, wrap=True)
+    axes.set_title(printable(f"{title} · {data} · {name}"), fontsize=12, loc="left", parse_math=False, wrap=True)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -171,6 +183,14 @@ def _empty(figure: Figure, axes: Axes, sentence: str) -> Figure:
     axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", color=GREY)
     axes.set(xticks=[], yticks=[])
     return figure
+
+
+def epoch_ticks(last: float) -> list[float]:
+    """Ticks of an axis from 0 to the epoch `last`: whole epochs at one distance, at most nine, and the last one itself
+    in place of those that are near it."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    step = next(step for step in steps if last / step <= 8)
+    return [*(float(tick) for tick in range(0, math.ceil(last), step) if last - tick > 0.6 * step or not tick), last]
 
 
 def smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:

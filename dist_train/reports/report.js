@@ -12,16 +12,18 @@
     doubleClick: "reset",
   };
 
-  // The value with names of colours replaced: "--c0", or "--c0 0.3" for an opacity of 0.3.
-  function painted(value, styles) {
-    if (typeof value === "string" && value.startsWith("--")) {
+  // The value with names of colours replaced: "--c0", or "--c0 0.3" for an opacity of 0.3. color: whether it is the value
+  // of a key for colours; elsewhere such a text may be the name of a class.
+  function painted(value, styles, color = false) {
+    if (color && typeof value === "string" && value.startsWith("--")) {
       const [name, share] = value.split(" ");
-      const color = styles.getPropertyValue(name).trim();
-      return share ? color + Math.round(255 * share).toString(16).padStart(2, "0") : color;
+      const hex = styles.getPropertyValue(name).trim();
+      return share ? hex + Math.round(255 * share).toString(16).padStart(2, "0") : hex;
     }
-    if (Array.isArray(value)) return value.map((item) => painted(item, styles));
+    if (Array.isArray(value)) return value.map((item) => painted(item, styles, color));
     if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, painted(item, styles)]));
+    const paint = ([key, item]) => [key, painted(item, styles, /color(scale)?$/.test(key))];
+    return Object.fromEntries(Object.entries(value).map(paint));
   }
 
   function draw(plot) {
@@ -39,7 +41,7 @@
       margin: { l: 8, r: 8, t: 24, b: 8 },
       paper_bgcolor: "--page",
       plot_bgcolor: "transparent",
-      font: { family, size: root.classList.contains("paper") ? 10 : 12, color: "--ink" },
+      font: { family, size: root.classList.contains("paper") || plot.clientWidth < 420 ? 10 : 12, color: "--ink" },
       hoverlabel: { bgcolor: "--raised", bordercolor: "--muted", font: { family, color: "--ink" }, align: "left", namelength: -1 },
       modebar: { bgcolor: "transparent", color: "--muted", activecolor: "--ink" },
       dragmode: touch ? false : "zoom", // so that a finger on a chart still scrolls the page
@@ -47,10 +49,40 @@
     };
     const layout = painted({ ...common, ...figures[plot.id].layout }, styles);
     Plotly.react(plot, data, layout, { ...config, toImageButtonOptions: { filename: plot.id, scale: 2 } });
+    if (!("fitted" in plot.dataset)) {
+      plot.dataset.fitted = "";
+      plot.on("plotly_relayout", (change) => Object.keys(change).some((key) => key.includes("range")) && fit(plot));
+    }
+    fit(plot);
     const [picture, ...others] = plot.querySelectorAll(".main-svg");
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", plot.dataset.alt);
     for (const other of others) other.setAttribute("aria-hidden", "true");
+  }
+
+  // Write what there is room for: names of classes at a distance at which they can be read, numbers where the cells of a
+  // heat map are wide enough.
+  function fit(plot) {
+    const { _size: size, font, ...axes } = plot._fullLayout;
+    const layout = {};
+    const inSight = { xaxis: 0, yaxis: 0 };
+    for (const [name, room] of [["xaxis", size.w], ["yaxis", size.h]]) {
+      if (axes[name].type !== "category") continue;
+      inSight[name] = Math.abs(axes[name].range[1] - axes[name].range[0]);
+      const every = Math.max(1, Math.ceil((1.15 * font.size * inSight[name]) / room));
+      for (const key of ["tickvals", "ticktext"]) {
+        const values = figures[plot.id].layout[name][key].filter((_, number) => number % every === 0);
+        if (values.length !== axes[name][key].length) layout[`${name}.${key}`] = values;
+      }
+    }
+    const data = { texttemplate: [] };
+    for (const { text, textfont, texttemplate } of figures[plot.id].data) {
+      const longest = texttemplate ? Math.max(...text.flat().map((each) => each.length)) : 0;
+      const fits = 0.6 * textfont?.size * longest + 3 < size.w / inSight.xaxis;
+      data.texttemplate.push(fits ? texttemplate : "");
+    }
+    const heat = inSight.xaxis && figures[plot.id].data[0].texttemplate;
+    if (heat || Object.keys(layout).length) Plotly.update(plot, heat ? data : {}, layout);
   }
 
   const plots = [...document.querySelectorAll(".plot")];
@@ -104,12 +136,34 @@
     if (choice.selectedIndex) choose(); // the browser keeps the choice when the page is reloaded
   }
 
+  // tables that are wider than the page, and commands to copy
+
+  const tables = [...document.querySelectorAll(".scroll")];
+  const mark = () => tables.forEach((table) => table.classList.toggle("wide", table.scrollWidth > table.clientWidth + 1));
+  mark();
+  for (const each of document.querySelectorAll("details")) each.addEventListener("toggle", mark);
+  for (const button of document.querySelectorAll(".copy")) {
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      const command = button.parentElement.querySelector("code");
+      getSelection().selectAllChildren(command); // for a copy by hand, where the browser does not let the page copy
+      try {
+        await navigator.clipboard.writeText(command.textContent);
+        button.textContent = "copied";
+      } catch {
+        button.textContent = document.execCommand("copy") ? "copied" : "selected";
+      }
+      setTimeout(() => (button.textContent = "copy"), 2000);
+    });
+  }
+
   // light and dark, width, paper
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
   let width = document.body.clientWidth;
   new ResizeObserver(() => {
     if (width === (width = document.body.clientWidth)) return;
+    mark();
     redraw();
   }).observe(document.body);
   let opened = [];

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dist_train.runs.metrics import Row
 
 
-def often_taken_for(details: Row) -> list[str]:
+def often_taken_for(details: Row, names: Sequence[str]) -> list[str]:
     """For each class of an `evaluation.json` the class that its images are most often mistaken for, as `dog (12)` with
-    the number of images; empty for a class without mistakes."""
+    the number of images; empty for a class without mistakes. names: the classes, as they are to be written."""
     mistakes = []
     for number, row in enumerate(details["confusion"]):
         wrong = [*row[:number], 0, *row[number + 1 :]]
-        mistakes.append(f"{details['classes'][wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
+        mistakes.append(f"{names[wrong.index(max(wrong))]} ({max(wrong)})" if any(wrong) else "")
     return mistakes
 
 

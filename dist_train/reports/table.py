@@ -12,10 +12,12 @@ from dist_train import config
 from dist_train.data_prep.files import locked
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
+from dist_train.reports import markdown
 from dist_train.reports.statistics import interval
 from dist_train.runs import layout
 from dist_train.runs.run import Run, intact, members
 
+IMAGES = "images"  # the column that tells runs apart which have the same settings, and were trained on other images
 _METRICS = {
     "val_accuracy": "held out, %",
     "test_accuracy": "test accuracy, %",
@@ -25,8 +27,8 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs that differ in nothing but the seed. values: as text, of the settings in which the group's
-    configurations differ."""
+    """Runs that differ in nothing but the seed, on the same images. values: as text, of the settings in which the
+    group's configurations differ."""
 
     values: tuple[str, ...]
     runs: list[Run]
@@ -44,7 +46,8 @@ class Configuration:
 
 def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]:
     """The settings in which the runs that have begun differ, by dotted key and without the seed; and these runs,
-    grouped by the values. Raises UserError."""
+    grouped by the values. Where runs with the same values were trained on different images, IMAGES is one of the keys;
+    its values are the first digits of their SHA-256. Raises UserError."""
     begun = [run for run in runs if run.begun]
     varied: set[str] = set()
     for run in begun:
@@ -54,7 +57,19 @@ def configurations(runs: Sequence[Run]) -> tuple[list[str], list[Configuration]]
     for run in begun:
         tree = config.to_dict(run.settings)
         rows.setdefault(tuple(_value(tree, key) for key in keys), []).append(run)
+    if any(len({_images(run) for run in same} - {""}) > 1 for same in rows.values()):
+        keys.append(IMAGES)
+        of_images: dict[tuple[str, ...], list[Run]] = {}
+        for values, same in rows.items():
+            for run in same:
+                of_images.setdefault((*values, _images(run) or "not recorded"), []).append(run)
+        rows = of_images
     return keys, [Configuration(values, same) for values, same in rows.items()]
+
+
+def _images(run: Run) -> str:
+    """The images of a run as the first digits of their SHA-256, "" where that is not recorded."""
+    return " ".join(f"{split} {sha256[:8]}" for split, sha256 in run.images.items())
 
 
 def table(runs: Sequence[Run], damaged: Collection[str] = ()) -> str:
@@ -62,17 +77,15 @@ def table(runs: Sequence[Run], damaged: Collection[str] = ()) -> str:
     Raises UserError."""
     keys, rows = configurations(runs)
     metrics = [key for key in _METRICS if any(row.results(key) for row in rows)]
-    header = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"]
-    lines = [header, ["---"] * len(header)]
+    header, lines = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"], []
     for row in rows:
         of = f" of {len(row.runs)}" if row.done < len(row.runs) else ""
         cells = [_spread([100 * value for value in row.results(key)]) for key in metrics]
         seconds = f"{statistics.mean(row.results('train_seconds')):,.1f}" if row.done else ""
-        lines.append([*row.values, f"{row.done}{of}", *cells, seconds])
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    missing = [f"{run.folder.name}: {run.state}" for run in runs if run.state != "done"]
-    missing += [f"{name}: damaged" for name in damaged]
-    return "\n".join(text + ([f"\nmissing: {', '.join(missing)}"] if missing else [])) + "\n"
+        lines.append([*map(markdown.literal, row.values), f"{row.done}{of}", *cells, seconds])
+    missing = [f"{markdown.literal(run.folder.name)}: {run.state}" for run in runs if run.state != "done"]
+    missing += [f"{markdown.literal(name)}: damaged" for name in damaged]
+    return markdown.table(header, lines) + (f"\nmissing: {', '.join(missing)}\n" if missing else "")
 
 
 def _spread(values: Sequence[float]) -> str:

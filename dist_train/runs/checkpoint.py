@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import threading
 import zipfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 from dist_train.config.trees import leaves
 from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
-from dist_train.errors import UserError, first_line, reason
+from dist_train.errors import UserError, first_line, reason, say
 from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
 from dist_train.runs.contents import read_checksum, unreadable
@@ -246,7 +245,7 @@ def newest(folder: Path) -> Path | None:
             f"folder {folder} to start the run over"
         )
     for path, why in damaged:
-        print(f"checkpoint {path} {why}; it is set aside and the one before it is used", file=sys.stderr)
+        say(f"checkpoint {path} {why}; it is set aside and the one before it is used")
         path.replace(layout.damaged_path(path))
         layout.checksum_path(path).unlink(missing_ok=True)
     return whole

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from dist_train.errors import say
 from dist_train.runs.contents import history_line
 from dist_train.runs.layout import HISTORY
 from dist_train.runs.metrics import Row, finite
@@ -29,8 +29,7 @@ def append_history(run_dir: Path, event: str, **fields: Any) -> None:
     except FileNotFoundError:
         return  # the folder was moved or deleted, which the metrics tell
     except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped"
-        print(message, file=sys.stderr, flush=True)
+        say(f"{path} cannot be written ({error.strerror}); the line on the {event} is skipped")
 
 
 def read_history(run_dir: Path) -> list[Row]:

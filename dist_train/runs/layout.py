@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_train.config.loading import FILE
 
-SETTINGS = FILE  # the configuration as TOML; every folder with this file is a run folder
+SETTINGS = FILE  # the configuration as TOML: see is_run
 METRICS = "metrics.jsonl"  # the metrics of every step and evaluation: see metrics.py
 SUMMARY = "summary.json"  # the results, once the run is done
 EVALUATION = "evaluation.json"  # the last evaluation in full
@@ -18,6 +18,8 @@ LOSS_PLOT, ACCURACY_PLOT = PLOTS = ("plots/loss.png", "plots/accuracy.png")
 SAMPLES = "system/rank-*.jsonl"  # a file for each rank: see system_metrics.py
 WANDB = "wandb"  # the folder of W&B's files
 EXPORT = "export"  # the folder of exported networks
+# the files in it by format, with a configuration and a model card
+EXPORTED = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}
 MEETINGS = "meetings"  # a folder with a file for each start of a job, through which its nodes find each other
 
 # what a training writes; one of them is in every folder of a run
@@ -34,8 +36,9 @@ _CHECKSUM, _DAMAGED = ".sha256", ".damaged"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run folder: has a configuration."""
-    return (folder / SETTINGS).exists()
+    """Whether a folder is a run folder: has a configuration, and is not that of an exported network."""
+    exported = any((folder / name).exists() for name in EXPORTED.values()) and not (folder / METRICS).exists()
+    return (folder / SETTINGS).exists() and not exported
 
 
 def links(run_dir: Path) -> list[Path]:

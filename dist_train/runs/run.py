@@ -139,6 +139,13 @@ class Run:
         return f"{self.outcome} at step {self.history[-1].get('step', 0)}" if self.outcome else "not ended"
 
     @property
+    def images(self) -> dict[str, str]:
+        """The SHA-256 of the images and labels that the run was last started on, by split; empty where it is not
+        recorded."""
+        recorded = (row.get("images") for row in reversed(self.starts))
+        return next((dict(images) for images in recorded if isinstance(images, dict)), {})
+
+    @property
     def ranks(self) -> int | None:
         """The number of ranks of the last start; None where it is not recorded."""
         recorded = (row.get("world_size") for row in reversed(self.starts))
@@ -189,9 +196,11 @@ def intact(runs: Iterable[Run], check: Callable[[Run], object]) -> tuple[list[Ru
 
 def members(group: Path) -> list[Run]:
     """The runs of a group in order of their names, including those that were submitted and have not begun. Raises
-    UserError for a folder without runs."""
+    UserError for a folder without runs, and for that of a run."""
+    if layout.is_run(group):
+        raise UserError(f"{group}: is the folder of one run; name the folder above it")
     expected = read_members(group) or {}
-    begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}")}
+    begun = {path.parent.name for path in group.glob(f"*/{layout.SETTINGS}") if layout.is_run(path.parent)}
     if not begun | expected.keys():
         raise UserError(f"{group}: holds no runs; name the folder above the run folders")
     # shorter names first, so that seed10 comes after seed9

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_train.errors import show
 from dist_train.runs.layout import WANDB
 from dist_train.tracking import messages
 from dist_train.tracking.messages import Artifact, Begin, End, Message, encode
@@ -27,6 +28,8 @@ def process(first: Begin) -> dict[str, Any]:
             "WANDB_ERROR_REPORTING": "false",  # otherwise even an offline run connects to W&B, and waits
             "WANDB_SILENT": "true",
             "WANDB_DATA_DIR": str(Path(first.run_dir, WANDB)),  # for files that wait for their upload
+            # for the log of wandb's service process, which goes to the terminal where the home cannot be written
+            "WANDB_CACHE_DIR": str(Path(first.run_dir, WANDB, "cache")),
             **passed_on(),
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # so that it imports the same modules
         },
@@ -46,7 +49,7 @@ class WandbRun:
         try:
             worker = subprocess.Popen(**process(first), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
         except OSError as error:
-            report(f"W&B: not started ({error})")
+            show(f"W&B: not started ({error})", stream=sys.stderr)
             return None
         return cls(worker, first)
 
@@ -75,7 +78,7 @@ class WandbRun:
         except subprocess.TimeoutExpired:
             self._process.kill()  # wandb's service process then ends, too
             self._process.wait()
-            report(f"W&B: stopped, it did not finish in time; its files: {self._folder}")
+            show(f"W&B: stopped, it did not finish in time; its files: {self._folder}", stream=sys.stderr)
 
     def _send(self, message: Message) -> None:
         data = encode(message)
@@ -83,9 +86,3 @@ class WandbRun:
             if not self._torn:
                 sent = self._pipe.write(data)  # None, or fewer bytes, where the process hangs and the pipe is full
                 self._torn = sent is not None and sent < len(data)
-
-
-def report(sentence: str) -> None:
-    """Print a sentence to stderr, in place of a progress bar."""
-    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""  # tqdm draws the progress bar again
-    print(f"{wipe}{sentence}", file=sys.stderr, flush=True)

@@ -37,7 +37,8 @@ class Begin:
     run_dir: the run folder, absolute. mode: `record.wandb`, or that of WANDB_MODE. settings: of wandb.Settings. config:
     shown with the run. branches: for each block the names of its convolutions. matrix_rate: FLOP/s of matrix products
     on all ranks, NaN for no MFU. sent: bytes of each file, by its path in the run folder, that the W&B run has already.
-    samples: whether each rank samples its system metrics. share: `record.share`.
+    samples: whether each rank samples its system metrics. share: `record.share`. table: whether the terminal shows a
+    row for each evaluation.
     """
 
     run_dir: str
@@ -49,6 +50,7 @@ class Begin:
     sent: dict[str, int]
     samples: bool
     share: str
+    table: bool
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def begin(
         sent={METRICS: offset, **samples},
         samples=record.system == "all",
         share=record.share,
+        table=not record.quiet,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_train import config
 from dist_train.command_line import check_path
-from dist_train.errors import UserError, code_of
+from dist_train.errors import UserError, code_of, show
 from dist_train.files import claimed
 from dist_train.runs import layout
 from dist_train.runs.run import Run
@@ -46,6 +46,7 @@ def messages(run_dir: Path, args: argparse.Namespace, locks: ExitStack) -> list[
         project=args.project or settings.record.project,
         name=run.name,  # of its own, where there are several
         system="all",  # the system metrics of every rank in the folder
+        quiet=True,  # no table is printed
     )
     resolved(record, "--project" if args.project else "record.project")
     begin_message = begin(
@@ -85,5 +86,5 @@ def send(run_dir: Path, messages: list[Message]) -> int:
     assert isinstance(begin_message, Begin)
     finished = subprocess.run(**process(begin_message), input=b"".join(map(encode, messages)), stdout=subprocess.PIPE)
     if finished.stdout:
-        print(f"{run_dir}: {finished.stdout.decode().strip()}", flush=True)
+        show(f"{run_dir}: {finished.stdout.decode().strip()}")
     return finished.returncode

@@ -22,6 +22,7 @@ import math
 import netrc
 import os
 import select
+import shlex
 import signal
 import sys
 import time
@@ -33,11 +34,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.command_line import use_utf8
-from dist_train.errors import PREEMPTED, first_line
+from dist_train.errors import PREEMPTED, first_line, show
 from dist_train.files import write_atomic
 from dist_train.runs.layout import METRICS, SAMPLES, WANDB, samples_path, step_of
 from dist_train.runs.metrics import Row
-from dist_train.tracking.client import report
 from dist_train.tracking.messages import Artifact, Begin, End, Message, Summary, decode, shared
 from dist_train.tracking.variables import run_id_given
 
@@ -63,17 +63,18 @@ def main() -> int:
     for attempt in (1, 2):
         try:
             run, location = _follow(first, received, messages)
-            print(location)
+            show(location)
             return int(first.mode == "online" and run.offline)
         except TimeoutError:
-            report(f"W&B: not all was uploaded in time; later: wandb sync --include-online {folder}/run-*")
+            runs = f"{shlex.quote(str(folder))}/run-*"
+            _report(f"W&B: not all was uploaded in time; later: wandb sync --include-online {runs}")
             break
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             if attempt == 2:
-                report(f"W&B: stopped, {reason}; training continues, with its metrics in the run folder")
+                _report(f"W&B: stopped, {reason}; training continues, with its metrics in the run folder")
             else:  # a stop signal ends wandb's service process, which does not ignore it, with unwritten rows
-                report(f"W&B: restarted after {reason}")
+                _report(f"W&B: restarted after {reason}")
                 _tear_down()
                 time.sleep(1.0)  # wandb's folders are named by the second
     return 1
@@ -87,6 +88,9 @@ def _follow(first: Begin, received: list[Message], messages: Iterator[Message | 
     """
     exit_code = 1  # of a rank 0 that dies without an End message
     run, location, new = _begin(first)
+    below = _table_begun(first)  # a line between its rows would split it
+    if not below:
+        _report(_where(run, first))
     reader = _RunFolderReader(replace(first, sent={}) if new else first)
     for message in itertools.chain([*received], _appending(messages, received)):
         reader.log_new_rows(run)
@@ -98,6 +102,8 @@ def _follow(first: Begin, received: list[Message], messages: Iterator[Message | 
             exit_code = message.exit_code
             break
     reader.log_new_rows(run)
+    if below:
+        _report(_where(run, first))
     if exit_code == PREEMPTED:
         run.mark_preempting()  # W&B would otherwise show it as failed
     run.finish(exit_code=exit_code)
@@ -143,14 +149,33 @@ def _begin(first: Begin) -> tuple[Any, str, bool]:
     if _online(first.mode, wandb_setup.singleton().settings):
         try:
             run = begin("online")
-            report(f"W&B: {run.url}")
             return _with_axes(run), str(run.url), new
         except wandb.errors.Error as error:
-            report(f"W&B: no online run ({first_line(error)}), continuing offline")
+            _report(f"W&B: no online run ({first_line(error)}), continuing offline")
             _tear_down()  # otherwise wandb reports the id as in use
     run = begin("offline")
-    report(f"W&B: offline run in {folder}; upload it with: wandb sync {folder}/offline-run-*")
     return _with_axes(run), str(run.settings.sync_dir), new
+
+
+def _where(run: Any, first: Begin) -> str:
+    """The sentence on where the run is."""
+    if not run.offline:
+        return f"W&B: {run.url}"
+    folder = Path(first.run_dir, WANDB)
+    return f"W&B: offline run in {folder}; upload it with: wandb sync {shlex.quote(str(folder))}/offline-run-*"
+
+
+def _table_begun(first: Begin) -> bool:
+    """Whether the terminal shows a part of the table of this training, which has a row for each evaluation."""
+    if not first.table:
+        return False
+    with Path(first.run_dir, METRICS).open("rb") as file:
+        file.seek(first.sent[METRICS])
+        return any(line.startswith(b'{"kind": "eval"') for line in file)
+
+
+def _report(sentence: str) -> None:
+    show(sentence, stream=sys.stderr)
 
 
 def _tear_down() -> None:
@@ -177,7 +202,7 @@ def _online(mode: str, settings: Any) -> bool:
     if logged_in(settings):
         return True
     if mode == "online":  # wandb.init would prompt for a key and wait
-        report(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
+        _report(f"W&B: not logged in at {settings.base_url} (wandb login), so no online run")
     return False
 
 
@@ -290,7 +315,7 @@ def _log_checkpoint(run: Any, checkpoint: Path) -> None:
     try:
         artifact.add_file(str(checkpoint), skip_cache=True)
     except (OSError, ValueError):
-        report(f"W&B: {checkpoint} no longer exists, and is not among the run's artifacts")
+        _report(f"W&B: {checkpoint} no longer exists, and is not among the run's artifacts")
     else:
         run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -156,7 +157,8 @@ class Recorder:
                 raise FileNotFoundError("the run was interrupted before")
         except Exception as error:  # such as too little memory
             self._progress.warn(
-                f"{path} cannot be written ({reason(error)}); later: dist-train evaluate {self._dir} --write"
+                f"{path} cannot be written ({reason(error)}); "
+                f"later: {shlex.join(['dist-train', 'evaluate', str(self._dir), '--write'])}"
             )
 
     def checkpoint(self, path: Path, last: bool = False) -> None:
@@ -190,7 +192,8 @@ class Recorder:
         try:
             images = plots.draw(self._dir, dataset=self._dataset, name=self._name)
         except Exception as error:
-            self._progress.warn(f"plots not drawn ({error}); try again: dist-train plots {self._dir}")
+            again = shlex.join(["dist-train", "plots", str(self._dir)])
+            self._progress.warn(f"plots not drawn ({error}); try again: {again}")
             images = []
         if self._wandb is not None:
             self._wandb.summarize(summary, images, self._dir / EVALUATION)

@@ -64,7 +64,7 @@ class RunWriter(Writer):
         Raises UserError and OSError as Recorder does."""
         self.run_dir, self._artifacts = run_dir, settings.record.artifacts
         step = resumed.step if resumed else 0
-        self.environments = self._environments(ranks, step, resumed.environments if resumed else [])
+        self.environments = self._environments(ranks, data, step, resumed.environments if resumed else [])
         self._recorder = Recorder(
             run_dir,
             settings.record,
@@ -142,7 +142,7 @@ class RunWriter(Writer):
         append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=why)
         self._recorder.close(code)
 
-    def _environments(self, ranks: Ranks, step: int, known: list[Environment]) -> list[Environment]:
+    def _environments(self, ranks: Ranks, data: Manifest, step: int, known: list[Environment]) -> list[Environment]:
         """All environments of the run, the current one last. Also writes the history's line of the start."""
         now = environment(ranks.device)
         changed = changes(known[-1], now) if known else {}
@@ -156,6 +156,7 @@ class RunWriter(Writer):
             world_size=ranks.world_size,
             host=platform.node(),
             environment=now,
+            images={name: split.content_sha256 for name, split in data.splits.items()},
             **({"changed": changed} if changed else {}),
         )
         return [*known, now] if changed or not known else known

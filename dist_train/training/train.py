@@ -19,7 +19,7 @@ from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, autocast, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
 from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
-from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say
+from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say, show
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
 from dist_train.model.shapes import flops
@@ -95,7 +95,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         if newest and step_of(newest) == last_step and (run_dir / SUMMARY).exists():
             outcome.code = DONE
             if ranks.main:
-                print(f"{run_dir} is finished already")
+                show(f"{run_dir} is finished already")
                 _print_result(run_dir, manifest.dataset)
             return
 
@@ -146,7 +146,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
                 f"command again: it resumes from the newest checkpoint"
             )
         elif stopped:
-            print(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
+            show(f"stopped by {stopped} after step {state.step}, checkpoint saved; the same command resumes there")
         else:
             _print_result(run_dir, manifest.dataset)
             if remark:
@@ -183,14 +183,13 @@ def _announce(
 ) -> None:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     training, test = (f"{manifest.splits[split].count:,}" for split in ("train", "test"))
-    print(
+    show(
         f"{manifest.dataset}: {training} training and {test} test images; "
         f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {device}, {config.train.precision}; "
-        f"{total_steps} steps in {config.train.epochs:g} epochs; run folder {run_dir}",
-        flush=True,
+        f"{total_steps} steps in {config.train.epochs:g} epochs; run folder {run_dir}"
     )
     if step:
-        print(f"resuming after step {step}", flush=True)
+        show(f"resuming after step {step}")
 
 
 def _summary(
@@ -243,10 +242,9 @@ def _print_result(run_dir: Path, dataset: str) -> None:
     tta = f" ({100 * summary['test_accuracy_tta']:.2f} % with TTA)" if "test_accuracy_tta" in summary else ""
     starts = [row.get("step") for row in read_history(run_dir) if row["event"] == "start"]
     since = "since it was resumed" if any(starts[-1:]) else "in all"
-    print(
+    show(
         f"{dataset}: test accuracy {100 * summary['test_accuracy']:.2f} %{tta} at the last epoch; "
         f"{summary['train_seconds']:.1f} s of training ({summary['images_per_second']:,.0f} images/s), "
-        f"{summary.get('seconds', 0.0):.1f} s {since}\n"
+        f"{summary.get('seconds', 0.0):.1f} s {since}",
         f"curves: {run_dir / LOSS_PLOT}, {run_dir / ACCURACY_PLOT}; metrics: {run_dir / METRICS}, {run_dir / SUMMARY}",
-        flush=True,
     )

@@ -188,19 +188,19 @@ def put(source: Path, *folders: str, count: int = 5) -> None:
 
 
 def taken(source: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
-    """The number of images of each class in each split of the betons, and what the manifest says was left out, by the
+    """The number of images of each class in each split of the betons, and what the manifest says was skipped, by the
     reason; the same is said on stderr."""
     out = source.with_name("out")
     shutil.rmtree(out, ignore_errors=True)
     found = data_prep.prepare("own", out, source, image_size=4)
     assert data_prep.check(out) == found
     said = capsys.readouterr().err
-    for part in found.left_out:
+    for part in found.skipped:
         assert part.count == len(part.paths)
-        assert f"data_prep: left out {part.count}, since {part.reason}: {', '.join(part.paths[:3])}" in said
+        assert f"data_prep: skipped {part.count}, since {part.reason}: {', '.join(part.paths[:3])}" in said
     labels = {split: data_prep.read_split(out, split)[1] for split in found.splits}
     counts = {split: dict(zip(found.classes, np.bincount(of).tolist(), strict=True)) for split, of in labels.items()}
-    return counts, {part.reason: [*part.paths] for part in found.left_out}
+    return counts, {part.reason: [*part.paths] for part in found.skipped}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_classes_may_be_called_like_splits(
     assert taken(tmp_path / "in", capsys)[0]["test"] == dict.fromkeys(sorted(names), 1)
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_skipped_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in"
     put(source, "train/cat", "train/dog", "test/cat", "test/dog", "val/cat", "extra/more", "train/.cache", count=2)
     for name in ("notes.txt", "train/labels.csv", "train/cat/page.html", "train/cat/._0.png", "train/cat/deep/a.heic"):
@@ -242,9 +242,9 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     put(tmp_path / "elsewhere", "b", count=3)
     (source / "train" / "dog" / "linked").symlink_to(tmp_path / "elsewhere")  # read
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path)
-    counts, left_out = taken(source, capsys)
+    counts, skipped = taken(source, capsys)
     assert counts == {"train": {"cat": 2, "dog": 5}, "test": {"cat": 2, "dog": 2}}
-    assert left_out == {
+    assert skipped == {
         folders.NO_CLASS: ["loose.png", "test/loose.jpg"],
         folders.NO_IMAGES: ["notes.txt", "train/labels.csv", "train/cat/page.html", "train/cat/deep/a.heic"],
         folders.BESIDE: ["extra/more/0.png", "extra/more/1.png"],
@@ -256,16 +256,16 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("inside", ["", "unknown", "test"])
 @pytest.mark.parametrize("name", ["test", "Testing"])
-def test_a_test_split_without_labels_is_left_out(
+def test_a_test_split_without_labels_is_skipped(
     tmp_path: Path, name: str, inside: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in"
     put(source, "train/cat", "train/dog")
     put(source, f"{name}/{inside}", count=2)
-    counts, left_out = taken(source, capsys)
+    counts, skipped = taken(source, capsys)
     assert counts == {"train": {"cat": 4, "dog": 4}, "test": {"cat": 1, "dog": 1}}
     place = Path(name, inside).as_posix()
-    assert left_out == {folders.UNLABELLED: [f"{place}/0.png", f"{place}/1.png"]}
+    assert skipped == {folders.UNLABELLED: [f"{place}/0.png", f"{place}/1.png"]}
     put(source, "val/cat", "val/dog", count=2)
     assert taken(source, capsys)[0] == {"train": {"cat": 5, "dog": 5}, "test": {"cat": 2, "dog": 2}}
 
@@ -278,7 +278,7 @@ def test_test_images_that_are_training_images_too_are_counted_named_and_dropped_
     shutil.copy(source / "train/dog/2.png", source / "test/cat/6.png")  # of another class
     result = write(out, source, 4)
     assert "2 of the 12 test images have the pixels of training images (test/cat/" in result.stderr
-    assert "; --drop-equal, in a training data.drop_equal=true, leaves these training images out\n" in result.stderr
+    assert "; --drop-equal, in a training data.drop_equal=true, drops these training images\n" in result.stderr
     equal = data_prep.check(out).equal_images
     assert equal is not None
     assert (equal.count, equal.dropped) == (2, 0)
@@ -292,7 +292,7 @@ def test_test_images_that_are_training_images_too_are_counted_named_and_dropped_
         manifest(DataConfig("shapes", str(out), source=str(source), image_size=4, drop_equal=True))
     words = shlex.split(str(said.value).partition(" that with ")[2])
     result = run_here(*words[3:])
-    assert "; 3 training images are left out for it\n" in result.stderr
+    assert "; 3 of these training images are dropped\n" in result.stderr
     fresh = DataConfig("shapes", words[-1], drop_equal=True)
     equal = manifest(fresh).equal_images
     assert equal is not None

@@ -22,8 +22,10 @@ from torch import Tensor
 
 from dist_train import config, data_prep, load
 from dist_train.errors import UserError
-from dist_train.inference import export
+from dist_train.inference import export, model_card
 from dist_train.reports.statistics import proportion
+from dist_train.runs import layout
+from dist_train.runs.run import Run
 
 # torch.export.load of torch 2.9, in the card's snippet as anywhere: it reads tensors from the bytes of the file
 TORCH_2_9 = "ignore:The given buffer is not writable:UserWarning"
@@ -156,9 +158,8 @@ def test_the_command_says_what_it_wrote_and_nothing_else(run: Path, exported: su
         assert float(difference) < 1e-4
     assert rows[0].split()[2] == "0"
     assert "compared on 256 test images of digits" in end
-    assert {path.name for path in (run / "export").iterdir()} == {
-        *(*export.FILES.values(), "README.md", "config.toml", "pictures.py")
-    }
+    names = {*layout.EXPORTED.values(), "README.md", "config.toml", "pictures.py"}
+    assert {path.name for path in (run / "export").iterdir()} == names
     for path in (run / "export").iterdir():  # nothing of the machine it was made on
         assert not re.search(rb"/tmp/|/home/|dist_train/\w+\.py", path.read_bytes()), path
 
@@ -257,6 +258,19 @@ def test_the_card_has_the_metrics_of_the_run(
     ):
         assert words in body
     assert (run / "export" / "config.toml").read_text() in body
+
+
+def test_the_card_has_names_of_classes_as_they_are(run: Path) -> None:
+    network = load(last(run))
+    odd = ["a|b", "*star*", "<b>bold</b>", "[link](http://x)", "\x1b[31m", "`code`", "&amp;"]
+    network.classes = (*odd, *network.classes[len(odd) :])
+    results = model_card.Results.of(network, Run(run))
+    results.evaluation["classes"] = [*network.classes]
+    body = model_card.card(network, results, model_card.Checked(1, "noise", 1.0, []))
+    shown = [r"a\|b", r"\*star\*", r"\<b\>bold\</b\>", r"\[link\](http\://x)", r"\\x1b\[31m", r"\`code\`", r"\&amp;"]
+    assert body.count(", ".join(shown)) == 2
+    assert all(f"\n| {name} | " in body for name in shown)
+    assert not any(name in body.replace("\\", "") and name in body for name in odd[:3])
 
 
 def test_the_card_s_snippets_run(run: Path, exported: subprocess.CompletedProcess[str], digits: Path) -> None:

@@ -355,10 +355,10 @@ def test_a_folder_of_all_kinds(run: Path, network: TrainedNetwork, pictures: Pat
         [p for _, p in answers["long.jpg"]], abs=1e-6
     )  # all white
     assert code == 1
-    said_of_folder = f"dist_train: {pictures}: left out 1, since their names are not those of images: notes.txt"
-    hidden = f"dist_train: {pictures}: left out 1, since their names are those of hidden files: .hidden.png"
+    said_of_folder = f"dist_train: {pictures}: skipped 1, since their names are not those of images: notes.txt"
+    hidden = f"dist_train: {pictures}: skipped 1, since their names are those of hidden files: .hidden.png"
     assert {said_of_folder, hidden} <= {*err.splitlines()}
-    named = [line.split(": ")[1] for line in err.splitlines() if "left out" not in line]
+    named = [line.split(": ")[1] for line in err.splitlines() if "skipped" not in line]
     bad = ["broken.jpg", "empty.png", "words.png", "nowhere.png", "notes.txt"]
     assert named == [str(pictures / name) for name in bad]
     assert "(not an image)" in err

@@ -215,6 +215,26 @@ def test_table_survives_missing_members(tmp_path: Path) -> None:
     assert missing == "missing: lr0.002-seed10: preempted at step 7, lr0.002-seed11: not begun"
 
 
+def test_a_group_has_no_exports(tmp_path: Path) -> None:
+    """Those of its runs, and those beside them, are not members; a run is not a group."""
+    folders = [tmp_path / name for name in ("seed1", "seed1/export", "exported")]
+    for folder, network in zip(folders, ("", *layout.EXPORTED.values()), strict=False):
+        folder.mkdir()
+        (folder / "config.toml").write_text(config.to_toml(config.load("digits", None, [])))
+        if network:
+            (folder / network).touch()
+    (folders[0] / "summary.json").write_text(json.dumps(SUMMARY))
+    written, damaged = table.write(tmp_path)
+    assert not damaged
+    assert "missing" not in written
+    assert written.splitlines()[2].startswith("| 1 | 90.00 |")
+    with pytest.raises(UserError, match="seed1: is the folder of one run; name the folder above it"):
+        table.write(folders[0])
+    assert not (folders[0] / layout.TABLE).exists()
+    with pytest.raises(UserError, match="exported: holds no runs"):
+        table.write(folders[2])
+
+
 def test_table_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no runs"):
         table.write(tmp_path)

@@ -206,6 +206,23 @@ def test_mistakes(runs: Path, arguments: Sequence[str], sentence: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_only_its_own_page_is_overwritten(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    for _ in range(2):
+        assert report(runs / "seed1", "--out", out).returncode == 0
+    page = out.read_bytes()
+    (tmp_path / "link.html").symlink_to(out)
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "other.html").write_text("<html><p>written by hand, with dist-train report</p></html>")
+    for name in ("link", "folder", "other"):
+        kept = tmp_path / f"{name}.html"
+        done = report(runs / "seed1", "--out", kept)
+        told = f"dist_train: --out {kept}: is there, and was not written by dist-train report; name another file"
+        assert (done.returncode, done.stderr) == (2, f"{told} with --out\n")
+    assert out.read_bytes() == page
+    assert "by hand" in (tmp_path / "other.html").read_text()
+
+
 def test_long_runs_are_thinned_and_keep_their_spikes() -> None:
     values = np.sin(np.arange(100_000) / 1000)
     values[[777, 55_555]] = 9.0, np.nan
@@ -217,7 +234,140 @@ def test_long_runs_are_thinned_and_keep_their_spikes() -> None:
     assert figures._thinned(values[:1000], 1000) == (list(range(1000)), 1)
 
 
+def test_the_data(runs: Path, digits: Path, group_page: Path, tmp_path: Path) -> None:
+    """Classes, numbers and pictures, as far as the betons are still those of the run."""
+    words, classes = text_of(group_page), ", ".join(f"digit {number}" for number in range(10))
+    assert "digits: 1,437 train and 360 test images of 32x32 pixels" in words
+    assert f"Classes 10: {classes} Training images, one of each class digit 0" in words
+    assert group_page.read_text().count('<li><img src="data:image/png;base64,') >= 10
+    # other betons in their place, and none
+    other = shutil.copytree(runs / "seed1", tmp_path / "other")
+    history = (other / "history.jsonl").read_text()
+    sha256 = json.loads(history.splitlines()[0])["images"]["train"]
+    (other / "history.jsonl").write_text(history.replace(sha256, "0" * 64))
+    gone = shutil.copytree(runs / "seed2", tmp_path / "gone")
+    config = (gone / "config.toml").read_text()
+    (gone / "config.toml").write_text(config.replace(str(digits), str(tmp_path / "nowhere")))
+    for folder in (other, gone):
+        assert report(folder, "--out", tmp_path / "page.html").returncode == 0
+        words = text_of(tmp_path / "page.html")
+        assert "Data digits: 360 test images Network" in words
+        assert f"Classes 10: {classes} Result" in words
+
+
+def test_runs_on_different_images_are_not_averaged(runs: Path, tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    for name in ("seed1", "seed2"):
+        shutil.copytree(runs / name, group / name)
+    history = group / "seed2" / "history.jsonl"
+    images = json.loads(history.read_text().splitlines()[0])["images"]
+    history.write_text(history.read_text().replace(images["train"], "f00d" + "0" * 60))
+    assert report(group, "--out", tmp_path / "page.html").returncode == 0
+    words = text_of(tmp_path / "page.html")
+    assert "Runs with the same settings were trained on different images" in words
+    assert "over 2 runs" not in words
+    assert f"images = train f00d0000 test {images['test'][:8]}" in words
+    done = trainer(group, module="dist_train table")
+    header, _, *rows = done.stdout.splitlines()
+    assert header.startswith("| images | n | test accuracy, % |")
+    assert [row.split("|")[2].strip() for row in rows] == ["1", "1"]
+    # a run that does not say on what images it was trained is with neither; where no two differ, it is with the others
+    history.write_text("")
+    assert trainer(group, module="dist_train table").stdout.startswith("| n | test accuracy, % |")
+
+
+def classes_of(folder: Path, count: int) -> None:
+    """Makes a run one of `count` classes with long names, none of which is found in more than half of its images."""
+    path = folder / "evaluation.json"
+    details = json.loads(path.read_text())
+    details["classes"] = [f"a class with a long name, number {number}" for number in range(count)]
+    confusion = np.zeros((count, count), int)
+    for number in range(count):
+        confusion[number, number] = number % 3
+        confusion[number, (7 * number + 3) % count] += 1 + number % 5
+    details |= {"confusion": confusion.tolist(), "images": int(confusion.sum())}
+    for block in details["coefficients"]:
+        block["by_class"] = [[0.1 * (number % 7) for _ in block["branches"]] for number in range(count)]
+    path.write_text(json.dumps(details))
+
+
 # what the browser makes of it
+
+
+@pytest.mark.parametrize("count", [15, 200])
+def test_many_classes(browser: Browser, runs: Path, tmp_path: Path, count: int) -> None:
+    """No name covers another, and no cell is too small for its number, on a phone and beside it."""
+    folder = shutil.copytree(runs / "seed1", tmp_path / "many")
+    classes_of(folder, count)
+    assert report(folder, "--out", tmp_path / "page.html").returncode == 0
+    boxes = """([axis, side]) => [...document.querySelectorAll(".panel .plot")].map((plot) =>
+        [...plot.querySelectorAll(`.${axis}tick text`)].map((text) => {
+            const box = text.getBoundingClientRect();
+            return (box[side] + box[side === "top" ? "bottom" : "right"]) / 2;
+        }).sort((a, b) => a - b))"""
+    for width in (1280, 390):
+        with Opened(browser, tmp_path / "page.html", viewport={"width": width, "height": 800}) as opened:
+            page = opened.page
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert opened.undrawn() == []
+            for middles in page.evaluate(boxes, ["y", "top"]):
+                assert min(np.diff(middles), default=99) > 9
+            confusion = page.evaluate(boxes, ["x", "left"])[0]
+            assert min(np.diff(confusion)) > 9
+            cell = page.locator(".panel .plot.square .hm image, .panel .plot.square .heatmaplayer image").first
+            box = cell.bounding_box()
+            assert box is not None
+            assert box["width"] / min(count, 21 if count > 40 else count) > 4.5
+            numbers = page.locator(".panel .plot.square .heatmap-label text").all()
+            sizes = [found["width"] for number in numbers if (found := number.bounding_box())]
+            assert 0 < max(sizes) < box["width"] / min(count, 21)
+    shown = 20 if count > 40 else count
+    assert page_figure(tmp_path / "page.html", "run0-confusion")["data"][0]["z"][shown - 1 :] != []
+    assert len(page_figure(tmp_path / "page.html", "run0-classes")["data"][0]["y"]) == min(count, 40)
+    of_rows = page_figure(tmp_path / "page.html", "run0-confusion")["data"][0]["customdata"]
+    details = json.loads((folder / "evaluation.json").read_text())
+    totals = sorted(sum(row) for row in details["confusion"])
+    assert {sum(row) for row in of_rows} <= {*totals}  # no image of a class that is shown is left out
+
+
+def page_figure(path: Path, name: str) -> Any:
+    """A figure of the page, as plotly's JSON."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])[name]
+
+
+def test_percent_is_written_in_one_way(browser: Browser, group_page: Path) -> None:
+    assert not re.search(r"\d%", text_of(group_page))
+    with Opened(browser, group_page) as opened:
+        assert "%" not in "".join(opened.page.locator(".xtick text, .ytick text").all_text_contents())
+        opened.page.locator(".panel:visible .plot.square").hover(position={"x": 150, "y": 150})
+        opened.page.wait_for_selector(".panel .hoverlayer :text('% of the class')")
+        assert not re.search(r"\d%", opened.page.locator(".panel .hoverlayer").first.text_content() or "")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tables_and_commands_are_whole(browser: Browser, group_page: Path, width: int) -> None:
+    """A table that goes on beyond the page says so; commands do not, and are copied by a button."""
+    with Opened(browser, group_page, viewport={"width": width, "height": 800}) as opened:
+        page = opened.page
+        opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        for each in page.locator("summary").all():
+            each.evaluate("each => { each.parentElement.open = true; }")
+        page.wait_for_timeout(200)
+        for table in page.locator(".scroll").all():
+            cut, wide = table.evaluate("each => [each.scrollWidth > each.clientWidth, each.className.includes('wide')]")
+            assert cut == wide
+        assert page.locator(".scroll.wide").count() > 0 or width == 1280
+        layers = page.locator(".network td.wrap").all()
+        assert min(box["width"] for each in layers if (box := each.bounding_box())) > 100
+        for text in page.locator(".command code, pre").all():
+            assert text.evaluate("each => each.scrollWidth <= each.clientWidth")
+        command = page.locator(".command").last
+        command.locator("button").click()
+        page.wait_for_selector(".copy:text('copied')")
+        assert page.evaluate("navigator.clipboard.readText()") == command.locator("code").text_content()
+        assert opened.said == []
 
 
 def test_in_a_browser(browser: Browser, group_page: Path) -> None:
@@ -225,8 +375,9 @@ def test_in_a_browser(browser: Browser, group_page: Path) -> None:
     with Opened(browser, group_page) as opened:
         page = opened.page
         assert opened.undrawn() == []
-        assert page.locator("#curves .plot").count() == 7
-        assert "seed1 from 2." in (page.get_by_role("img").first.get_attribute("aria-label") or "")
+        assert page.locator("#curves .plot").count() == 8
+        assert opened.lines("loss-by-epoch") == 10  # of four runs train and test, of one held-out and TTA too
+        assert "seed1 from 2." in (page.locator("#loss [role=img]").get_attribute("aria-label") or "")
         assert opened.lines("loss") == 7  # of three runs each batch and the smoothed line, of one that is too short one
         page.click(".runs button:has-text('wide')")
         assert opened.lines("loss") == 5
@@ -340,7 +491,9 @@ def test_names_are_only_names(browser: Browser, runs: Path, tmp_path: Path) -> N
     config = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(config.replace('\nname = ""', f"\nname = {json.dumps(BAD)}"))
     details = json.loads((folder / "evaluation.json").read_text())
-    details["classes"][3] = BAD
+    odd = {0: "it's", 1: 'say "hi"', 2: "--c0", 3: BAD, 4: "--ink 0.3", 5: "&quot;"}
+    for number, name in odd.items():
+        details["classes"][number] = name
     details["wrong"] = [{**image, "label": 3} for image in details["wrong"]]
     (folder / "evaluation.json").write_text(json.dumps(details))
     history = (folder / "history.jsonl").read_text()
@@ -359,6 +512,7 @@ def test_names_are_only_names(browser: Browser, runs: Path, tmp_path: Path) -> N
         assert opened.undrawn() == []
         ticks = page.locator(".panel:visible .ytick text").all_text_contents()
         assert any(tick.startswith("</script>") for tick in ticks)
+        assert {*odd.values()} - {BAD} <= {*ticks}
         page.locator("#loss .nsewdrag").hover()
         page.wait_for_selector("#loss .hoverlayer :text('smoothed')")
         assert "<b>" in (page.locator("#loss .hoverlayer").text_content() or "")

@@ -259,6 +259,20 @@ def test_upload_to_a_file_and_refusals(trained: Trained, tmp_path: Path) -> None
 # offline
 
 
+def test_its_line_does_not_split_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """wandb takes longer to start than the whole training: the line comes below the table."""
+    recorder = opened(tmp_path / "run", RecordConfig(wandb="offline"))
+    train(recorder, 1, 2 * EPOCH)
+    time.sleep(8)
+    out, err = capfd.readouterr()
+    assert (out.count("\n"), err) == (3, "")
+    train(recorder, 2 * EPOCH + 1, 3 * EPOCH)
+    recorder.close(0)
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1
+    assert err.startswith("W&B: offline run in ")
+
+
 def test_offline_run_has_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     whole_run(run_dir, AUTO)

@@ -194,7 +194,7 @@ def other_data(digits: Path, run: Path, folder: Path) -> None:
     (folder / "test" / "notes.txt").touch()
     found = evaluation(run, "--data", folder / "test", "--json", ranks=2)
     assert found.returncode == 0, found.stderr
-    assert found.stderr.count("left out 1, since their names are not those of images: notes.txt") == 1
+    assert found.stderr.count("skipped 1, since their names are not those of images: notes.txt") == 1
     details = json.loads(found.stdout)
     assert (details["dataset"], details["split"], details["images"]) == ("photos/test", "test", 61)
     chosen = [*range(60), 359]

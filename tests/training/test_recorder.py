@@ -24,7 +24,7 @@ from recorded import EPOCH, digests_at, loss_at, mixed_at, opened, train, whole_
 
 from dist_train.commands import plots as plots_command
 from dist_train.config.settings import RecordConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, say
 from dist_train.reports import plots
 from dist_train.runs.history import append_history, read_history
 from dist_train.runs.metrics import Row, best_eval, read_digests, read_metrics
@@ -250,7 +250,8 @@ def test_history_survives_kills_and_a_full_disk(tmp_path: Path, capsys: pytest.C
     append_history(tmp_path, "start", step=4, loss=math.nan)
     with full_disk(path, room=10):
         append_history(tmp_path, "end", outcome="failed")
-    assert capsys.readouterr().err == f"{path} cannot be written (File too large); the line on the end is skipped\n"
+    told = f"dist_train: {path} cannot be written (File too large); the line on the end is skipped\n"
+    assert capsys.readouterr().err == told
     append_history(tmp_path, "end", outcome="done")
     first, second, third = read_history(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.pop("time"))
@@ -271,6 +272,8 @@ def test_what_the_terminal_shows(
 ) -> None:
     if terminal:
         monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", "100")
     whole_run(tmp_path, RecordConfig(wandb="disabled"))
     out, err = capsys.readouterr()
     header, *rows = out.splitlines()
@@ -286,6 +289,39 @@ def test_what_the_terminal_shows(
 def terminal_text() -> str:
     assert isinstance(sys.stderr, StringIO)
     return sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (100, ["epoch", "train loss", "train acc", "test loss", "test acc", "images/s", "elapsed s"]),
+        (60, ["epoch", "train loss", "train acc", "test loss", "test acc", "images/s"]),
+        (40, ["epoch", "train acc", "test loss", "test acc"]),
+        (10, ["epoch", "test acc"]),
+    ],
+)
+def test_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, shown: list[str]) -> None:
+    """A row of the table is one line, and the bar keeps its beginning and the time left."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", table := Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    whole_run(tmp_path, RecordConfig(wandb="disabled"))
+    header, *rows = table.getvalue().splitlines()
+    assert header == "  ".join(shown)
+    assert [len(row) for row in rows] == [len(header)] * 3
+    assert len(header) <= max(columns, 15)
+    bars = [part for part in terminal_text().split("\r") if "step 12/12, " in part]
+    assert all("00:00 left" in bar and len(bar.rstrip()) <= columns for bar in bars) or columns < 60
+    assert bars or columns < 60
+
+
+def test_a_message_takes_the_place_of_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    recorder = opened(tmp_path, RecordConfig(wandb="disabled"))
+    train(recorder, 1, 1)
+    say("the loss is not finite")
+    assert re.search(r"step [01]/12.*\r\x1b\[Kdist_train: the loss is not finite\n$", terminal_text())
+    recorder.close(1)
 
 
 def test_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +382,37 @@ def test_loss_figure_draws_every_batch() -> None:
     assert np.asarray(bad.get_xdata()).tolist() == [21]
     assert "digits" in axes.get_title("left")
     assert "CIFAR" not in axes.get_title("left")
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [
+        (0.5, [0, 0.5]),
+        (1, [0, 1]),
+        (2, [0, 1, 2]),
+        (8.6, [0, 2, 4, 6, 8.6]),
+        (10, [0, 2, 4, 6, 8, 10]),
+        (22, [0, 5, 10, 15, 22]),
+        (200, [0, 50, 100, 150, 200]),
+    ],
+)
+def test_ticks_are_whole_epochs_and_the_last(last: float, ticks: list[float]) -> None:
+    assert plots.epoch_ticks(last) == ticks
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_epochs_on_the_plots(epochs: int) -> None:
+    steps, evals = made_up(epochs)
+    of_loss = plots.loss_figure(steps, dataset="", name="")
+    of_accuracy = plots.accuracy_figure(evals, dataset="", name="")
+    for figure in (of_loss, of_accuracy):
+        figure.draw_without_rendering()
+    (top,) = of_loss.axes[0].child_axes
+    for axis in (top.xaxis, of_accuracy.axes[0].xaxis):
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert labels[-1] == str(epochs)
+        assert all(label.isdigit() for label in labels)
+    assert all(label.get_text().isdigit() for label in of_loss.axes[0].xaxis.get_ticklabels())
 
 
 def test_smoothing_keeps_a_constant_and_a_slope() -> None:
