@@ -114,7 +114,8 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
             use_utf8()
         try:
             code = main(*args, **kwargs)
-            print(end="", flush=True)
+            if sys.stdout:
+                sys.stdout.flush()
             return code
         except UserError as error:
             if os.environ.get("RANK", "0") == "0" or isinstance(error, LauncherError):

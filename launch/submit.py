@@ -395,11 +395,10 @@ def _check_names(folder: Path, members: Sequence[str]) -> None:
     path = str(folder.absolute())
     if not path.isprintable():
         raise UserError(f"--run-dir {path!r}: a job's folder has a name of printable characters; name another")
-    for part in (*folder.parts, *members):
-        if len(part.encode()) > _LONGEST:
-            raise UserError(
-                f"{part[:40]}... is too long for a file's name; give a shorter --run-dir, --job-name or --grid"
-            )
+    if any(len(part.encode()) > _LONGEST for part in folder.parts):
+        raise UserError(f"--run-dir {folder}: is too long for a file's name; give a shorter --run-dir or --job-name")
+    if long := [member for member in members if len(member.encode()) > _LONGEST]:
+        raise UserError(f"--grid: {long[0]} is too long for a file's name; give shorter settings")
 
 
 def _submit(named: Sequence[tuple[str, list[str]]], options: Options, local: bool, at_most: int) -> list[Job]:

@@ -106,8 +106,6 @@ def test_members() -> None:
     ("seeds", "grid", "sentence"),
     [
         ("a", [], "--seeds a: write it as"),
-        ("4-0", [], "--seeds 4-0: write it as"),
-        ("0-99999999999", [], "--seeds 0-99999999999: write it as"),
         ("", ["lr"], "--grid lr: write it as"),
         ("1,1", [], "would be called seed1"),
     ],
@@ -118,11 +116,11 @@ def test_members_refused(seeds: str, grid: list[str], sentence: str) -> None:
 
 
 REFUSED_OPTIONS: list[tuple[list[str], str]] = [
-    (["--at-most", "-1", "--seeds", "0-1"], "argument --at-most: -1 is not a whole number above 0"),
-    (["--at-most", "0"], "argument --at-most: 0 is not a whole number above 0"),
-    (["--nodes", "0"], "argument --nodes: 0 is not a whole number above 0"),
-    (["--cpus-per-node", "0"], "argument --cpus-per-node: 0 is not a whole number above 0"),
-    (["--gpus-per-node", "-1"], "--gpus-per-node -1: give a whole number from 0"),
+    (["--at-most", "-1", "--seeds", "0-1"], "argument --at-most: -1 is not a whole number from 1 to 100000"),
+    (["--at-most", "0"], "argument --at-most: 0 is not a whole number from 1 to 100000"),
+    (["--nodes", "0"], "argument --nodes: 0 is not a whole number from 1 to 100000"),
+    (["--cpus-per-node", "0"], "argument --cpus-per-node: 0 is not a whole number from 1 to 100000"),
+    (["--gpus-per-node", "-1"], "argument --gpus-per-node: -1 is not a whole number from 0 to 100000"),
     (["--gpus-per-node", "64", "microbatches=64"], "GPUs; ask for fewer"),
     (["--sbatch", "nodes=\u00b2"], "one line of printable characters"),
     (["--sbatch", "nodes=0"], "--nodes 0: give a whole number from 1"),
@@ -134,7 +132,7 @@ REFUSED_OPTIONS: list[tuple[list[str], str]] = [
     (["--sbatch", "qos=low\ntouch oops"], "one line of printable characters"),
     (["--sbatch", "qos\ntouch oops\n#=low"], "not the long name of an option of sbatch"),
     (["--sbatch", "qos low"], "not the long name of an option of sbatch"),
-    (["--sbatch", ""], "not the long name of an option of sbatch"),
+    (["--sbatch", ""], "an empty argument"),
     (["--sbatch", "array=0-99"], "--sbatch array: submit sets this one itself; remove it"),
     (["--seeds", "5-2"], "--seeds 5-2: 5-2 ends before it begins"),
     (["--seeds", "0,7-3"], "7-3 ends before it begins"),
@@ -148,7 +146,7 @@ REFUSED_OPTIONS: list[tuple[list[str], str]] = [
     (["--run-dir", "x" * 300], "is too long for a file's name"),
     (["--job-name", "x" * 300], "is too long for a file's name"),
     (["--grid", f"project={'x' * 300},y"], "is too long for a file's name"),
-    (["--partition", ""], "--partition '': an option of sbatch is one line of printable characters"),
+    (["--partition", ""], "an empty argument"),
 ]
 
 
