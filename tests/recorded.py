@@ -60,7 +60,11 @@ def train(recorder: Recorder, first: int, last: int, loss: Callable[[int], float
         if step % EPOCH == 0:
             recorder.weights(step=step, digests=digests_at(step))
             recorder.eval(
-                step=step, epoch=step // EPOCH, test_loss=1 / step, test_accuracy=step / 20, coefficients=mixed_at(step)
+                step=step,
+                epoch=step // EPOCH,
+                test_loss=1 / step,
+                test_accuracy=min(step / 20, 1.0),
+                coefficients=mixed_at(step),
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -237,7 +238,9 @@ def test_help(place: Path) -> None:
         answers = list(pool.map(lambda module: run(place, "--help", module=module), modules))
     for module, done in zip(modules, answers, strict=True):
         assert (done.returncode, done.stderr) == (0, ""), module
-        usage, *lines = done.stdout.replace(str(SCRIPT), "{cluster.SCRIPT}").splitlines()
+        copied = "{shlex.join(['cp', str(cluster.SCRIPT), 'slurm/'])}"
+        shown = done.stdout.replace(shlex.join(["cp", str(SCRIPT), "slurm/"]), copied)
+        usage, *lines = shown.replace(str(SCRIPT), "{cluster.SCRIPT}").splitlines()
         assert usage.startswith("usage: dist-train "), module
         # of the rest, what is not indented stands in our sources, up to where lines break
         headings = ("positional arguments:", "options:")

@@ -83,7 +83,7 @@ def ran(network: BlockNetwork, image_shape: Shape) -> list[tuple[tuple[int, ...]
         assert isinstance(block, MixedBlock)
         found += [run(convolution, x) for convolution in block.convolutions]
         found.append(run(block.mixing.fc, x.mean((2, 3))))
-        x = block(x, None)
+        x = block(x)
         found.append((tuple(x.shape[1:]), 0))
     x = x.mean((2, 3))
     for layer in [*network.output.hidden, network.output.logits]:

@@ -44,6 +44,7 @@ def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         "mean": [0.1, 0.2, 0.3],
         "std": [0.4, 0.5, 0.6],
         "content_sha256": {"train": "1", "test": "2"},
+        "grey_bits": None,
     }
     again = checkpoint.read(path)
     assert (again.step, again.scaler, again.environments) == (7, STATE["scaler"], STATE["environments"])

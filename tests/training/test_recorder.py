@@ -257,8 +257,8 @@ def test_history_survives_kills_and_a_full_disk(tmp_path: Path, capsys: pytest.C
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.pop("time"))
     assert first == {"event": "start", "step": 0, "environment": {"torch": "2.11.0", "device": "/dev/x"}}
     assert (second["step"], second["loss"], third["outcome"]) == (4, None, "done")
-    append_history(tmp_path / "absent", "end")
-    assert "No such file or directory" in capsys.readouterr().err
+    append_history(tmp_path / "absent", "end")  # of a run folder that was moved: the metrics report that
+    assert capsys.readouterr().err == ""
 
 
 class Terminal(StringIO):
