@@ -125,6 +125,6 @@ class StepLog:
 def _remedy(saved: int) -> str:
     """saved: the last step that can have a checkpoint."""
     return (
-        f"the checkpoints up to step {saved} are intact, and the same command resumes from the newest of them; to "
+        f"no checkpoint of a later step than {saved} is written, and the same command resumes from the newest; to "
         f"change its course lower the learning rates in [optim] or use train.precision=fp32, with a new --run-dir"
     )

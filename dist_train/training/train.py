@@ -162,8 +162,8 @@ def _on_modes(model: BlockNetwork, data: Data, ranks: Ranks, config: Config) -> 
     return (
         f"of the same {len(data.indices['statistics']):,} training images {100 * training:.1f} % are classified "
         f"correctly with the BatchNorm statistics of each microbatch, as in training, and {100 * evaluation:.1f} % in "
-        f"evaluation; microbatches of {data.size} images are too small for this network: raise train.batch_size, or "
-        f"lower train.microbatches"
+        f"evaluation; microbatches ({data.size} image{'s' * (data.size > 1)} each) are too small for this network: "
+        f"raise train.batch_size, or lower train.microbatches"
     )
 
 
