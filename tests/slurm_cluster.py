@@ -48,6 +48,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=0
 KillWait=15
+MinJobAge=7200
 SlurmdTimeout=10
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
