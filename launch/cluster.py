@@ -91,7 +91,7 @@ def partitions() -> dict[str, list[Node]]:
             f"on this machine with --local"
         )
     sinfo = ["sinfo", "--noheader", "--Node", "--format=%P|%N|%o|%G|%c|%l"]
-    done = subprocess.run(sinfo, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    done = answer(*sinfo)
     if done.returncode:
         reason = ["no reason given", *done.stderr.splitlines()][-1]
         raise UserError(f"Slurm does not answer ({reason}); ask its administrator, or use --local")
@@ -148,10 +148,8 @@ def check_shared(folder: Path, nodes: Sequence[Node]) -> None:
 
 def _own_names() -> set[str]:
     """The names and addresses of this machine."""
-    shown = subprocess.run(
-        ["hostname", "--all-ip-addresses"], capture_output=True, encoding="utf-8", errors="replace", check=False
-    ).stdout
-    return {os.uname().nodename, os.uname().nodename.split(".")[0], "localhost", *shown.split()}
+    addresses = answer("hostname", "--all-ip-addresses").stdout.split()
+    return {os.uname().nodename, os.uname().nodename.split(".")[0], "localhost", *addresses}
 
 
 def _file_system(folder: Path) -> str:
@@ -168,24 +166,26 @@ def _file_system(folder: Path) -> str:
     return kind
 
 
+def answer(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Returns its exit code, and what it printed as text. Raises FileNotFoundError."""
+    return subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
+
+
+def show_job(job: str) -> subprocess.CompletedProcess[str]:
+    """What scontrol says of a job, in one line. Raises FileNotFoundError."""
+    return answer("scontrol", "show", "job", job, "--oneliner")
+
+
 def state(job: str) -> str:
     """The state of a job in Slurm's terms; "" for a job that Slurm does not know, UNKNOWN while it does not answer."""
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job, "--oneliner"],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
+    shown = show_job(job)
     if match := re.search(r"\bJobState=(\w+)", shown.stdout):
         return match[1]
     if not re.search("not found|Invalid job id", shown.stdout + shown.stderr):
         return "UNKNOWN"
     sacct = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State", f"--jobs={job}"]
     try:
-        states = subprocess.run(
-            sacct, capture_output=True, encoding="utf-8", errors="replace", check=False
-        ).stdout.split()
+        states = answer(*sacct).stdout.split()
     except FileNotFoundError:
         states = []
     return states[0] if states else ""

@@ -31,6 +31,7 @@ from dist_train.config.settings import TrainConfig
 from dist_train.distributed.launcher import gpus_here, ranks_per_node, variable, without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, code_of, say, show
 from dist_train.files import write_atomic
+from dist_train.launch import cluster
 from dist_train.reports import table
 from dist_train.runs import layout
 from dist_train.runs.history import read_history
@@ -285,27 +286,19 @@ def _requeue(run_dir: Path, step: int, received: Sequence[int]) -> bool:
     if restarts >= _WITHOUT_PROGRESS and _newest(run_dir) == step:
         say(f"job {job} was started {restarts + 1} times, the last without progress; it is not requeued")
         return False
+    again = f"submit it again with {shlex.join(['--run-dir', str(run_dir)])}"
     if not shutil.which("scontrol"):  # in a container, say
-        say(f"job {job} could not be requeued (no scontrol in PATH); submit it again with --run-dir {run_dir}")
+        say(f"job {job} could not be requeued (no scontrol in PATH); {again}")
         return False
-    shown = subprocess.run(
-        ["scontrol", "show", "job", job, "--oneliner"],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
+    shown = cluster.show_job(job)
     # SIGTERM alone, without a preemption, is from srun, which ends all nodes when one has failed
     failed = {*received} == {signal.SIGTERM} and " PreemptTime=None " in shown.stdout
     if " JobState=RUNNING " not in shown.stdout or failed:
         return False
-    done = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, encoding="utf-8", errors="replace", check=False
-    )
+    done = cluster.answer("scontrol", "requeue", job)
     if done.returncode:
         reason = done.stderr.strip() or done.stdout.strip()
-        option = shlex.join(["--run-dir", str(run_dir)])
-        say(f"job {job} could not be requeued ({reason}); submit it again with {option}")
+        say(f"job {job} could not be requeued ({reason}); {again}")
         return False
     return True
 
