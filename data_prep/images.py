@@ -1,5 +1,7 @@
 """Loads a folder of images of any size and format, in torchvision's ImageFolder layout, as square uint8 RGB images."""
 
+import base64
+import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from dist_train.data_prep.datasets import Pixels
 from dist_train.data_prep.files import DataError
@@ -63,6 +66,15 @@ def load_labelled(
     samples = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
     images, _ = _read([path for path, _ in samples], source, size, grey_bits)
     return images, np.array([label for _, label in samples], np.int64)
+
+
+def as_png(pixels: npt.NDArray[np.uint8], side: int | None = None) -> str:
+    """An (H, W, 3) image as PNG in base64. side: pixels that it has at most, to which a larger one is scaled down."""
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _read_all(paths: list[Path], source: Path, size: int) -> tuple[npt.NDArray[np.uint8], int | None]:

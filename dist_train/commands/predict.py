@@ -5,10 +5,10 @@
     curl -s URL | dist-train predict CHECKPOINT -
 
 CHECKPOINT is a checkpoint, a run folder, of which the newest is taken, or an exported model.safetensors. IMAGE is a
-picture of any size and kind; or a folder, for all pictures in it and its subfolders, sorted by path, where what is left
-out is counted and named; or - for standard input, which is one picture if it begins like one, else a list of paths, one
-a line. A picture is scaled until its shorter side fits, and cropped to its middle; an animation is represented by its
-first frame. Results are printed a batch at a time. Exit code: 0 done; 1 pictures that could not be read, named on
+picture of any size and kind; or a folder, for all pictures in it and its subfolders, sorted by path, where what is
+skipped is counted and named; or - for standard input, which is one picture if it begins like one, else a list of paths,
+one a line. A picture is scaled until its shorter side fits, and cropped to its middle; an animation is represented by
+its first frame. Results are printed a batch at a time. Exit code: 0 done; 1 pictures that could not be read, named on
 stderr; 2 bad input.
 """
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from dist_train import data_prep
+from dist_train.data_prep.images import as_png
 from dist_train.reports.plots import DATASETS
 from dist_train.runs.metrics import Row
 from dist_train.runs.run import Run
@@ -81,7 +79,7 @@ class Data:
         labels, first = np.unique(beton.labels, return_index=True)
         chosen = np.unique(np.linspace(0, len(labels) - 1, min(_NAMED, len(labels))).round().astype(np.int64))
         return [
-            {"label": self.classes[label], "png": _png(pixels)}
+            {"label": self.classes[label], "png": as_png(pixels, _SIDE)}
             for label, pixels in zip(labels[chosen].tolist(), beton.images(first[chosen]), strict=True)
         ]
 
@@ -99,13 +97,3 @@ def samples(data: Sequence[Data]) -> list[Row]:
             of = f" of {DATASETS.get(each.dataset, each.dataset)}" if len(distinct) > 1 else ""
             found.append({"words": f"Training images{of}, one of {which}", "images": pictures})
     return found
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> str:
-    """An (H, W, 3) image as PNG in base64, scaled down to _SIDE pixels where it is larger."""
-    from PIL import Image
-
-    file, image = io.BytesIO(), Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE))
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

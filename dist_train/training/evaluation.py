@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import Tta
 from dist_train.data.batches import Evaluated
+from dist_train.data_prep.images import as_png
 from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.errors import NotFiniteError
 from dist_train.model.network import MixedBlock
@@ -113,7 +112,7 @@ class Evaluation:
                 "label": int(self.labels[position]),
                 "predicted": int(self.predicted[position]),
                 "confidence": float(self.confidence[position]),
-                "png": _png(pixels.numpy()),
+                "png": as_png(pixels.numpy()),
             }
             for position, pixels in zip(chosen, data.pixels(self.split, chosen), strict=True)
         ]
@@ -185,12 +184,3 @@ def _mixing(blocks: list[MixedBlock]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> str:
-    """An (H, W, 3) image as PNG in base64."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
