@@ -101,8 +101,8 @@ def left_behind(run_dir: Path) -> list[str]:
 
 # read by every Python that is started with its folder in PYTHONPATH
 SLOW = """
-import os
-if "RANK" in os.environ:
+import sys
+if sys.orig_argv[1:3] == ["-m", "dist_train.main"]:  # the only rank of a job, which has no launcher
     import time
     from dist_train.training.optimizers import Optimizers
     step = Optimizers.step
