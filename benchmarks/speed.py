@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import os
 import signal
 import statistics
@@ -58,30 +57,11 @@ from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.train import build_model
+from dist_train.training.warm_up import Kind, kinds
 
 PEERS = {"block96": "airbench96_faster.py"}  # for all other presets: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = ["what", "kind of step", "n", "s: median (quartiles)", "CPU s", "in a run", "training, s", "ours / this"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Steps of a schedule with the same cost. first: the first of them, counted from 0. count: their number."""
-
-    label: str
-    first: int
-    count: int
-
-
-def kinds(data: Data, optimizers: Optimizers) -> list[Kind]:
-    """The kinds of steps of a schedule, in order."""
-
-    def kind(step: int) -> str:
-        height, width = data.image_size(step)
-        return f"{height}x{width}, stem {'learns' if optimizers.learns('stem', step) else 'fixed'}"
-
-    runs = [(label, list(steps)) for label, steps in itertools.groupby(range(optimizers.total_steps), kind)]
-    return [Kind(label, steps[0], len(steps)) for label, steps in runs]
 
 
 class PacedData(Data):

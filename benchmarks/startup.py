@@ -27,7 +27,8 @@ PARTS = {
     "model": "network, whitening, optimizers",
     "record": "run folder, W&B's process",
     "DDP": "wrapping the network",
-    "first step": "its computing, compilation included",
+    "warm-up": "each kind of step once, on a copy; compilation included",
+    "first step": "its computing",
     "rest": "configuration, checks, the matrix product for MFU, exchange between ranks",
 }
 
@@ -127,6 +128,7 @@ def _child(out: Path, trainer: list[str]) -> None:
         timed(train, name, part)
     for name in ("open_folder", "RunWriter"):
         timed(train, name, "record")
+    timed(train, "warm_up", "warm-up")
     timed(loop, "FixedOrderSum", "DDP")
 
     step = recorder.Recorder.step

@@ -24,6 +24,7 @@ from dist_train.randomness import derive, permutation, sample_bits
 # Images for the statistics of the channels, at least. Accuracy saturates at as few (Wu and Johnson 2021, "Rethinking
 # 'Batch' in BatchNorm", section 3.2).
 _STATISTICS = 1000
+_ALIGNMENT = 64  # bytes; that of torch's allocators or less
 
 
 @dataclass(frozen=True)
@@ -192,4 +193,13 @@ class Data(Evaluated):
             bits = sample_bits(indices, derive(self.seed, "cutout", epoch))
             images = cut_out(images, bits, self.config.cutout)
         parts = zip(*(whole.split(self.size) for whole in (images, labels, indices)), strict=True)
-        return [Microbatch(slot, *part) for slot, part in zip(self.slots, parts, strict=True)]
+        return [
+            Microbatch(slot, _aligned(part), labels, indices)
+            for slot, (part, labels, indices) in zip(self.slots, parts, strict=True)
+        ]
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """A part of a batch at an address at which a tensor of its own could be. cuDNN and MKL choose kernels, and so the
+    order of sums, by the alignment too: it must not depend on the part's place in the batch of a rank."""
+    return part if part.storage_offset() * part.element_size() % _ALIGNMENT == 0 else part.clone()

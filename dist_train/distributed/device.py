@@ -81,6 +81,9 @@ def set_arithmetic(deterministic: bool) -> None:
     # torch 2.9 calls these two names deprecated, but raises where only their replacements are set
     warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # sums of long matrix products in float32, as on a CPU, and not partly in the precision of the factors
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 _LONG_ENOUGH = 0.01  # seconds of one matrix product; larger ones have about the same rate

@@ -85,11 +85,18 @@ def choose(
     return "kernels" if wins and _one_geometry(convolutions) else form
 
 
-def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form: Form | None = None) -> Tensor:
+def mix(
+    coefficients: Tensor,
+    x: Tensor,
+    convolutions: Sequence[nn.Conv2d],
+    form: Form | None = None,
+    kernels: Sequence[Tensor] | None = None,
+) -> Tensor:
     """The sum of convolutions of x, each weighted by one coefficient per image.
 
     coefficients: (N, L), float32 or float64. x: (N, C, H, W), fastest in channels_last. convolutions: L, with square
     kernels and zero padding, whose outputs have the same shape. form: the form to compute; None: that of `choose`.
+    kernels: the convolutions' weights in the dtype of the result, where they are cast already.
     Returns (N, O, H', W') in channels_last, in x's dtype or, under autocast, in autocast's.
     Raises ValueError when form is `kernels` and the kernels cannot be summed.
     """
@@ -104,7 +111,8 @@ def mix(coefficients: Tensor, x: Tensor, convolutions: Sequence[nn.Conv2d], form
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         x = x.to(dtype)
-        weights = [convolution.weight.to(dtype) for convolution in convolutions]
+        weights = [*(kernels or (convolution.weight for convolution in convolutions))]
+        weights = [weight.to(dtype) for weight in weights]
         total: Tensor
         if form == "inputs":
             total = _Inputs.apply(coefficients, x, tuple(map(_geometry, convolutions)), *weights)
@@ -156,8 +164,9 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, *branches: Tensor) -> Tensor:
-        ctx.save_for_backward(coefficients, *branches)
-        scales = _scales(coefficients, branches[0])
+        factors, scales = _scales(coefficients, branches[0])
+        ctx.save_for_backward(factors, *branches)
+        ctx.dtype = coefficients.dtype
         total = _rows(branches[0]) * scales[0]
         for branch, scale in zip(branches[1:], scales[1:], strict=True):
             total.addcmul_(_rows(branch), scale)
@@ -165,16 +174,16 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, *branches = ctx.saved_tensors
+        factors, *branches = ctx.saved_tensors
         shape, grad = grads[0].shape, _rows(grads[0])
         grad_branches = [
             _images(grad * scale, shape) if needed else None
-            for scale, needed in zip(_scales(coefficients, grad), ctx.needs_input_grad[1:], strict=True)
+            for scale, needed in zip(_scales(factors, grad)[1], ctx.needs_input_grad[1:], strict=True)
         ]
         if not ctx.needs_input_grad[0]:
             return (None, *grad_branches)
-        dots = [_dot(grad, _rows(branch), coefficients.dtype) for branch in branches]
-        return (torch.stack(dots, 1), *grad_branches)
+        dots = [_dot(grad, _rows(branch), ctx.dtype) for branch in branches]
+        return (_columns(dots), *grad_branches)
 
 
 class _Inputs(torch.autograd.Function):
@@ -184,10 +193,11 @@ class _Inputs(torch.autograd.Function):
     def forward(
         ctx: Any, coefficients: Tensor, x: Tensor, geometries: tuple[_Geometry, ...], *weights: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(coefficients, x, *weights)
-        ctx.geometries = geometries
+        factors, scales = _scales(coefficients, x)
+        ctx.save_for_backward(factors, x, *weights)
+        ctx.geometries, ctx.dtype = geometries, coefficients.dtype
         rows, c = _rows(x), x.shape[1]
-        branches = zip(geometries, weights, _scales(coefficients, x), strict=True)
+        branches = zip(geometries, weights, scales, strict=True)
         total: Tensor | None = None  # (N, H', W', O)
         # 1x1 kernels last: their matrix products are added to the sum in place
         for geometry, weight, scale in sorted(branches, key=lambda branch: _is_matrix_product(branch[0])):
@@ -208,17 +218,17 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, x, *weights = ctx.saved_tensors
+        factors, x, *weights = ctx.saved_tensors
         rows, c = _rows(x), x.shape[1]
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         pixels = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
         dots, grad_weights = [], []
         grad_x: Tensor | None = None
-        for geometry, weight, scale in zip(ctx.geometries, weights, _scales(coefficients, x), strict=True):
+        for geometry, weight, scale in zip(ctx.geometries, weights, _scales(factors, x)[1], strict=True):
             scaled = rows * scale  # recomputed, which takes little of a convolution's time
             if _is_matrix_product(geometry):
                 grad_scaled = torch.mm(pixels, weight.flatten(1)).view(len(x), -1)
-                grad_weight = torch.mm(scaled.view(-1, c).t(), pixels).t().reshape(weight.shape)
+                grad_weight = _images(torch.mm(pixels.t(), scaled.view(-1, c)), weight.shape)
             else:
                 stride, padding, dilation, groups, _ = geometry
                 grad_image, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -227,11 +237,11 @@ class _Inputs(torch.autograd.Function):
                 )
                 grad_scaled = _rows(grad_image)
             grad_weights.append(grad_weight)
-            dots.append(_dot(grad_scaled, rows, coefficients.dtype))
+            dots.append(_dot(grad_scaled, rows, ctx.dtype))
             if ctx.needs_input_grad[1]:
                 grad_x = grad_scaled.mul_(scale) if grad_x is None else grad_x.addcmul_(grad_scaled, scale)
         grad_images = None if grad_x is None else _images(grad_x, x.shape)
-        return (torch.stack(dots, 1), grad_images, None, *grad_weights)
+        return (_columns(dots), grad_images, None, *grad_weights)
 
 
 class _Kernels(torch.autograd.Function):
@@ -323,9 +333,10 @@ def _sum_of_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
     # A matrix product sums bf16 in float32, several times as fast as sum(), but rounds the result to bf16; a second
     # product computes the rounding error.
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    ones = x.new_ones(1, 1, 1).expand(len(x), 1, pixels.shape[1])
+    ones = _constant(1.0, (1, 1, 1), x).expand(len(x), 1, pixels.shape[1])
     total = torch.bmm(ones, pixels)
-    return (total.to(dtype) - torch.baddbmm(total, -ones, pixels).to(dtype))[:, 0]
+    error = torch.baddbmm(total, ones, pixels, beta=-1)
+    return total.to(dtype).add_(error)[:, 0]
 
 
 def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -335,15 +346,36 @@ def _dot(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return (x * y).sum(1, dtype=dtype)
     # The gradient of batch normalisation's scale is this dot product, if rows are channels with mean 0 and deviation 1.
     # A matrix product would depend on oneDNN, which is up to twelve times slower in some versions and on some CPUs.
-    ones = x.new_ones(len(x), dtype=torch.float32)
-    arguments = (ones, None, None, ones.new_zeros(len(x)), ones, True, 0.0, (False, True, False))
+    ones, zeros = (_constant(value, (len(x),), x, torch.float32) for value in (1.0, 0.0))
+    arguments = (ones, None, None, zeros, ones, True, 0.0, (False, True, False))
     dots: Tensor = torch.ops.aten.native_batch_norm_backward(x[None], y[None], *arguments)[1]
     return dots.to(dtype)
 
 
-def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The coefficients (N, L) as L factors (N, 1) for rows of images, in the dtype of x."""
-    return coefficients.to(x.dtype)[:, :, None].unbind(1)
+_CONSTANTS: dict[tuple[float, tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def _constant(value: float, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of one value, on the device and, by default, of the dtype of `like`; made once. Never write to it."""
+    dtype = dtype or like.dtype
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a graph or a tracer keeps its own
+        return like.new_full(shape, value, dtype=dtype)
+    key = value, shape, dtype, like.device
+    if key not in _CONSTANTS:
+        with torch.inference_mode(False):
+            _CONSTANTS[key] = torch.full(shape, value, dtype=dtype, device=like.device)
+    return _CONSTANTS[key]
+
+
+def _columns(vectors: list[Tensor]) -> Tensor:
+    """L vectors (N,) as (N, L)."""
+    return torch.stack(vectors, 1) if len(vectors) > 1 else vectors[0][:, None]
+
+
+def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The coefficients (N, L) in the dtype of x, and as L factors (N, 1) for rows of images."""
+    factors = coefficients.to(x.dtype)
+    return factors, factors[:, :, None].unbind(1)
 
 
 def _rows(x: Tensor) -> Tensor:

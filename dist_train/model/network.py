@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,11 +103,17 @@ class MixedBlock(nn.Module):
         norms = {"branch": len(self.convolutions), "post": 1, "none": 0}[config.norm]
         self.norms = nn.ModuleList(BatchNorm(config.channels, batch_norm) for _ in range(norms))
         self.activation = _ACTIVATIONS[config.activation]
+        self.cast_kernels: list[Tensor] | None = None  # see BlockNetwork.kernels_cast
 
     @property
     def branches(self) -> list[str]:
         """A short name for each convolution."""
         return [conv.name for conv in self.config.convolutions]
+
+    @property
+    def kernels(self) -> list[Tensor]:
+        """The weights of the convolutions."""
+        return [convolution.weight for convolution in self.convolutions if isinstance(convolution, nn.Conv2d)]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W), floating-point. Returns (N, channels, H', W')."""
@@ -124,7 +131,7 @@ class MixedBlock(nn.Module):
                 branches.append(branch)
             x = weighted_sum(coefficients, branches)
         else:
-            x = mix(coefficients, x, [*self.convolutions])
+            x = mix(coefficients, x, [*self.convolutions], kernels=self.cast_kernels)
         if config.pool_at == "sum":
             x = self.pool(x)
         if config.norm == "post":
@@ -159,7 +166,7 @@ class OutputBlock(nn.Module):
             nn.init.normal_(self.logits.weight, std=config.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.mean((2, 3))
+        x = x.mean((2, 3)) if x.shape[2:].numel() > 1 else x.flatten(1)
         for layer in self.hidden:
             x = F.dropout(self.activation(layer(x)), self.dropout, self.training)
         logits: Tensor = self.logits(x)
@@ -207,13 +214,40 @@ class BlockNetwork(nn.Module):
             x = block(x)
         logits: Tensor = self.output(x)
         if self.stem is not None and not stem_learns:
-            # DDP waits for a gradient of every parameter: give the stem's a zero one
-            logits = logits + 0.0 * sum(p.sum() for p in self.stem.parameters() if p.requires_grad)
+            # DDP waits for a gradient of every parameter
+            unused = [parameter for parameter in self.stem.parameters() if parameter.requires_grad]
+            logits = _ZeroGradient.apply(logits, *unused)
         return logits
+
+    @contextmanager
+    def kernels_cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """A context in which the blocks' kernels are cast to `dtype`, that of the autocast, once instead of in every
+        forward pass. The weights must not change in it."""
+        blocks = [block for block in self.blocks if isinstance(block, MixedBlock)]
+        for block in blocks:
+            block.cast_kernels = [weight.to(dtype) for weight in block.kernels]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.cast_kernels = None
 
     def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
         """Floating-point operations of the forward and backward pass of one image of that size in pixels."""
         return training_flops(self.config, (self.channels, height, width), self.classes, stem_learns)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Its first argument, with a gradient of zero for the other ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *unused: Tensor) -> Tensor:
+        ctx.save_for_backward(*unused)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return (*grads, *map(torch.zeros_like, ctx.saved_tensors))
 
 
 def _dirac(convolution: nn.Conv2d) -> None:

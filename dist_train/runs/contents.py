@@ -39,6 +39,7 @@ class _Summary(_Checked):
     git_commit: str | None
     dataset: str = ""
     seconds: _Amount = 0.0
+    warm_up_seconds: _Amount = 0.0
     test_accuracy_tta: _Share | None = None
     train_accuracy: _Share | None = None
     val_accuracy: _Share = 0.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import Config, TrainConfig
 from dist_train.data.batches import Data, Microbatch
-from dist_train.distributed.device import autocast
+from dist_train.distributed.device import DTYPES, autocast
 from dist_train.distributed.gradient_sum import FixedOrderSum
 from dist_train.distributed.ranks import Ranks
 from dist_train.model.network import BlockNetwork
@@ -106,9 +108,13 @@ class TrainStep:
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, state: State) -> None:
         self.settings, self.data, self.state = settings, data, state
-        network = _compiled(state.model, settings) if settings.compile else state.model
+        sizes = 1 + len(data.config.smaller)  # of images
+        network = _compiled(state.model, settings, variants=2 * sizes) if settings.compile else state.model
         self.gradients = FixedOrderSum(ranks, network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
+        # compiled code casts weights where it reads them
+        cast = partial(state.model.kernels_cast, DTYPES[settings.precision])
+        self.kernels_cast: Callable[[], AbstractContextManager[None]] = nullcontext if settings.compile else cast
         self.flops = cache(state.model.training_flops)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
@@ -117,25 +123,36 @@ class TrainStep:
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
         parts = []
-        for index, batch in enumerate(microbatches):
-            # dropout draws from torch's global generator, so this makes it independent of the ranks
-            torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
-            with self.gradients.microbatch(index) as gradient:
-                with self.autocast:
-                    logits: Tensor = self.gradients.ddp(batch.images, stem_learns)
-                loss = F.cross_entropy(
-                    logits.float(), batch.labels, reduction="sum", label_smoothing=settings.label_smoothing
-                )
-                state.scaler.scale(loss / settings.batch_size).backward()
-            correct = (logits.argmax(1) == batch.labels).sum()
-            parts.append(torch.stack((loss.detach().double(), correct.double(), gradient.largest.double())))
+        with self.autocast, self.kernels_cast():  # around all microbatches, so that weights are cast once a step
+            for index, batch in enumerate(microbatches):
+                # dropout draws from torch's global generator, so this makes it independent of the ranks
+                torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
+                with self.gradients.microbatch(index) as gradient:
+                    loss, correct = self.forward_backward(self.gradients.ddp, batch, stem_learns)
+                parts.append(torch.stack((loss.double(), correct.double(), gradient.largest.double())))
         norm = state.optimizers.step(state.scaler)
         flops = settings.batch_size * self.flops(*self.data.image_size(state.step), stem_learns)
         state.step += 1
         return StepMetrics(torch.stack(parts), norm, rate, flops)
 
+    def forward_backward(self, network: nn.Module, batch: Microbatch, stem_learns: bool) -> tuple[Tensor, Tensor]:
+        """One microbatch forward and backward, inside the step's autocast. Returns its summed loss, float32, and the
+        number of correct images, int64: scalars on the device."""
+        logits: Tensor = network(batch.images, stem_learns)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = F.cross_entropy(
+                logits.float(), batch.labels, reduction="sum", label_smoothing=self.settings.label_smoothing
+            )
+            self.state.scaler.scale(loss / self.settings.batch_size).backward()
+        return loss.detach(), (logits.argmax(1) == batch.labels).sum()
 
-def _compiled(model: BlockNetwork, settings: TrainConfig) -> nn.Module:
+
+def _compiled(model: BlockNetwork, settings: TrainConfig, variants: int) -> nn.Module:
+    """The network compiled. variants: the most graphs that a run needs, for each size of images with and without the
+    stem's gradient."""
+    # Beyond the limit torch would run the network uncompiled, and so with other bits. A run has two networks: the one
+    # that it trains and its copy of the warm-up.
+    torch._dynamo.config.recompile_limit = max(2 * variants, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # TF32 stays off: it changes bits
     warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # by microseconds a step
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a CUDA toolkit without a GPU

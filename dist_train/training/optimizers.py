@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,16 +30,16 @@ def orthogonalise(matrices: Tensor, iterations: int = 3) -> Tensor:
     """Bring every singular value near 1 by the quintic Newton-Schulz iteration in bfloat16 (Jordan et al. 2024,
     "Muon: an optimizer for hidden layers in neural networks").
 
-    matrices: (rows, columns) or (batch, rows, columns). Returns the same shape, bfloat16.
+    matrices: (batch, rows, columns), of a Frobenius norm of at most 1 each. Returns the same shape, bfloat16.
     """
     x: Tensor = matrices.bfloat16()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
+    tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        gram = torch.bmm(x, x.mT)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -47,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     Before each update a kernel (out, in, h, w) is scaled to the norm sqrt(out) (Jordan 2024, airbench94_muon):
     batch normalisation makes the kernel's own scale irrelevant, and a learning rate then means the same in every
-    layer.
+    layer. Kernels of one shape are orthogonalised together, since a step of a GPU is bound by the number of operations.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float) -> None:
@@ -56,17 +57,40 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None or not group["lr"]:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-                nesterov = parameter.grad.add(state["momentum"], alpha=group["momentum"])
-                update = orthogonalise(nesterov.flatten(1)).view(parameter.shape)
-                parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-                parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+            # kernels of one shape side by side
+            kernels = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            if not kernels or not group["lr"]:
+                continue
+            for kernel in kernels:
+                if not self.state[kernel]:
+                    self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+            momenta = [self.state[kernel]["momentum"] for kernel in kernels]
+            gradients = [kernel.grad for kernel in kernels]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            nesterov = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+            updates = _orthogonalised(nesterov)
+            norms = torch._foreach_norm(kernels)
+            torch._foreach_div_(norms, [len(kernel) ** 0.5 for kernel in kernels])
+            torch._foreach_div_(kernels, norms)
+            torch._foreach_add_(kernels, updates, alpha=-group["lr"])
+
+
+def _orthogonalised(kernels: list[Tensor]) -> list[Tensor]:
+    """Kernels (out, in, h, w), those of one shape side by side, each orthogonalised as a matrix of `out` rows: bfloat16
+    of the same shapes. Changes the arguments."""
+    norms = torch._foreach_norm(kernels)
+    torch._foreach_add_(norms, 1e-7)
+    torch._foreach_div_(kernels, norms)
+    shapes = [(shape, len(list(same))) for shape, same in groupby(kernel.shape for kernel in kernels)]
+    stacks = [kernels[0].new_empty(count, o, h, w, c, dtype=torch.bfloat16) for (o, c, h, w), count in shapes]
+    torch._foreach_copy_(_as_kernels(stacks), kernels)
+    return _as_kernels([orthogonalise(stack.flatten(2)).view(stack.shape) for stack in stacks])
+
+
+def _as_kernels(stacks: list[Tensor]) -> list[Tensor]:
+    """Stacks (count, out, h, w, in), in which a kernel in channels_last is contiguous, as kernels (out, in, h, w)."""
+    return [kernel for stack in stacks for kernel in stack.permute(0, 1, 4, 2, 3).unbind()]
 
 
 class Optimizers:
@@ -138,7 +162,7 @@ def _build(algorithm: str, groups: list[dict[str, Any]]) -> torch.optim.Optimize
     if algorithm == "sgd":
         for group in groups:
             group["nesterov"] = group["momentum"] > 0
-        return torch.optim.SGD(groups, lr=0.0)
+        return torch.optim.SGD(groups, lr=0.0, foreach=True)
     for group in groups:
         group["betas"] = (group["momentum"], 0.999)
-    return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, foreach=True)

@@ -38,6 +38,7 @@ from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import RunWriter, Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
+from dist_train.training.warm_up import warm_up
 
 # seconds to wait for ranks of other nodes where the betons were missing: those nodes may still be writing them
 _DATA_TIMEOUT = 3600
@@ -115,6 +116,8 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             _announce(run_dir, config, manifest, ranks, state.step, last_step)
             writer = main_writer = RunWriter(run_dir, config, ranks, manifest, last_step, rate, resumed)
             held.callback(lambda: main_writer.close(outcome.code, outcome.reason))
+        writer.phase("warming up")
+        warm_up_seconds = warm_up(config, data, ranks, state)
         sampling = sampled(run_dir, ranks.rank, ranks.device) if config.record.system == "all" else nullcontext()
         try:
             with sampling:
@@ -132,8 +135,8 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             """Complete the files of the run, on rank 0. Returns "", or what could not be written, and why."""
             if (missing := main_writer.wait()) or stopped:
                 return missing
-            seconds = time.perf_counter() - job.start
-            return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), "seconds": seconds})
+            times = {"seconds": time.perf_counter() - job.start, "warm_up_seconds": warm_up_seconds}
+            return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), **times})
 
         missing = on_main(ranks, finish)
         outcome.code = FAILED if missing else PREEMPTED if stopped else DONE
@@ -200,7 +203,7 @@ def _summary(
     rate: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """The content of `summary.json` but `seconds`, `environments` and `dataset`. rate: FLOP/s of matrix products on all
+    """The content of `summary.json` but the times, `environments` and `dataset`. rate: FLOP/s of matrix products on all
     ranks together."""
     steps, evals = read_metrics(run_dir / METRICS)
     last, best = evals[-1], best_eval(evals)

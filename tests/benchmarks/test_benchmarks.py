@@ -72,9 +72,18 @@ def test_startup_splits_the_time_to_the_first_step(digits: Path, tmp_path: Path)
     seconds = {row[0]: float(row[1].split()[0]) for row in rows}
     total = seconds.pop("sum")
     assert abs(sum(seconds.values()) - total) < 0.1
-    for part in ("imports", "data", "first step"):
+    for part in ("imports", "data", "warm-up", "first step"):
         assert seconds[part] > 0.01
     assert seconds["rest"] > -0.05
+
+
+def test_a_step_dispatches_no_more_operations_than_it_did(tmp_path: Path) -> None:
+    _, *rows = cells("benchmarks.operations", "--out", tmp_path / "table.md")
+    operations = {row[0]: int(row[1]) for row in rows}
+    assert 0 < operations["forward and backward pass of a microbatch"] <= 230
+    assert 0 < operations["update of the weights"] <= 90
+    assert 0 < operations["whole step"] <= 2300
+    assert 0 < operations["forward pass of a microbatch on a GPU"] <= 75
 
 
 def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:

@@ -47,27 +47,57 @@ def test_groups_take_what_they_do_not_say_from_the_default() -> None:
     assert groups["stem"][1]["lr"] == 0
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 50), (50, 4), (3, 6, 20)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 4, 50), (2, 50, 4), (3, 6, 20)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    found = orthogonalise(torch.randn(shape), iterations=6).double()
+    matrices = torch.randn(shape)
+    found = orthogonalise(matrices / matrices.norm(dim=(1, 2), keepdim=True), iterations=6).double()
+    assert found.shape == shape
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.4
     assert values.max() < 1.4
 
 
+SHAPES = [(6, 2, 3, 3), (4, 8, 1, 1), (6, 2, 3, 3), (3, 4, 3, 3), (4, 8, 1, 1)]
+
+
 def test_muon_keeps_the_norm_and_moves_along_the_orthogonalised_momentum() -> None:
     torch.manual_seed(0)
-    kernel = torch.nn.Parameter(torch.randn(6, 2, 3, 3))
-    optimizer = Muon([kernel], lr=0.1, momentum=0.5)
-    start, momentum = kernel.detach().clone(), torch.zeros_like(kernel)
+    kernels = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    for kernel in kernels[::2]:
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    optimizer = Muon(kernels, lr=0.1, momentum=0.5)
+    expected, momenta = ([kernel.detach().clone() * factor for kernel in kernels] for factor in (1, 0))
     for _ in range(2):
-        kernel.grad = torch.randn_like(kernel)
-        momentum = 0.5 * momentum + kernel.grad
-        update = orthogonalise((kernel.grad + 0.5 * momentum).flatten(1)).float().view_as(kernel)
-        start = start * (6**0.5 / start.norm()) - 0.1 * update
+        for kernel, weight, momentum in zip(kernels, expected, momenta, strict=True):
+            kernel.grad = torch.randn(kernel.shape)
+            momentum.mul_(0.5).add_(kernel.grad)
+            # rows are output channels; the order of the columns does not matter
+            matrix = (kernel.grad + 0.5 * momentum).permute(0, 2, 3, 1).flatten(1)
+            update = orthogonalise((matrix / matrix.norm())[None])[0].float()
+            update = update.view(len(kernel), *kernel.shape[2:], -1).permute(0, 3, 1, 2)
+            weight.mul_(len(weight) ** 0.5 / weight.norm()).sub_(update, alpha=0.1)
         optimizer.step()
-        torch.testing.assert_close(kernel.detach(), start)
+        for kernel, weight in zip(kernels, expected, strict=True):
+            torch.testing.assert_close(kernel.detach(), weight)
+
+
+def test_kernels_of_one_shape_do_not_depend_on_each_other() -> None:
+    torch.manual_seed(0)
+    weights, gradients = torch.randn(3, 8, 4, 3, 3), torch.randn(3, 8, 4, 3, 3)
+
+    def updated(chosen: list[int]) -> list[torch.Tensor]:
+        kernels = [torch.nn.Parameter(weights[i].clone()) for i in chosen]
+        for kernel, i in zip(kernels, chosen, strict=True):
+            kernel.grad = gradients[i].clone()
+        Muon(kernels, lr=0.1, momentum=0.5).step()
+        return [kernel.detach() for kernel in kernels]
+
+    together = updated([0, 1, 2])
+    for i, alone in enumerate(updated([i])[0] for i in range(3)):
+        torch.testing.assert_close(together[i], alone)
+    gradients[1] = torch.nan
+    assert torch.equal(updated([0, 1, 2])[0], together[0])
 
 
 def test_saved_state_resumes_exactly() -> None:
