@@ -27,8 +27,10 @@ from dist_train.model.mixing import Form, average, choose, mix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS: list[Form] = ["outputs", "inputs", "kernels"]
-Case = tuple[str, int, int, int, int, list[tuple[int, int]]]  # name, images, c, channels, size, (kernel, dilation) * L
-ONE, MIXED, THREE = [(3, 1)], [(3, 1), (1, 1)], [(3, 1)] * 3
+Branch = dict[str, int]  # settings of a convolution
+Case = tuple[str, int, int, int, int, list[Branch]]  # name, images, c, channels, size, branches
+_3X3, _1X1 = {"kernel_size": 3, "padding": 1}, {"kernel_size": 1}
+ONE, MIXED, THREE = [_3X3], [_3X3, _1X1], [_3X3] * 3
 CASES: list[Case] = [
     ("block94, 1", 250, 24, 64, 31, ONE),
     ("block94, 2", 250, 64, 64, 15, MIXED),
@@ -37,8 +39,9 @@ CASES: list[Case] = [
     ("block94, 6", 250, 256, 256, 3, MIXED),
     ("3x3 and 1x1", 250, 24, 64, 31, MIXED),
     ("3x3 and 1x1", 250, 64, 256, 15, MIXED),
+    *(("depthwise", 250, c, c, size, [_3X3, {**_1X1, "groups": c}]) for c, size in ((64, 15), (256, 7), (256, 3))),
     ("digits, 1", 16, 16, 32, 16, MIXED),
-    ("digits, 2", 16, 32, 64, 8, [(3, 1), (3, 2), (1, 1)]),
+    ("digits, 2", 16, 32, 64, 8, [_3X3, {**_3X3, "padding": 2, "dilation": 2}, _1X1]),
     *(("three 3x3", n, c, c, 16, THREE) for n, c in ((125, 64), (250, 64), (125, 128))),
     *(("three 3x3", n, c, c, 8, THREE) for n, c in ((125, 64), (500, 64), (125, 128), (250, 128), (125, 256))),
 ]
@@ -52,10 +55,7 @@ def kinds(case: Case) -> tuple[dict[str, Callable[[], None]], Form]:
         return torch.randn(shape, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last)
 
     x, direction = images(n, c, size, size).requires_grad_(), images(n, channels, size, size)
-    convolutions = [
-        nn.Conv2d(c, channels, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-        for kernel, dilation in branches
-    ]
+    convolutions = [nn.Conv2d(c, channels, bias=False, **branch) for branch in branches]  # type: ignore[arg-type]
     fc = nn.Linear(c, len(branches))
     modules = nn.ModuleList([fc, *convolutions]).to(DEVICE).to(memory_format=torch.channels_last)
 
@@ -116,13 +116,19 @@ def measured(case: Case, rounds: int) -> list[str]:
     best = min(statistics.median(ratios[form]) for form in FORMS if form in ratios)
     return [
         name,
-        f"{n} x {c} -> {channels} @ {size}: " + " + ".join(f"{k}x{k}" + f" d{d}" * (d > 1) for k, d in branches),
+        f"{n} x {c} -> {channels} @ {size}: " + " + ".join(map(_name, branches)),
         spread([1000 * value for value in seconds["alone"]], 1),
         *(spread(ratios[form], 2) if form in ratios else "" for form in FORMS),
         chosen,
         f"**{statistics.median(ratios[chosen]):.2f}**",
         f"{statistics.median(ratios[chosen]) / best:.2f}",
     ]
+
+
+def _name(branch: Branch) -> str:
+    dilation = branch.get("dilation", 1)
+    words = [f"{branch['kernel_size']}x{branch['kernel_size']}", f"d{dilation}" * (dilation > 1)]
+    return " ".join([*filter(None, words), *(["depthwise"] if "groups" in branch else [])])
 
 
 def main() -> None:

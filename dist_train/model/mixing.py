@@ -55,11 +55,12 @@ def choose(
     The estimate, for the forward and backward pass of one image, in floating-point operations:
     `outputs` scales and adds every output image, in the backward pass scales it again and takes a dot product with it,
     and adds the gradients of x. `inputs` does about the same with the input images, scales them again in the backward
-    pass, and adds the outputs, except those of 1x1 kernels, which a matrix product adds. `kernels` has the operations
-    of one convolution, times 1.3 for smaller matrix products; the patches of x and of the gradient; eleven passes over
-    its kernels (made twice, their gradients written and read twice), and twenty-five over all kernels to rearrange
-    them, once a batch. `kernels` is chosen if it is faster by a tenth. `inputs` is not chosen without the gradient of
-    x, from which it computes that of the coefficients. The constants are fitted to `python -m benchmarks.mixing`.
+    pass, and adds the outputs, except those of 1x1 kernels, which a matrix product adds; all depthwise 1x1 kernels take
+    the passes of one branch. `kernels` has the operations of one convolution, times 1.3 for smaller matrix products;
+    the patches of x and of the gradient; eleven passes over its kernels (made twice, their gradients written and read
+    twice), and twenty-five over all kernels to rearrange them, once a batch. `kernels` is chosen if it is faster by a
+    tenth. `inputs` is not chosen without the gradient of x, from which it computes that of the coefficients. The
+    constants are fitted to `python -m benchmarks.mixing`.
     """
     n, c, h, w = shape
     first, branches = convolutions[0], len(convolutions)
@@ -69,10 +70,12 @@ def choose(
         reach = first.dilation[axis] * (first.kernel_size[axis] - 1)
         pixels *= (length + 2 * int(first.padding[axis]) - reach - 1) // first.stride[axis] + 1
     inputs, outputs = c * h * w, o * pixels
-    spatial = sum(not _is_matrix_product(_geometry(convolution)) for convolution in convolutions)
+    geometries = [_geometry(convolution) for convolution in convolutions]
+    depthwise = len(_depthwise(geometries, [convolution.weight for convolution in convolutions]))
+    spatial = sum(not _is_matrix_product(geometry) for geometry in geometries) - depthwise
     passes = {
         "outputs": 3.5 * branches * outputs + 1.5 * (branches - 1) * inputs,
-        "inputs": 4.25 * branches * inputs + 1.5 * max(spatial - 1, 0) * outputs,
+        "inputs": 4.25 * (branches - max(depthwise - 1, 0)) * inputs + 1.5 * max(spatial - 1, 0) * outputs,
         "kernels": size**2 * ((11 + 25 * branches / n) * c * o + c * pixels + o * h * w),
     }
     # two operations for each multiply-add of the outputs, the kernels' gradient and the inputs' gradient
@@ -83,6 +86,11 @@ def choose(
     mixed_kernels = 1.3 * per_product * outputs * c * size**2 + one_pass * passes["kernels"]
     wins = mixed_kernels < 0.9 * (operations + one_pass * passes[form])
     return "kernels" if wins and _one_geometry(convolutions) else form
+
+
+def gradient_needed(x: Tensor) -> bool:
+    """Whether to choose a form that has the gradient of x. True in evaluation, so that it has the form of training."""
+    return x.requires_grad or not torch.is_grad_enabled()
 
 
 def mix(
@@ -104,8 +112,7 @@ def mix(
     if torch.compiler.is_exporting():
         form = "outputs"
     elif form is None:
-        needed = x.requires_grad or not torch.is_grad_enabled()  # in evaluation the same form as in training
-        form = choose(x.shape, convolutions, device, needed)
+        form = choose(x.shape, convolutions, device, gradient_needed(x))
     if form == "outputs":
         return weighted_sum(coefficients, [convolution(x) for convolution in convolutions])
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -187,7 +194,8 @@ class _Outputs(torch.autograd.Function):
 
 
 class _Inputs(torch.autograd.Function):
-    """The form `inputs`."""
+    """The form `inputs`. All depthwise 1x1 kernels w_l together are one elementwise pass, in which each channel of an
+    image is scaled by sum_l a_l * w_l."""
 
     @staticmethod
     def forward(
@@ -197,11 +205,14 @@ class _Inputs(torch.autograd.Function):
         ctx.save_for_backward(factors, x, *weights)
         ctx.geometries, ctx.dtype = geometries, coefficients.dtype
         rows, c = _rows(x), x.shape[1]
-        branches = zip(geometries, weights, scales, strict=True)
+        depthwise = _depthwise(geometries, weights)
         total: Tensor | None = None  # (N, H', W', O)
         # 1x1 kernels last: their matrix products are added to the sum in place
-        for geometry, weight, scale in sorted(branches, key=lambda branch: _is_matrix_product(branch[0])):
-            scaled = rows * scale
+        order = sorted(range(len(weights)), key=lambda position: _is_matrix_product(geometries[position]))
+        for position in order:
+            if position in depthwise:
+                continue
+            geometry, weight, scaled = geometries[position], weights[position], rows * scales[position]
             if not _is_matrix_product(geometry):
                 stride, padding, dilation, groups, _ = geometry
                 image = _images(scaled, x.shape)
@@ -213,6 +224,11 @@ class _Inputs(torch.autograd.Function):
             else:
                 sums = total.view(-1, total.shape[3])
                 torch.addmm(sums, scaled.view(-1, c), weight.flatten(1).t(), out=sums)
+        if depthwise:
+            by_channel = _by_channel(factors, weights, depthwise, x.shape[3])
+            lines = _lines(x)
+            total = lines * by_channel if total is None else total.view(lines.shape).addcmul_(lines, by_channel)
+            total = total.view(len(x), *x.shape[2:], c)
         assert total is not None
         return total.permute(0, 3, 1, 2)
 
@@ -220,26 +236,45 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factors, x, *weights = ctx.saved_tensors
         rows, c = _rows(x), x.shape[1]
+        scales = factors[:, :, None].unbind(1)
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         pixels = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-        dots, grad_weights = [], []
+        depthwise = _depthwise(ctx.geometries, weights)
+        dots: list[Tensor] = [factors] * len(weights)
+        grad_weights: list[Tensor] = list(weights)
         grad_x: Tensor | None = None
-        for geometry, weight, scale in zip(ctx.geometries, weights, _scales(factors, x)[1], strict=True):
-            scaled = rows * scale  # recomputed, which takes little of a convolution's time
+        for position, (geometry, weight) in enumerate(zip(ctx.geometries, weights, strict=True)):
+            if position in depthwise:
+                continue
+            scaled = rows * scales[position]  # recomputed, which takes little of a convolution's time
             if _is_matrix_product(geometry):
                 grad_scaled = torch.mm(pixels, weight.flatten(1)).view(len(x), -1)
-                grad_weight = _images(torch.mm(pixels.t(), scaled.view(-1, c)), weight.shape)
+                grad_weights[position] = _images(torch.mm(pixels.t(), scaled.view(-1, c)), weight.shape)
             else:
                 stride, padding, dilation, groups, _ = geometry
-                grad_image, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad_image, grad_weights[position], _ = torch.ops.aten.convolution_backward(
                     *(grad, _images(scaled, x.shape), weight, None, stride, padding, dilation, False, (0, 0), groups),
                     (True, True, False),
                 )
                 grad_scaled = _rows(grad_image)
-            grad_weights.append(grad_weight)
-            dots.append(_dot(grad_scaled, rows, ctx.dtype))
+            dots[position] = _dot(grad_scaled, rows, ctx.dtype)
             if ctx.needs_input_grad[1]:
+                scale = scales[position]
                 grad_x = grad_scaled.mul_(scale) if grad_x is None else grad_x.addcmul_(grad_scaled, scale)
+        if depthwise:
+            # the products are rounded to x's dtype before they are summed over the pixels
+            products = _sum_of_pixels(_images(_rows(grad) * rows, x.shape), ctx.dtype)  # (N, C)
+            for position in depthwise:
+                weight = weights[position]
+                dots[position] = torch.mv(products, weight.flatten().to(ctx.dtype))
+                grad_weight = torch.mv(products.t(), factors[:, position].to(ctx.dtype))
+                grad_weights[position] = grad_weight.to(weight.dtype).view(weight.shape)
+            if ctx.needs_input_grad[1]:
+                lines, by_channel = _lines(grad), _by_channel(factors, weights, depthwise, x.shape[3])
+                if grad_x is None:
+                    grad_x = (lines * by_channel).view(rows.shape)
+                else:
+                    grad_x.view(lines.shape).addcmul_(lines, by_channel)
         grad_images = None if grad_x is None else _images(grad_x, x.shape)
         return (_columns(dots), grad_images, None, *grad_weights)
 
@@ -321,9 +356,7 @@ class _Average(torch.autograd.Function):
 def _add_to_pixels(x: Tensor, addends: Tensor) -> Tensor:
     """The sum of x, (N, C, H, W), and addends, (N, C), for all pixels; computed on rows of W * C numbers, since rows
     of C are slow where there are few channels."""
-    n, c, h, w = x.shape
-    lines = x.permute(0, 2, 3, 1).reshape(n, h, w * c)
-    return _images(lines + addends.to(x.dtype).repeat(1, w)[:, None], x.shape)
+    return _images(_lines(x) + addends.to(x.dtype).repeat(1, x.shape[3])[:, None], x.shape)
 
 
 def _sum_of_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -383,6 +416,18 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
+def _lines(x: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H, W * C), a view if x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(2)
+
+
+def _by_channel(factors: Tensor, weights: Sequence[Tensor], depthwise: list[int], width: int) -> Tensor:
+    """The factors of the channels of each image, sum_l a_l * w_l over depthwise kernels: (N, 1, width * C). factors:
+    (N, L), of the weights' dtype. depthwise: the positions of these kernels among all L."""
+    sums = torch.mm(factors[:, depthwise], torch.stack([weights[position].flatten() for position in depthwise]))
+    return sums.repeat(1, width)[:, None]
+
+
 def _images(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows (N, H * W * C) as a view of `shape`, (N, C, H, W), in channels_last."""
     n, c, h, w = shape
@@ -415,6 +460,15 @@ def _is_matrix_product(geometry: _Geometry) -> bool:
     """Whether a convolution is a matrix product over channels."""
     stride, padding, _, groups, size = geometry
     return size == groups == 1 and stride == (1, 1) and padding == (0, 0)
+
+
+def _depthwise(geometries: Sequence[_Geometry], weights: Sequence[Tensor]) -> list[int]:
+    """The positions of the 1x1 kernels that scale each channel by itself."""
+    return [
+        position
+        for position, ((stride, padding, _, groups, size), weight) in enumerate(zip(geometries, weights, strict=True))
+        if size == 1 and len(weight) == groups > 1 and stride == (1, 1) and padding == (0, 0) and weight.shape[1] == 1
+    ]
 
 
 def _one_geometry(convolutions: Sequence[nn.Conv2d]) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
 from dist_train.errors import NotFiniteError, UserError
-from dist_train.model.mixing import average, mix, weighted_sum
+from dist_train.model.mixing import Form, average, choose, gradient_needed, mix, weighted_sum
 from dist_train.model.shapes import padding_of, shapes, training_flops
 
 _NO_VARIANCE = 1e-5  # of patches of normalised pixels: less than that of the rounding of pixels to 256 levels
@@ -104,6 +104,7 @@ class MixedBlock(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(config.channels, batch_norm) for _ in range(norms))
         self.activation = _ACTIVATIONS[config.activation]
         self.cast_kernels: list[Tensor] | None = None  # see BlockNetwork.kernels_cast
+        self._forms: dict[tuple[torch.Size, str, bool], Form] = {}
 
     @property
     def branches(self) -> list[str]:
@@ -131,7 +132,7 @@ class MixedBlock(nn.Module):
                 branches.append(branch)
             x = weighted_sum(coefficients, branches)
         else:
-            x = mix(coefficients, x, [*self.convolutions], kernels=self.cast_kernels)
+            x = mix(coefficients, x, [*self.convolutions], self._form(x), self.cast_kernels)
         if config.pool_at == "sum":
             x = self.pool(x)
         if config.norm == "post":
@@ -141,6 +142,15 @@ class MixedBlock(nn.Module):
         if config.pool_at == "end":
             x = self.pool(x)
         return F.dropout(x, config.dropout, self.training) if config.dropout else x
+
+    def _form(self, x: Tensor) -> Form | None:
+        """The form in which to mix for an input like x, chosen once; None while torch compiles or exports."""
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return None
+        key = x.shape, x.device.type, gradient_needed(x)
+        if key not in self._forms:
+            self._forms[key] = choose(x.shape, [*self.convolutions], *key[1:])
+        return self._forms[key]
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool (N, C, H, W) images as configured."""

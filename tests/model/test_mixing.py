@@ -41,6 +41,7 @@ def inputs(n: int, size: int, branches: int, dtype: torch.dtype, channels: int =
     return a, x.requires_grad_()
 
 
+DEPTHWISE = {"kernel": 1, "outputs": 4, "groups": 4}
 GEOMETRIES: list[tuple[str, list[dict[str, Any]]]] = [
     ("3x3 and 1x1", [{}, {"kernel": 1}]),
     ("1x1 first, then 3x3, with biases", [{"kernel": 1, "bias": True}, {}, {"bias": True}]),
@@ -54,6 +55,9 @@ GEOMETRIES: list[tuple[str, list[dict[str, Any]]]] = [
     ("even sizes", [{"kernel": 4, "padding": 1}, {"kernel": 2, "padding": 0}]),
     ("dilations differ", [{}, {"dilation": 2, "padding": 2}, {"kernel": 1}]),
     ("groups", [{"groups": 2}, {"groups": 2, "bias": True}, {"kernel": 1, "groups": 2}, {}]),
+    ("depthwise 1x1", [{"outputs": 4}, DEPTHWISE, {"kernel": 1, "outputs": 4}, {**DEPTHWISE, "bias": True}]),
+    ("depthwise 1x1 only", [DEPTHWISE]),
+    ("depthwise, but padded or more outputs", [{**DEPTHWISE, "padding": 1}, {"padding": 2, "outputs": 4}]),
     ("strides", [{"stride": 2}, {"kernel": 1, "padding": 0, "stride": 2, "bias": True}, {"kernel": 5, "stride": 2}]),
 ]
 SUMMABLE = 10  # the kernels of so many of these are kernels of one convolution
@@ -102,6 +106,8 @@ def test_an_input_that_needs_no_gradient(form: Form) -> None:
 def test_autocast_is_near_the_formula(form: Form, x_dtype: torch.dtype, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     convolutions = [convolution(3, 32, 64), convolution(3, 32, 64, bias=True), convolution(1, 32, 64)]
+    if form == "inputs":
+        convolutions = [convolution(3, 32, 32), convolution(1, 32, 32, groups=32), convolution(1, 32, 32)]
     a, x = inputs(5, 8, 3, x_dtype, channels=32)
 
     def in_autocast(a: Tensor, x: Tensor, convolutions: list[nn.Conv2d]) -> Tensor:
@@ -110,7 +116,7 @@ def test_autocast_is_near_the_formula(form: Form, x_dtype: torch.dtype, dtype: t
 
     found = with_gradients(in_autocast, a, x, convolutions)
     assert found[0].dtype == dtype
-    assert [g.dtype for g in found[1:]] == [torch.float32, x_dtype, *[torch.float32] * 4]
+    assert [g.dtype for g in found[1:]] == [torch.float32, x_dtype, *[torch.float32] * (len(found) - 3)]
     wide = [convolution.double() for convolution in convolutions]
     a, x = (t.detach().double().requires_grad_() for t in (a, x))
     for one, exact in zip(found, with_gradients(formula, a, x, wide), strict=True):

@@ -85,7 +85,15 @@ def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -
     assert summary["dataset"] == "digits"
     assert summary["test_accuracy"] == evals[-1]["test_accuracy"]
     assert summary["best_test_accuracy"] == max(row["test_accuracy"] for row in evals)
-    for key in ("seconds", "warm_up_seconds", "train_seconds", "images_per_second", "parameters", "flops_per_image", "train_flops"):
+    for key in (
+        "seconds",
+        "warm_up_seconds",
+        "train_seconds",
+        "images_per_second",
+        "parameters",
+        "flops_per_image",
+        "train_flops",
+    ):
         assert summary[key] > 0
     assert 0 < summary["mfu"] < 1
     assert summary["versions"]["torch"]
