@@ -27,7 +27,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     data = [f"data.dir={args.data}"]
     quiet = [*data, "record.wandb=disabled", "record.quiet=true"]
     main = [*python, "dist_train.main"]
-    torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m", "dist_train.main"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", "-m", "dist_train.main"]
     peers = [f"--{name}={clone}" for name in ("airbench", "hiverge") if (clone := getattr(args, name))]
 
     def run(name: str, *settings: str, start: list[str] = main) -> dict[str, list[str]]:
@@ -35,7 +35,10 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
     by_name = run("block94") | run("compiled", "compile=true")
     # several ranks share the GPU, and must give the same weights as one
-    by_name |= run("shared", "train.backend=gloo", start=torchrun)
+    for ranks in (2, 3):
+        for name, settings in (("", []), ("-compiled", ["compile=true"])):
+            start = [*torchrun[:-2], f"--nproc_per_node={ranks}", *torchrun[-2:]]
+            by_name |= run(f"shared-{ranks}{name}", "train.backend=gloo", *settings, start=start)
     if peers:
         by_name["speed"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data]
         by_name["speed-compiled"] = [*python, "benchmarks.speed", *peers, "--turn=5", *data, "compile=true"]
