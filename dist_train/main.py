@@ -33,16 +33,18 @@ from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver, launched_as
 from dist_train.errors import (
     BAD_INPUT,
+    FAILED,
     PREEMPTED,
+    DeviceError,
     DivergedError,
     LauncherError,
     LostPeerError,
     LostRecordError,
     Outcome,
     UserError,
-    first_line,
     needs_memory,
     say,
+    shortage,
     unusable,
 )
 from dist_train.model.shapes import check_training
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
                 say(outcome.reason)
-        except LostRecordError as error:
+        except (DeviceError, LostRecordError) as error:
             outcome.reason = str(error)
             say(outcome.reason)
         except LostPeerError as error:
@@ -103,8 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not needs_memory(error):
                 raise
             outcome.reason = (
-                f"rank {os.environ.get('RANK', '0')} ran out of memory ({first_line(error)}); raise "
-                f"train.microbatches, lower train.batch_size or data.eval_batch, or make the network smaller"
+                f"rank {os.environ.get('RANK', '0')} ran out of memory ({shortage(error)}); raise "
+                f"train.microbatches, lower train.batch_size or data.eval_batch, make the network smaller, or end what "
+                f"else uses that memory"
             )
             say(outcome.reason)
     return outcome.code
@@ -179,11 +182,13 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)  # for torchrun's error report
-        raise
+        sys.excepthook(*sys.exc_info())
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     # All files are written, and the process group is destroyed. The interpreter's shutdown would race with native
-    # threads of gloo and ffcv, and sometimes abort a finished rank ("terminate called").
+    # threads of gloo and ffcv, and sometimes abort a finished rank ("terminate called"). After an error it could wait
+    # for operations between GPUs that never end.
     os._exit(code)
 
 

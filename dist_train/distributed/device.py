@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 import time
@@ -57,6 +58,12 @@ def choose_device(kind: str, local_rank: int, share_gpus: bool) -> torch.device:
             f"train.device=cpu"
         )
     return torch.device("cuda", local_rank % gpus)
+
+
+def of_device(error: BaseException) -> bool:
+    """Whether an error is that of a GPU, or of a library that computes on it."""
+    named = isinstance(error, RuntimeError) and re.match("(CUDA|HIP|cuDNN)( driver| Frontend)? error", str(error))
+    return isinstance(error, torch.AcceleratorError) or bool(named)
 
 
 def keep_memory() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,10 +19,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
+from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, of_device, set_arithmetic
 from dist_train.distributed.heartbeat import Heartbeat
 from dist_train.distributed.launcher import launched_as, meet_on_this_machine
-from dist_train.errors import LostPeerError, UserError
+from dist_train.errors import DeviceError, LostPeerError, UserError, first_line, needs_memory
 from dist_train.signals import stop_with_launcher
 
 T = TypeVar("T")
@@ -55,9 +56,22 @@ class Ranks:
         """The contiguous range of `count` items that this rank has."""
         return share(count, self.rank, self.world_size)
 
-    def exchange(self) -> AbstractContextManager[None]:
-        """A context around a collective operation, in which a peer that does not take part is detected."""
-        return self.heartbeat.exchange() if self.heartbeat else nullcontext()
+    @contextmanager
+    def exchange(self, queued: bool = False) -> Iterator[None]:
+        """A context around a collective operation and the host's wait for it, in which a peer that does not take part
+        is detected.
+
+        On the wire of a GPU the operation itself only queues work, and so the context ends by waiting for the GPU. With
+        `queued` it does not, and this rank counts as waiting until its next exchange: whatever it does with the GPU may
+        block before that."""
+        if self.heartbeat is None:
+            yield
+            return
+        on_gpu = self.wire.type == "cuda"
+        with self.heartbeat.exchange(queued and on_gpu):
+            yield
+            if on_gpu and not queued:
+                torch.cuda.current_stream(self.wire).synchronize()
 
     def begin(self, step: int) -> None:
         """Set the step in this rank's heartbeats. step: the one now computed, counted from 1."""
@@ -121,12 +135,18 @@ def join_ranks(
         wire = rank_device if backend == "nccl" else torch.device("cpu")
         yield Ranks(rank, world_size, rank_device, wire, heartbeat)
     except BaseException as error:
-        lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) else None
+        own = needs_memory(error) or of_device(error)
+        lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) and not own else None
         if heartbeat and lost:
             heartbeat.leave()
             raise lost from error
         if heartbeat:
             heartbeat.close(f"{type(error).__name__}: {error}".splitlines()[0])
+        if of_device(error) and not needs_memory(error):
+            raise DeviceError(
+                f"rank {rank}: {first_line(error)} ({rank_device} of {platform.node()}); start the same command again, "
+                f"without this device where that happens again"
+            ) from error
         raise
     if heartbeat:
         heartbeat.close()
