@@ -31,11 +31,11 @@ def code_of(outcome: str) -> int:
 @dataclass
 class Outcome:
     """How a run ends, set before its files are closed. code: the exit code. reason: in words. detected_by: the ranks
-    that detect the same bad input at this point: all of this `node`, `all` of the run, or perhaps only `one`."""
+    that detect the same bad input at this point: all of this `node`, or `all` of the run."""
 
     code: int = FAILED
     reason: str = ""
-    detected_by: Literal["node", "one", "all"] = "node"
+    detected_by: Literal["node", "all"] = "node"
 
 
 class UserError(ValueError):

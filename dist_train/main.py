@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
             with StopNow():
                 waited, manifest = _prepared(settings)
-            outcome.detected_by = "one"
+            outcome.detected_by = "all"
             from dist_train.training.train import Job, run  # not at the top: it imports torch
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
@@ -162,8 +162,10 @@ def _print_once(outcome: Outcome) -> None:
     reports = first_of_node() if outcome.detected_by == "node" else os.environ.get("RANK", "0") == "0"
     # The rank that reports exits at once, and the launcher then ends the other ranks; they wait for that, because the
     # launcher would end the rank that reports if another exited first.
-    if reports or (not ended_within(_REPORTING) and outcome.detected_by == "one"):
+    if reports:
         say(outcome.reason)
+    else:
+        ended_within(_REPORTING)
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
