@@ -16,13 +16,14 @@ from typing import Any, NoReturn, ParamSpec
 from dist_train.errors import (
     BAD_INPUT,
     FAILED,
+    DeviceError,
     LauncherError,
     LostPeerError,
     UserError,
-    first_line,
     needs_memory,
     reason,
     say,
+    shortage,
     unusable,
 )
 
@@ -124,7 +125,10 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         except (MemoryError, RuntimeError) as error:
             if not needs_memory(error):
                 raise
-            say(f"not enough memory ({first_line(error)}); compute on fewer images at a time, or on another machine")
+            say(f"not enough memory ({shortage(error)}); compute on fewer images at a time, or on another machine")
+            return FAILED
+        except DeviceError as error:
+            say(str(error))
             return FAILED
         except LostPeerError as error:
             if error.reported_here:

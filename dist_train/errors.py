@@ -31,11 +31,11 @@ def code_of(outcome: str) -> int:
 @dataclass
 class Outcome:
     """How a run ends, set before its files are closed. code: the exit code. reason: in words. detected_by: the ranks
-    that detect the same bad input at this point: all of this `node`, `all` of the run, or perhaps only `one`."""
+    that detect the same bad input at this point: all of this `node`, or `all` of the run."""
 
     code: int = FAILED
     reason: str = ""
-    detected_by: Literal["node", "one", "all"] = "node"
+    detected_by: Literal["node", "all"] = "node"
 
 
 class UserError(ValueError):
@@ -72,10 +72,20 @@ class LostPeerError(ConnectionError):
         self.reported_here = reported_here
 
 
+class DeviceError(Exception):
+    """The GPU of a rank failed. The message names the rank and the GPU."""
+
+
 def needs_memory(error: BaseException) -> bool:
     """Whether memory could not be had: Python's and numpy's error, and torch's for a CPU and for a GPU."""
-    torchs = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
-    return isinstance(error, MemoryError) or bool(torchs)
+    words = "can't allocate memory|out of memory|_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(words, str(error))))
+
+
+def shortage(error: BaseException) -> str:
+    """The memory that could not be had, in the words of the error, without torch's account of its own and its
+    advice."""
+    return first_line(error).partition(" Of the allocated memory")[0].rstrip(".")
 
 
 class LostRecordError(Exception):
@@ -114,6 +124,13 @@ def say(message: str, program: str = "dist_train") -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cause(error: BaseException) -> str:
+    """The last line of an error's message, where libraries that wrap each other's errors say what happened, without the
+    place in their code and their advice."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return re.split(r"\. (?=[A-Z])", re.sub(r"^\[\S+:\d+\] ", "", line.strip()))[0].rstrip(".")
 
 
 _REMEDIES = {

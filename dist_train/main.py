@@ -33,16 +33,18 @@ from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver, launched_as
 from dist_train.errors import (
     BAD_INPUT,
+    FAILED,
     PREEMPTED,
+    DeviceError,
     DivergedError,
     LauncherError,
     LostPeerError,
     LostRecordError,
     Outcome,
     UserError,
-    first_line,
     needs_memory,
     say,
+    shortage,
     unusable,
 )
 from dist_train.model.shapes import check_training
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings, run_dir = _checked(parser().parse_intermixed_args(arguments))
             with StopNow():
                 waited, manifest = _prepared(settings)
-            outcome.detected_by = "one"
+            outcome.detected_by = "all"
             from dist_train.training.train import Job, run  # not at the top: it imports torch
 
             run(Job(settings, run_dir, manifest, waited, start), held, outcome)
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             outcome.reason = str(error)
             if os.environ.get("RANK", "0") == "0":
                 say(outcome.reason)
-        except LostRecordError as error:
+        except (DeviceError, LostRecordError) as error:
             outcome.reason = str(error)
             say(outcome.reason)
         except LostPeerError as error:
@@ -103,8 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
             if not needs_memory(error):
                 raise
             outcome.reason = (
-                f"rank {os.environ.get('RANK', '0')} ran out of memory ({first_line(error)}); raise "
-                f"train.microbatches, lower train.batch_size or data.eval_batch, or make the network smaller"
+                f"rank {os.environ.get('RANK', '0')} ran out of memory ({shortage(error)}); raise "
+                f"train.microbatches, lower train.batch_size or data.eval_batch, make the network smaller, or end what "
+                f"else uses that memory"
             )
             say(outcome.reason)
     return outcome.code
@@ -159,8 +162,10 @@ def _print_once(outcome: Outcome) -> None:
     reports = first_of_node() if outcome.detected_by == "node" else os.environ.get("RANK", "0") == "0"
     # The rank that reports exits at once, and the launcher then ends the other ranks; they wait for that, because the
     # launcher would end the rank that reports if another exited first.
-    if reports or (not ended_within(_REPORTING) and outcome.detected_by == "one"):
+    if reports:
         say(outcome.reason)
+    else:
+        ended_within(_REPORTING)
 
 
 def entry(arguments: list[str] | None = None) -> NoReturn:
@@ -179,11 +184,13 @@ def entry(arguments: list[str] | None = None) -> NoReturn:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)  # for torchrun's error report
-        raise
+        sys.excepthook(*sys.exc_info())
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     # All files are written, and the process group is destroyed. The interpreter's shutdown would race with native
-    # threads of gloo and ffcv, and sometimes abort a finished rank ("terminate called").
+    # threads of gloo and ffcv, and sometimes abort a finished rank ("terminate called"). After an error it could wait
+    # for operations between GPUs that never end.
     os._exit(code)
 
 

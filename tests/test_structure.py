@@ -142,6 +142,17 @@ def test_names_of_a_run_folder_stand_in_its_layout() -> None:
     assert literal <= {"runs.layout", "config.loading", "tracking.worker"}
 
 
+def test_ranks_wait_for_each_other_in_one_place() -> None:
+    """Where the host's wait for a collective operation counts as waiting for peers."""
+    users = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import) and any(alias.name == "torch.distributed" for alias in node.names)
+    }
+    assert users == {"distributed.ranks", "distributed.gradient_sum"}
+
+
 def test_configuration_reports_tracking_and_readers_need_no_torch() -> None:
     chosen = [name for name in modules() if package(name) in WITHOUT_TORCH and not name.endswith("__main__")]
     names = [f"dist_train.{name}" for name in (*chosen, *WITHOUT_TORCH_TOO)]

@@ -294,7 +294,7 @@ class TrainConfig:
     """Communication between ranks. `auto`: `nccl` between GPUs, `gloo` between CPUs. With `gloo` ranks can
     share a GPU."""
     timeout: Annotated[int, Field(ge=1, le=7 * 24 * 3600), FREE] = 600
-    """Seconds to wait for a rank in an exchange before it counts as lost, up to a week."""
+    """Seconds to wait in an exchange for a rank that lives before it counts as lost, up to a week."""
     log_every: Annotated[CountOrNone, FREE] = 0
     """Steps between two exchanges of losses and stop signals between the ranks. 0: 1 on a CPU, 20 on a GPU."""
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, first_line, needs_memory
 from dist_train.signals import libc
 
 
@@ -41,22 +45,82 @@ def muted_stdout() -> Iterator[None]:
         os.close(stdout)
 
 
-def choose_device(kind: str, local_rank: int, share_gpus: bool) -> torch.device:
-    """The device of a rank. kind: `auto`, `cpu` or `cuda`. share_gpus: allow more ranks than GPUs on this machine.
-    Raises UserError when there is no such device."""
-    gpus = torch.cuda.device_count()
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes, as its peers are told. index: of its GPU among those that it sees. gpu: the GPU's name, ""
+    for a CPU. identity: what no other GPU of the host has. error: why the rank has no device, "" where it has one."""
+
+    host: str
+    index: int = 0
+    gpu: str = ""
+    identity: str = ""
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"{f'{self.gpu}, cuda:{self.index}' if self.gpu else 'CPU'} of {self.host}"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.index) if self.gpu else torch.device("cpu")
+
+
+def choose_place(kind: str, local_rank: int, share_gpus: bool) -> Place:
+    """The place of this rank, whose GPU becomes the current one. kind: `auto`, `cpu` or `cuda`. share_gpus: allow more
+    ranks than GPUs."""
+    host, gpus = platform.node(), torch.cuda.device_count()
     if kind == "cpu" or (kind == "auto" and not gpus):
-        return torch.device("cpu")
+        return Place(host)
     if not gpus:
-        raise UserError("train.device = cuda, but torch finds no GPU on this machine; use train.device=cpu")
-    # torchrun's number of local ranks, not only this rank's own, so that every rank raises the same error
+        return Place(host, error=f"train.device = cuda, but torch finds no GPU on {host}; use train.device=cpu")
+    # torchrun's number of local ranks, not only this rank's own, so that it is the same on each
     started = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if started > gpus and not share_gpus:
-        raise UserError(
-            f"torchrun started {started} ranks on this machine, which has {gpus} GPUs; lower --nproc_per_node, or use "
-            f"train.device=cpu"
+    # A single one may be this rank's own, and its peers see others: srun --gpus-per-task=1, or a slice of a GPU.
+    if 1 < gpus < started and not share_gpus:
+        error = (
+            f"{started} ranks were started on {host}, where torch finds {gpus} GPUs; start at most {gpus} there "
+            f"(torchrun --nproc_per_node={gpus}), or use train.backend=gloo, with which ranks can share a GPU"
         )
-    return torch.device("cuda", local_rank % gpus)
+        return Place(host, error=error)
+    index = local_rank % gpus
+    try:
+        torch.cuda.set_device(index)
+        found: Any = torch.cuda.get_device_properties(index)
+    except RuntimeError as error:
+        why = f"train.device = {kind}: torch cannot use a GPU of {host} ({first_line(error)})"
+        return Place(host, error=f"{why}; repair its driver, or use train.device=cpu")
+    address = ":".join(f"{number:x}" for number in (found.pci_domain_id, found.pci_bus_id, found.pci_device_id))
+    return Place(host, index, found.name, f"{found.uuid} at {address}")
+
+
+def check_places(places: Sequence[Place], share_gpus: bool) -> None:
+    """Check the places of all ranks, by rank. Raises UserError, the same on each, where one has no device, where some
+    have GPUs and others have none, and, unless `share_gpus`, where two have the same GPU."""
+    for place in places:
+        if place.error:
+            raise UserError(place.error)
+    with_gpu, without = ([rank for rank, place in enumerate(places) if bool(place.gpu) is has] for has in (True, False))
+    if with_gpu and without:
+        some, other = with_gpu[0], without[0]
+        raise UserError(
+            f"rank {some} has a GPU ({places[some]}) and rank {other} has none ({places[other]}); use hosts that all "
+            f"have GPUs, or train.device=cpu"
+        )
+    first: dict[tuple[str, str], int] = {}
+    for rank in with_gpu if not share_gpus else ():
+        place = places[rank]
+        other = first.setdefault((place.host, place.identity), rank)
+        if other != rank:
+            raise UserError(
+                f"ranks {other} and {rank} have the same GPU ({place}, {place.identity}); start one rank for each GPU "
+                f"(torchrun --nproc_per_node=1, or srun --gpus-per-task=1 and as many GPUs as tasks), or use "
+                f"train.backend=gloo, with which ranks can share one"
+            )
+
+
+def of_device(error: BaseException) -> bool:
+    """Whether an error is that of a GPU, or of a library that computes on it, other than for lack of memory."""
+    named = isinstance(error, RuntimeError) and re.match("(CUDA|HIP|cuDNN)( driver| Frontend)? error", str(error))
+    return (isinstance(error, torch.AcceleratorError) or bool(named)) and not needs_memory(error)
 
 
 def keep_memory() -> None:

@@ -182,7 +182,7 @@ class FixedOrderSum:
     def _finish(self) -> None:
         """Sum this rank's slice of every bucket, and exchange the sums."""
         exchanges, self.exchanges = self.exchanges, []
-        with self.ranks.exchange():
+        with self.ranks.exchange(queued=True):
             for bucket in exchanges:
                 bucket.sum(self.microbatches)
             works = [work for bucket in exchanges for work in bucket.send_sums()]

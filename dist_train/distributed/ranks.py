@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,10 +19,18 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dist_train.distributed.device import choose_device, keep_memory, muted_stdout, set_arithmetic
+from dist_train.distributed.device import (
+    Place,
+    check_places,
+    choose_place,
+    keep_memory,
+    muted_stdout,
+    of_device,
+    set_arithmetic,
+)
 from dist_train.distributed.heartbeat import Heartbeat
 from dist_train.distributed.launcher import launched_as, meet_on_this_machine
-from dist_train.errors import LostPeerError, UserError
+from dist_train.errors import DeviceError, LostPeerError, UserError, cause, first_line, needs_memory
 from dist_train.signals import stop_with_launcher
 
 T = TypeVar("T")
@@ -55,9 +64,22 @@ class Ranks:
         """The contiguous range of `count` items that this rank has."""
         return share(count, self.rank, self.world_size)
 
-    def exchange(self) -> AbstractContextManager[None]:
-        """A context around a collective operation, in which a peer that does not take part is detected."""
-        return self.heartbeat.exchange() if self.heartbeat else nullcontext()
+    @contextmanager
+    def exchange(self, queued: bool = False) -> Iterator[None]:
+        """A context around a collective operation and the host's wait for it, in which a peer that does not take part
+        is detected.
+
+        On the wire of a GPU the operation itself only queues work, and so the context ends by waiting for the GPU. With
+        `queued` it does not, and this rank counts as waiting until its next exchange: whatever it does with the GPU may
+        block before that."""
+        if self.heartbeat is None:
+            yield
+            return
+        on_gpu = self.wire.type == "cuda"
+        with self.heartbeat.exchange(queued and on_gpu):
+            yield
+            if on_gpu and not queued:
+                torch.cuda.current_stream(self.wire).synchronize()
 
     def begin(self, step: int) -> None:
         """Set the step in this rank's heartbeats. step: the one now computed, counted from 1."""
@@ -74,18 +96,12 @@ def join_ranks(
     device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank. timeout: seconds after which a rank that
     does not take part in an exchange counts as lost. backend: `auto` takes NCCL on GPUs, gloo on CPUs; with `gloo`
     several ranks can share a GPU. first_timeout: seconds to wait for all ranks to join, where longer than `timeout`.
-    Raises UserError when there is no such device, LostPeerError when a peer does not join, fails or is lost.
+    Raises UserError, on all ranks, when a rank has no such device or that of another; LostPeerError when a peer does
+    not join, fails or is lost; DeviceError when this rank's GPU fails.
     """
     rank, world_size, local_rank = launched_as()
-    rank_device = choose_device(device, local_rank, share_gpus=backend == "gloo")
-    if backend == "auto":
-        backend = "nccl" if rank_device.type == "cuda" else "gloo"
-    if backend == "nccl" and rank_device.type == "cpu":
-        raise UserError("train.backend = nccl works between GPUs only; use train.backend=gloo, or auto")
-    if rank_device.type == "cuda":
-        torch.cuda.set_device(rank_device)
-    else:
-        keep_memory()
+    share_gpus = backend == "gloo"
+    place = choose_place(device, local_rank, share_gpus)
     torch.set_num_threads(threads)
     set_arithmetic(deterministic)
     stop_with_launcher()
@@ -102,6 +118,13 @@ def join_ranks(
             meet_on_this_machine()
             store, *_ = next(rendezvous("env://", rank, world_size, timeout=join_timeout))
         start = _agree_on_start(store, rank, world_size, join_timeout)
+        check_places(_exchange_places(PrefixStore(start, store), rank, world_size, place), share_gpus)
+        if backend == "auto":
+            backend = "nccl" if place.gpu else "gloo"
+        if backend == "nccl" and not place.gpu:
+            raise UserError("train.backend = nccl works between GPUs only; use train.backend=gloo, or auto")
+        if not place.gpu:
+            keep_memory()
         with muted_stdout():
             dist.init_process_group(
                 "fake" if alone else backend,
@@ -109,28 +132,43 @@ def join_ranks(
                 rank=rank,
                 world_size=world_size,
                 timeout=group_timeout,
-                device_id=rank_device if backend == "nccl" and not alone else None,
+                device_id=place.device if backend == "nccl" and not alone else None,
             )
         heartbeat = None if alone else Heartbeat(rank, world_size, timeout, start)
     except RuntimeError as error:
+        if needs_memory(error):
+            raise
+        if of_device(error):
+            raise _device_error(error, rank, place) from error
         raise LostPeerError(
             f"rank {rank} did not find the other {world_size - 1} ranks at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {cause(error)}"
         ) from error
     try:
-        wire = rank_device if backend == "nccl" else torch.device("cpu")
-        yield Ranks(rank, world_size, rank_device, wire, heartbeat)
+        wire = place.device if backend == "nccl" else torch.device("cpu")
+        yield Ranks(rank, world_size, place.device, wire, heartbeat)
     except BaseException as error:
-        lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) else None
+        own = needs_memory(error) or of_device(error)  # nobody else has caused it
+        lost = heartbeat.lost(error) if heartbeat and isinstance(error, RuntimeError) and not own else None
         if heartbeat and lost:
             heartbeat.leave()
             raise lost from error
         if heartbeat:
             heartbeat.close(f"{type(error).__name__}: {error}".splitlines()[0])
+        if of_device(error):
+            raise _device_error(error, rank, place) from error
         raise
     if heartbeat:
         heartbeat.close()
     dist.destroy_process_group()
+
+
+def _device_error(error: BaseException, rank: int, place: Place) -> DeviceError:
+    where = f"{place}, {place.identity}" if place.identity else str(place)
+    return DeviceError(
+        f"rank {rank}: {first_line(error)} ({where}); start the same command again, without this device where that "
+        f"happens again"
+    )
 
 
 def _agree_on_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -158,6 +196,22 @@ def _agree_on_start(store: Store, rank: int, world_size: int, timeout: timedelta
     raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s")
 
 
+def _exchange_places(store: Store, rank: int, world_size: int, own: Place) -> list[Place]:
+    """The place of every rank, in order. Rank 0 gathers them, so that the others read once. Raises RuntimeError when a
+    rank does not answer."""
+    peers = range(1, world_size)
+    if rank == 0:
+        places = [asdict(own), *(json.loads(store.get(f"place/{peer}")) for peer in peers)]
+        store.set("places", json.dumps(places))
+        for peer in peers:  # where a launcher holds no store it ends with this rank
+            store.get(f"seen/{peer}")
+    else:
+        store.set(f"place/{rank}", json.dumps(asdict(own)))
+        places = json.loads(store.get("places"))
+        store.set(f"seen/{rank}", "")
+    return [Place(**place) for place in places]
+
+
 def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only, and return its (picklable) result on every rank. A UserError, ValueError or OSError is
     raised on every rank."""
@@ -175,6 +229,15 @@ def on_main(ranks: Ranks, work: Callable[[], T]) -> T:
         raise result_and_error[1]
     result: T = result_and_error[0]
     return result
+
+
+def gather_objects(ranks: Ranks, own: T) -> list[T]:
+    """A (picklable) object of every rank, in order, on all ranks."""
+    everyone = [own] * ranks.world_size
+    if ranks.world_size > 1:
+        with ranks.exchange():
+            dist.all_gather_object(everyone, own)
+    return everyone
 
 
 def gather_shares(ranks: Ranks, own: Tensor, count: int) -> Tensor:

@@ -362,7 +362,8 @@ def _environment(runs: Sequence[PageRun]) -> list[Row]:
 
 def _event(name: str, row: Row) -> Row:
     """A line of `history.jsonl` as a row of the table of events. name: of its run."""
-    others = {key: value for key, value in row.items() if key not in ("event", "time", "environment", "images")}
+    shown_elsewhere = ("event", "time", "environment", "ranks", "images")
+    others = {key: value for key, value in row.items() if key not in shown_elsewhere}
     step = others.pop("step", None)
     if row["event"] == "start":
         ranks, host = others.pop("world_size", None), others.pop("host", "")

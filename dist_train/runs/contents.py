@@ -169,6 +169,7 @@ class _Event(_Checked):
     world_size: _Steps | None = None
     host: str | None = None
     environment: dict[str, str | int] | None = None
+    ranks: list[dict[str, str | int]] = []
     changed: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
 
 

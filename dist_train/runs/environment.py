@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import is_nccl_available
 
 from dist_train import __version__
 
@@ -30,6 +34,54 @@ def environment(device: torch.device) -> Environment:
     if device.type == "cuda":
         return {**common, "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return {**common, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Where a rank computes: its host, the bytes of memory of its device and, of a GPU, the UUID and the versions that
+    do not change bits. None of it tells whether a run has the same bits."""
+    here: dict[str, str | int] = {"host": platform.node()}
+    if device.type != "cuda":
+        return {**here, "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    found: Any = torch.cuda.get_device_properties(device)
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if is_nccl_available() else "none"
+    return {**here, "memory": found.total_memory, "uuid": str(found.uuid), "nccl": nccl, "driver": _driver()}
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, "unknown" where it is another's."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown"
+    version = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return version[0] if version else "unknown"
+
+
+def merged(environments: Sequence[Environment]) -> Environment:
+    """The environment of a run from those of its ranks: by name the value, or all values where they differ."""
+    return {name: " and ".join(values) for name, values in _values(environments).items()}
+
+
+def mixture(environments: Sequence[Environment]) -> str:
+    """In what the ranks differ, in words; "" where they do not. environments: by rank."""
+    return ", ".join(
+        f"{name} ({', '.join(f'{value} on {_counted(ranks)}' for value, ranks in values.items())})"
+        for name, values in _values(environments).items()
+        if len(values) > 1
+    )
+
+
+def _counted(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
+
+
+def _values(environments: Sequence[Environment]) -> dict[str, dict[str, list[int]]]:
+    """{name: {value: the ranks that have it}}."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name in dict.fromkeys(name for each in environments for name in each):
+        for rank, each in enumerate(environments):
+            found.setdefault(name, {}).setdefault(each.get(name, "none"), []).append(rank)
+    return found
 
 
 def changes(before: Environment, now: Environment) -> dict[str, list[str]]:

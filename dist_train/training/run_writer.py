@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dist_train.errors import outcome_of, reason, say
 from dist_train.model.network import BlockNetwork, tensor_digests
 from dist_train.runs import checkpoint
 from dist_train.runs.checkpoint import Checkpoint, DataDescription
-from dist_train.runs.environment import Environment, changes, environment, git_commit, versions
+from dist_train.runs.environment import Environment, changes, git_commit, merged, mixture, versions
 from dist_train.runs.history import append_history
 from dist_train.runs.layout import checkpoint_folder
 from dist_train.training.evaluation import Evaluation
@@ -58,13 +58,15 @@ class RunWriter(Writer):
         total_steps: int,
         matrix_rate: float,
         resumed: Checkpoint | None,
+        everyone: Sequence[tuple[Environment, dict[str, str | int]]],
     ) -> None:
-        """matrix_rate: FLOP/s of matrix products on all ranks together. resumed: the checkpoint that the run resumes
+        """matrix_rate: FLOP/s of matrix products on all ranks together. everyone: by rank its environment and its
+        machine; ranks that differ in the former are reported on stderr. resumed: the checkpoint that the run resumes
         from, None for a new run; a change of the environment since that checkpoint is reported on stderr.
         Raises UserError and OSError as Recorder does."""
         self.run_dir, self._artifacts = run_dir, settings.record.artifacts
         step = resumed.step if resumed else 0
-        self.environments = self._environments(ranks, data, step, resumed.environments if resumed else [])
+        self.environments = self._environments(data, step, resumed.environments if resumed else [], everyone)
         self._recorder = Recorder(
             run_dir,
             settings.record,
@@ -142,9 +144,18 @@ class RunWriter(Writer):
         append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=why)
         self._recorder.close(code)
 
-    def _environments(self, ranks: Ranks, data: Manifest, step: int, known: list[Environment]) -> list[Environment]:
+    def _environments(
+        self,
+        data: Manifest,
+        step: int,
+        known: list[Environment],
+        everyone: Sequence[tuple[Environment, dict[str, str | int]]],
+    ) -> list[Environment]:
         """All environments of the run, the current one last. Also writes the history's line of the start."""
-        now = environment(ranks.device)
+        each = [environment for environment, _ in everyone]
+        now = merged(each)
+        if differences := mixture(each):
+            say(f"the ranks differ in {differences}: the weights may differ in bits from those of ranks that are alike")
         changed = changes(known[-1], now) if known else {}
         if changed:
             parts = ", ".join(f"{name} ({before} before, {after} now)" for name, (before, after) in changed.items())
@@ -153,9 +164,10 @@ class RunWriter(Writer):
             self.run_dir,
             "start",
             step=step,
-            world_size=ranks.world_size,
+            world_size=len(everyone),
             host=platform.node(),
             environment=now,
+            ranks=[{**machine, **environment} for environment, machine in everyone],
             images={name: split.content_sha256 for name, split in data.splits.items()},
             **({"changed": changed} if changed else {}),
         )

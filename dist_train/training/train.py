@@ -18,7 +18,7 @@ from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, autocast, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
-from dist_train.distributed.ranks import Ranks, join_ranks, on_main, sum_integers
+from dist_train.distributed.ranks import Ranks, gather_objects, join_ranks, on_main, sum_integers
 from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say, show
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
@@ -26,7 +26,7 @@ from dist_train.model.shapes import flops
 from dist_train.randomness import derive
 from dist_train.runs import checkpoint
 from dist_train.runs.contents import read_summary
-from dist_train.runs.environment import device_name, git_commit, versions
+from dist_train.runs.environment import environment, git_commit, machine, merged, versions
 from dist_train.runs.folder import check_data, open_folder
 from dist_train.runs.history import read_history
 from dist_train.runs.layout import ACCURACY_PLOT, DIVERGED, LOSS_PLOT, METRICS, SUMMARY, step_of
@@ -84,7 +84,6 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         # Entered only after all ranks have joined: until then there is nothing to save, and a stop signal ends the
         # process at once.
         stop = held.enter_context(StopRequest())
-        outcome.detected_by = "all"
         manifest = on_main(ranks, lambda: job.manifest)
         assert manifest is not None
         data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
@@ -111,10 +110,12 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"{newest} does not fit this run ({first_line(error)}); {_START_OVER}") from None
         rate = _matrix_rate(ranks, t.precision)
+        everyone = gather_objects(ranks, (environment(ranks.device), machine(ranks.device)))
         writer = Writer()
         if ranks.main:
-            _announce(run_dir, config, manifest, ranks, state.step, last_step)
-            writer = main_writer = RunWriter(run_dir, config, ranks, manifest, last_step, rate, resumed)
+            device = merged([each for each, _ in everyone])["device"] if ranks.on_gpu else "CPU"
+            _announce(run_dir, config, manifest, ranks.world_size, device, state.step, last_step)
+            writer = main_writer = RunWriter(run_dir, config, ranks, manifest, last_step, rate, resumed, everyone)
             held.callback(lambda: main_writer.close(outcome.code, outcome.reason))
         writer.phase("warming up")
         warm_up_seconds = warm_up(config, data, ranks, state)
@@ -135,8 +136,9 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             """Complete the files of the run, on rank 0. Returns "", or what could not be written, and why."""
             if (missing := main_writer.wait()) or stopped:
                 return missing
+            summary = _summary(config, model, data, ranks, rate, run_dir)
             times = {"seconds": time.perf_counter() - job.start, "warm_up_seconds": warm_up_seconds}
-            return main_writer.finish({**_summary(config, model, data, ranks, rate, run_dir), **times})
+            return main_writer.finish({**summary, "device": main_writer.environments[-1]["device"], **times})
 
         missing = on_main(ranks, finish)
         outcome.code = FAILED if missing else PREEMPTED if stopped else DONE
@@ -180,15 +182,15 @@ def _announce(
     run_dir: Path,
     config: Config,
     manifest: Manifest,
-    ranks: Ranks,
+    world_size: int,
+    device: str,
     step: int,
     total_steps: int,
 ) -> None:
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     training, test = (f"{manifest.splits[split].count:,}" for split in ("train", "test"))
     show(
         f"{manifest.dataset}: {training} training and {test} test images; "
-        f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {device}, {config.train.precision}; "
+        f"{world_size} rank{'s' * (world_size > 1)} on {device}, {config.train.precision}; "
         f"{total_steps} steps in {config.train.epochs:g} epochs; run folder {run_dir}"
     )
     if step:
@@ -203,8 +205,8 @@ def _summary(
     rate: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """The content of `summary.json` but the times, `environments` and `dataset`. rate: FLOP/s of matrix products on all
-    ranks together."""
+    """The content of `summary.json` but the times, `device`, `environments` and `dataset`. rate: FLOP/s of matrix
+    products on all ranks together."""
     steps, evals = read_metrics(run_dir / METRICS)
     last, best = evals[-1], best_eval(evals)
     assert best is not None
@@ -233,7 +235,6 @@ def _summary(
         "weights_sha256": weights_digest(model),
         "config_digest": config_digest(config),
         "world_size": ranks.world_size,
-        "device": device_name(ranks.device),
         "versions": versions(),
         "git_commit": git_commit(),
     }

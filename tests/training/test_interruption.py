@@ -64,11 +64,12 @@ def begun(
     ranks: int = 1,
     torchrun: tuple[str, ...] = (),
     inside: Callable[[list[str]], list[str]] = list,
+    module: str = "dist_train.main",
 ) -> subprocess.Popen[str]:
-    """Start the trainer and wait until that many steps are recorded. torchrun: more of its options. inside: makes of
-    the command another, that starts it."""
+    """Start the trainer, or another module, and wait until that many steps are recorded. torchrun: more of its options.
+    inside: makes of the command another, that starts it."""
     process = subprocess.Popen(
-        inside(command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun)),
+        inside(command(*arguments, "--run-dir", folder, ranks=ranks, torchrun=torchrun, module=module)),
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -222,9 +223,11 @@ def test_stop_signals_at_the_very_end_come_too_late(digits: Path, tmp_path: Path
     assert read_history(tmp_path / "run")[-1]["outcome"] == "done"
 
 
-def test_a_dead_rank_is_named_and_a_failing_one_shows_its_own_traceback(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["dist_train.main", "tests.silent_waits"])
+def test_a_dead_rank_is_named(digits: Path, tmp_path: Path, module: str) -> None:
+    """Also where no wait raises an error, nor takes the signals with which torchrun ends the ranks that are left."""
     arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=40"]
-    process = begun(tmp_path / "killed", 5, *arguments, ranks=3)
+    process = begun(tmp_path / "killed", 5, *arguments, ranks=3, module=module)
     os.kill(ranks_of(tmp_path / "killed")[2], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -234,6 +237,9 @@ def test_a_dead_rank_is_named_and_a_failing_one_shows_its_own_traceback(digits: 
     assert "Traceback" not in said.partition("torch/distributed/elastic")[0]  # where the launcher's own words begin
     assert "exitcode  : -9" in said.partition("Root Cause")[2]
 
+
+def test_a_failing_rank_shows_its_own_traceback(digits: Path, tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", f"data.dir={digits}", *TINY, "epochs=40"]
     failing = subprocess.run(
         command(*arguments, "--run-dir", tmp_path / "failing", ranks=2, module="tests.failing_rank"),
         cwd=REPOSITORY,
