@@ -144,6 +144,9 @@ class Block:
     """The coefficients a: `raw`, as the fully connected layer gives them; or its `softmax` or `sigmoid`."""
     temperature: Annotated[_Finite, Field(ge=1e-6, le=1e6)] = 1.0
     """Of `softmax`: the higher, the more even are the coefficients."""
+    per_image: bool = True
+    """Compute the coefficients of each image from its channel averages. false: learn L numbers, the same ones for all
+    images, in place of the fully connected layer."""
     pool: Pixels | Literal["all"] = 1
     """Side in pixels of the pooling windows, which do not overlap. 1: none. `all`: the whole image, to one pixel."""
     pool_kind: Literal["max", "avg"] = "max"

@@ -101,7 +101,7 @@ def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) 
         convolutions = []
         for conv in block.convolutions:
             convolutions.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
-        layers.append([*convolutions, 2 * shape[0] * len(convolutions)])
+        layers.append([*convolutions, 2 * shape[0] * len(convolutions) * block.per_image])
     widths = [inputs[-1][0], *config.output.hidden, classes]
     return [*layers, [2 * a * b for a, b in itertools.pairwise(widths)]]
 
