@@ -201,7 +201,8 @@ def _check(path: Path, variants: list[Variant]) -> None:
         manifest = dataset.prepare(data)
         dataset.check_images(data, manifest, settings.train.batch_size)
         height, width, channels = manifest.image_shape
-        for size in ((height, width), *((smaller.size, smaller.size) for smaller in data.smaller)):
+        sizes = [(height, width), *((smaller.size, smaller.size) for smaller in data.smaller)]
+        for size in (*sizes, *(settings.train.select.image_size(*size) for size in sizes)):
             try:
                 shapes(settings.model, (channels, *size))
             except UserError as error:

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_train.command_line import check_path, is_text
-from dist_train.config.settings import Config, Effect, OptimConfig
+from dist_train.config.settings import Config, Effect, OptimConfig, Select
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
@@ -39,7 +39,7 @@ PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
 _REMOVED = ("model.batch_norm.momentum",)  # settings of run folders of earlier versions; none changed the weights
 # Settings that were added later, and their defaults, which leave the digests of earlier configurations as they were
-_ADDED: dict[str, Any] = {"per_image": True}
+_ADDED: dict[str, Any] = {"per_image": True, "select": dataclasses.asdict(Select())}
 _LONGEST = 2**63  # whole numbers in TOML have 64 bits
 _SHOWN = 60  # the most characters of a value in a message
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
 from dist_train.errors import NotFiniteError, UserError
 from dist_train.model.mixing import average, mix, weighted_sum
-from dist_train.model.shapes import padding_of, shapes, training_flops
+from dist_train.model.shapes import flops, padding_of, shapes, training_flops
 
 _NO_VARIANCE = 1e-5  # of patches of normalised pixels: less than that of the rounding of pixels to 256 levels
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -225,6 +225,10 @@ class BlockNetwork(nn.Module):
     def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
         """Floating-point operations of the forward and backward pass of one image of that size in pixels."""
         return training_flops(self.config, (self.channels, height, width), self.classes, stem_learns)
+
+    def forward_flops(self, height: int, width: int) -> int:
+        """Floating-point operations of the forward pass of one image of that size in pixels."""
+        return sum(map(sum, flops(self.config, (self.channels, height, width), self.classes)))
 
 
 def _dirac(convolution: nn.Conv2d) -> None:

@@ -26,6 +26,7 @@ from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import Schedule
+from dist_train.training.selection import Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
 
@@ -110,14 +111,17 @@ class TrainStep:
         self.gradients = FixedOrderSum(ranks, network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
         self.flops = cache(state.model.training_flops)
+        self.selection = Selection(settings, data, state.model, network, self.autocast)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
         """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
         settings, state = self.settings, self.state
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
+        images = self.selection.kept(state.step) * settings.microbatches
         parts = []
-        for index, batch in enumerate(microbatches):
+        for index, whole in enumerate(microbatches):
+            batch = self.selection(whole, state.step)
             # dropout draws from torch's global generator, so this makes it independent of the ranks
             torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
             with self.gradients.microbatch(index) as gradient:
@@ -126,13 +130,14 @@ class TrainStep:
                 loss = F.cross_entropy(
                     logits.float(), batch.labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
-                state.scaler.scale(loss / settings.batch_size).backward()
+                state.scaler.scale(loss / images).backward()
             correct = (logits.argmax(1) == batch.labels).sum()
             parts.append(torch.stack((loss.detach().double(), correct.double(), gradient.largest.double())))
         norm = state.optimizers.step(state.scaler)
-        flops = settings.batch_size * self.flops(*self.data.image_size(state.step), stem_learns)
+        flops = images * self.flops(*self.data.image_size(state.step), stem_learns)
+        flops += self.selection.flops(state.step)
         state.step += 1
-        return StepMetrics(torch.stack(parts), norm, rate, flops)
+        return StepMetrics(torch.stack(parts), norm, rate, images, flops)
 
 
 def _compiled(model: BlockNetwork, settings: TrainConfig) -> nn.Module:
