@@ -61,7 +61,9 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
         model = BlockNetwork(settings.model, shape, classes)
         optimizers = Optimizers(model, settings.optim, total_steps=100, steps_per_epoch=1)
         scaler = torch.amp.GradScaler("cpu", enabled=settings.train.precision == "fp16")
-        data: Any = SimpleNamespace(config=settings.data, image_size=lambda step: (size, size))
+        data: Any = SimpleNamespace(
+            config=settings.data, size=images, steps_per_epoch=1, image_size=lambda step: (size, size)
+        )
         step = TrainStep(settings.train, data, ranks, State(model, optimizers, scaler, step=50))
         step.state.step = 50
         batches = [Microbatch(slot, *_batch(images, shape, classes)) for slot in range(settings.train.microbatches)]
@@ -71,7 +73,7 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
         network = copy.deepcopy(model)  # one that DDP does not wrap
         network.zero_grad(set_to_none=True)
         with step.autocast, network.kernels_cast(DTYPES[settings.train.precision]), Operations() as pass_:
-            step.forward_backward(network, batches[0], stem_learns=False)
+            step.forward_backward(network, batches[0], images, stem_learns=False)
         parts["forward and backward pass of a microbatch"] = pass_.by_name
         with Operations() as update:
             optimizers.step(scaler)

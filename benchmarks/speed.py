@@ -11,13 +11,13 @@ one thread as there are cores, or on one GPU; key=value are its settings. All tr
 (data.dir).
 
 One program computes at a time: a step (or --turn of them) of one, then of another. A schedule has several kinds of
-steps, by the images' size and by whether the stem still learns. The first of each kind are not counted; --steps of
-each then are. A training takes the median of each kind times its number in the whole schedule, added up. n counts
-turns. "CPU s", also a median, is of all threads and ranks, and nearly independent of other load on the machine. The
-time in which the peers' loaders process all images at once for an epoch is included; evaluation, checkpoints, the
-initial whitening and our metrics (one line a step) are not. The last line printed also has our share of the matrix
-rate, which needs no peer: the schedule's operations a second over those of a matrix product in this process, with a
-thread for each core.
+steps, by the images' size, by whether the stem still learns, and by how many images of a microbatch are trained on. The
+first of each kind are not counted; --steps of each then are. A training takes the median of each kind times its number
+in the whole schedule, added up. n counts turns. "CPU s", also a median, is of all threads and ranks, and nearly
+independent of other load on the machine. The time in which the peers' loaders process all images at once for an epoch
+is included; evaluation, checkpoints, the initial whitening and our metrics (one line a step) are not. The last line
+printed also has our share of the matrix rate, which needs no peer: the schedule's operations a second over those of a
+matrix product in this process, with a thread for each core.
 
 On a CPU a peer runs eagerly, with a thread for each core, and with our allocator's settings; --compile-peer adds a row
 with its own torch.compile, --peer-as-is one as its README starts it: compiled, and with nothing set. On a GPU it is
@@ -50,12 +50,13 @@ from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.launcher import ranks_per_node
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import UserError, say
-from dist_train.model.shapes import shapes, training_flops
+from dist_train.model.shapes import shapes
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import total_steps
+from dist_train.training.selection import Selection
 from dist_train.training.train import build_model
 from dist_train.training.warm_up import Kind, kinds
 
@@ -97,16 +98,17 @@ def run_rank(args: argparse.Namespace) -> None:
             optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
             return State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
 
-        optimizers = new().optimizers
-        schedule = kinds(data, optimizers)
+        state = new()
+        model, optimizers = state.model, state.optimizers
+        selection = Selection(t, data, model, model)
+        schedule = kinds(data, optimizers, selection)
         data.pacer, data.warm_up = Pacer(args.ours, args.name, ranks.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
         flops = 0
         for kind in schedule:
-            shape = (data.manifest.image_shape[2], *data.image_size(kind.first))
-            learns = optimizers.learns("stem", kind.first)
-            image_flops = training_flops(settings.model, shape, len(data.manifest.classes), learns)
-            flops += kind.count * t.batch_size * image_flops
+            image_flops = model.training_flops(*data.image_size(kind.first), optimizers.learns("stem", kind.first))
+            images = selection.kept(kind.first) * t.microbatches
+            flops += kind.count * (images * image_flops + selection.flops(kind.first))
         data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule), flops)
         for kind in schedule:
             data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)

@@ -144,7 +144,9 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
         memory = psutil.virtual_memory().total
         # that of a GPU is known only to torch
         activations = math.inf if settings.train.device != "cpu" and has_driver() else memory
-        for size in ((height, width), *((smaller.size, smaller.size) for smaller in data.smaller)):
+        sizes = [(height, width), *((smaller.size, smaller.size) for smaller in data.smaller)]
+        sizes += {settings.train.select.image_size(*size) for size in sizes} - {*sizes}
+        for size in sizes:
             images, classes = manifest.splits["test"].count, len(manifest.classes)
             check_training(settings, (channels, *size), classes, images, memory, activations)
         return waited, manifest

@@ -29,6 +29,7 @@ SUMMARY: dict[str, Any] = {
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the test files that take longest run first, so that the workers of tests/run.sh end at about the same time
 LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]
+LONGEST += ["recipe", "selection"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,12 +41,13 @@ _DIGITS = ("--preset", "digits", "train.epochs=2")
 RUNS = {
     "digits-fp32": Run((*_DIGITS, "precision=fp32")),
     "digits-bf16": Run((*_DIGITS, "precision=bf16")),
-    # every augmentation, every kind of evaluation, a held-out set, and a stem that stops learning
+    # every augmentation, every kind of evaluation, a held-out set, a stem that stops learning, and selected images
     "digits-all": Run(
         (
             *_DIGITS,
             *("precision=fp32", "flip=alternate", "cutout=6", "holdout=200", "evaluate.tta=shift"),
             *("data.smaller=[{size=20, until_epoch=0.6, how='scale'}]", "optim.stem.until_epoch=1.2"),
+            "train.select={fraction=0.6, from_epoch=1, size=24}",
         ),
         ranks=(2,),
     ),

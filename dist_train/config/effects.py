@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -38,7 +39,7 @@ def check_muon(config: Config) -> None:
 
 def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...], str, str]]:
     """Settings without effect: their table, its dotted key, their names, the reason, and what would change that."""
-    model, optim = config.model, config.optim
+    model, optim, select = config.model, config.optim, config.train.select
     for number, block in enumerate(model.blocks):
         key = f"model.blocks.{number}"
         if block.coefficients != "softmax":
@@ -59,6 +60,11 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
         yield model.batch_norm, "model.batch_norm", ("eps", "scale"), "no block has a norm", "set one"
         if not any(conv.bias for block in model.blocks for conv in block.convolutions):
             yield optim.norms, "optim.norms", _names(Group), "no block has a norm or a bias", "set one"
+    if select.fraction == 1:
+        yield select, "train.select", ("from_epoch", "until_epoch", "size"), "fraction = 1", "set fraction"
+    elif select.from_epoch >= (end := min(select.until_epoch or math.inf, config.train.epochs)):
+        why = f"from_epoch = {select.from_epoch:g} is not before epoch {end:g}, the last that it could choose in"
+        yield select, "train.select", ("fraction", "size"), why, "lower from_epoch"
     if optim.group("kernels")["algorithm"] == "muon":
         yield optim.kernels, "optim.kernels", ("weight_decay",), 'algorithm = "muon" has none', "set another"
 

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_train.command_line import check_path, is_text
-from dist_train.config.settings import Config, Effect, OptimConfig
+from dist_train.config.settings import Config, Effect, OptimConfig, Select
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
@@ -38,6 +38,8 @@ FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
 _REMOVED = ("model.batch_norm.momentum",)  # settings of run folders of earlier versions; none changed the weights
+# Settings that were added later, and their defaults, which leave the digests of earlier configurations as they were
+_ADDED: dict[str, Any] = {"per_image": True, "select": dataclasses.asdict(Select())}
 _LONGEST = 2**63  # whole numbers in TOML have 64 bits
 _SHOWN = 60  # the most characters of a value in a message
 
@@ -54,9 +56,9 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
     if preset is not None:
         if preset not in presets():
             raise UserError(f"--preset {preset}: there is no such preset{_nearest(preset, presets())}")
-        tree = _read(PRESETS / f"{preset}.toml")
+        tree = read_toml(PRESETS / f"{preset}.toml")
     if file is not None:
-        tree = _merge(tree, _read(file))
+        tree = _merge(tree, read_toml(file))
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -71,7 +73,7 @@ def given(file: Path | None, settings: list[str]) -> list[str]:
     """The dotted keys of the settings in a file and on the command line, but not of a run's own file, which has all.
     Raises UserError."""
     keys = [_full_key(setting.partition("=")[0].strip()) for setting in settings]
-    return keys if file is None or file.name == FILE else [*keys, *(key for key, _ in leaves(_read(file)))]
+    return keys if file is None or file.name == FILE else [*keys, *(key for key, _ in leaves(read_toml(file)))]
 
 
 def parse(text: str) -> Config:
@@ -195,7 +197,7 @@ _EFFECTS = _effects()
 
 def digest(config: Config) -> str:
     """Eight hexadecimal digits, a SHA-256 of the settings that the final weights depend on."""
-    text = json.dumps(_binding(to_dict(config)), sort_keys=True)
+    text = json.dumps(_as_before(_binding(to_dict(config))), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -212,7 +214,7 @@ def check_folder(run_dir: Path, settings: Config) -> None:
     path = run_dir / FILE
     if path.exists():
         if differing := [
-            key for key in difference(settings, _checked(_without_removed(_read(path)))) if key not in _EFFECTS
+            key for key in difference(settings, _checked(_without_removed(read_toml(path)))) if key not in _EFFECTS
         ]:
             raise UserError(
                 f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
@@ -234,6 +236,13 @@ def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
     return bound
 
 
+def _as_before(tree: Any) -> Any:
+    """A tree without the settings of _ADDED that have their defaults."""
+    if isinstance(tree, dict):
+        return {key: _as_before(value) for key, value in tree.items() if key not in _ADDED or value != _ADDED[key]}
+    return [*map(_as_before, tree)] if isinstance(tree, list) else tree
+
+
 def _without_removed(tree: dict[str, Any]) -> dict[str, Any]:
     for key in _REMOVED:
         *path, last = key.split(".")
@@ -251,11 +260,12 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, option: str = "--config ") -> dict[str, Any]:
+    """The content of a TOML file. option: by which the file is named on the command line. Raises UserError."""
     try:
         return _toml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a TOML file") from None
+        raise UserError(f"{option}{path}: cannot be read ({error.strerror}); name a TOML file") from None
     except ValueError as error:  # also where a number has thousands of digits
         raise UserError(f"{path}: not valid TOML ({error}); fix that line") from None
 

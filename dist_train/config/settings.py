@@ -5,6 +5,7 @@ Checks that need more than the configuration are in the modules that use a secti
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -84,7 +85,8 @@ class DataConfig:
     translate: PixelsOrNone = 2
     """Largest random shift of training images in pixels, the border reflected. 0: none."""
     cutout: PixelsOrNone = 0
-    """Side in pixels of a square at a random place set to the mean (DeVries and Taylor 2017). 0: none."""
+    """Side in pixels of a square at a random place inside the image set to the training images' mean colour (DeVries
+    and Taylor 2017). 0: none."""
     smaller: list[Smaller] = field(default_factory=list)
     """Sizes that training images have at first, after the other augmentations (progressive resizing, Howard 2018).
     Evaluation is at full size."""
@@ -144,6 +146,9 @@ class Block:
     """The coefficients a: `raw`, as the fully connected layer gives them; or its `softmax` or `sigmoid`."""
     temperature: Annotated[_Finite, Field(ge=1e-6, le=1e6)] = 1.0
     """Of `softmax`: the higher, the more even are the coefficients."""
+    per_image: bool = True
+    """Compute the coefficients of each image from its channel averages. false: learn L numbers, the same ones for all
+    images, in place of the fully connected layer."""
     pool: Pixels | Literal["all"] = 1
     """Side in pixels of the pooling windows, which do not overlap. 1: none. `all`: the whole image, to one pixel."""
     pool_kind: Literal["max", "avg"] = "max"
@@ -220,7 +225,7 @@ class Group:
     """`sgd`, with Nesterov momentum; `adamw`; or `muon`, for kernels (Jordan et al. 2024, "Muon: an optimizer for
     hidden layers in neural networks")."""
     lr: Rate | None = None
-    """Peak learning rate, for the loss averaged over the global batch."""
+    """Peak learning rate, for the loss averaged over the images that a step is trained on."""
     momentum: Fraction | None = None
     """Momentum of `sgd` and `muon`, beta1 of `adamw`; below 1."""
     weight_decay: Rate | None = None
@@ -267,6 +272,42 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Select:
+    """Training on the hardest images of each microbatch alone: those of the highest losses in a forward pass with the
+    weights as they are. Loss and accuracy in training are then of these images (as in Jordan 2024, airbench96)."""
+
+    fraction: Annotated[_Finite, Field(gt=0, le=1)] = 1.0
+    """Part of each microbatch that is kept. 1: all, without the pass that chooses."""
+    from_epoch: EpochsOrNone = 0.0
+    """Epoch from which images are chosen; may be a fraction. Until then all are trained on."""
+    until_epoch: Epochs | None = None
+    """Epoch until which they are. Not set: to the end of the run."""
+    size: PixelsOrNone = 0
+    """Side in pixels that larger images are scaled to for the pass that chooses. 0: none are."""
+
+    def active(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether images are chosen in the step after `step` finished ones."""
+        until = math.inf if self.until_epoch is None else self.until_epoch
+        return self.fraction < 1 and self.from_epoch * steps_per_epoch <= step < until * steps_per_epoch
+
+    def kept(self, images: int) -> int:
+        """The number of a microbatch's images that are kept: the nearest to the fraction, at least one."""
+        return max(1, round(self.fraction * images))
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in the pass that chooses. height, width: in training."""
+        return (self.size, self.size) if 0 < self.size < min(height, width) else (height, width)
+
+    @property
+    def words(self) -> str:
+        """Which images are trained on, such as `the hardest 50 % of each microbatch from epoch 6`; "" for all."""
+        if self.fraction == 1:
+            return ""
+        until = "" if self.until_epoch is None else f" until epoch {self.until_epoch:g}"
+        return f"the hardest {100 * self.fraction:g} % of each microbatch from epoch {self.from_epoch:g}{until}"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """The length of the run, its batches, and the arithmetic and devices of its ranks."""
 
@@ -280,6 +321,7 @@ class TrainConfig:
     """Seed of the initial weights, the order of images, augmentation and dropout."""
     label_smoothing: Fraction = 0.0
     """Part of each label that is spread over all classes; below 1."""
+    select: Select = field(default_factory=Select)
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """`bf16` or `fp16` autocast, with weights in fp32; or `fp32` throughout."""
     compile: bool = False

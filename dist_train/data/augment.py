@@ -60,22 +60,26 @@ def _reflected(positions: Tensor, size: int) -> Tensor:
     return torch.where(positions >= size, 2 * (size - 1) - positions, positions)
 
 
-def cut_out(images: Tensor, bits: Tensor, side: int) -> Tensor:
-    """Set a square around a random pixel to 0, the mean of normalised images (cutout, DeVries and Taylor 2017).
+def cut_out(images: Tensor, bits: Tensor, side: int, colour: Tensor) -> Tensor:
+    """Set a square at a random place inside each image to a colour (cutout, DeVries and Taylor 2017; inside as in
+    Jordan 2024, airbench96).
 
-    images: (n, C, H, W) float32, channels_last. bits: (n,) int64, random. side: of the square in pixels; the part of it
-    outside the image is dropped. Works in place, and returns `images`.
+    images: (n, H, W, C) uint8. bits: (n,) int64, random. side: of the square in pixels, at most that of the images.
+    colour: (C,) uint8. Returns images of the same shape and dtype.
     """
-    _, channels, height, width = images.shape
+    _, height, width, channels = images.shape
 
-    def outside(word: Tensor, size: int) -> Tensor:
-        """(n, size) int32: all bits set at the positions outside the square, none inside."""
-        first = uniform_integers(word, size)[:, None] - side // 2
+    def inside(word: Tensor, size: int) -> Tensor:
+        """(n, size) uint8: all bits set at the positions inside the square, none outside."""
+        first = uniform_integers(word, size - side + 1)[:, None]
         positions = torch.arange(size, device=images.device)
-        return ((positions < first) | (positions >= first + side)).int().neg()
+        return ((positions >= first) & (positions < first + side)).byte() * 255
 
-    # AND of the float32 bits, on whole rows: masked_fill would take 4 times as long on a CPU
-    rows, columns = outside(bits, height), outside(bits >> 32, width).repeat_interleave(channels, 1)
-    pixels = images.permute(0, 2, 3, 1).view(len(images), height, -1)
-    pixels.view(torch.int32).bitwise_and_(rows[:, :, None] | columns[:, None, :])
-    return images
+    # on the bits of whole rows, which a CPU does faster than a selection of bytes
+    rows, columns = inside(bits, height), inside(bits >> 32, width).repeat_interleave(channels, 1)
+    pixels = images.flatten(2)
+    change = pixels ^ colour.repeat(width)
+    change &= rows[:, :, None]
+    change &= columns[:, None, :]
+    change ^= pixels
+    return change.view(images.shape)

@@ -124,6 +124,7 @@ class Data(Evaluated):
         self.statistics_batches = -(-len(chosen) // max(self.size, config.eval_batch))
         indices["statistics"] = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
         self.steps_per_epoch = len(indices["train"]) // batch_size
+        self.mean_colour = torch.tensor([round(255 * mean) for mean in manifest.mean]).byte().to(ranks.device)
         sources: dict[str, Resident | Stream] = {}
         for split in ("train", "test"):
             if config.loader == "resident":
@@ -188,10 +189,10 @@ class Data(Evaluated):
         self, epoch: int, smaller: Smaller | None, images: Tensor, labels: Tensor, indices: Tensor
     ) -> list[Microbatch]:
         images = augment(self.config, images, indices, self.seed, epoch)
-        images = self._normalised(resize(images, smaller) if smaller else images)
         if self.config.cutout:
             bits = sample_bits(indices, derive(self.seed, "cutout", epoch))
-            images = cut_out(images, bits, self.config.cutout)
+            images = cut_out(images, bits, self.config.cutout, self.mean_colour)
+        images = self._normalised(resize(images, smaller) if smaller else images)
         parts = zip(*(whole.split(self.size) for whole in (images, labels, indices)), strict=True)
         return [
             Microbatch(slot, _aligned(part), labels, indices)

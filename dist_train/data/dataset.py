@@ -185,6 +185,11 @@ def check_images(config: DataConfig, manifest: data_prep.Manifest, batch_size: i
             f"data.translate = {config.translate} shifts images of {manifest.image_shape[1]}x"
             f"{manifest.image_shape[0]} pixels out of sight; use at most {min(manifest.image_shape[:2]) - 1}"
         )
+    if config.cutout > min(manifest.image_shape[:2]):
+        raise UserError(
+            f"data.cutout = {config.cutout} is larger than the images of {manifest.dataset} "
+            f"({manifest.image_shape[1]}x{manifest.image_shape[0]} pixels); make it smaller"
+        )
     count = manifest.splits["train"].count
     if config.holdout + batch_size > count:
         raise UserError(

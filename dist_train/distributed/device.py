@@ -20,9 +20,10 @@ from dist_train.errors import UserError, first_line, needs_memory
 from dist_train.signals import libc
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a forward pass. precision: `bf16`, `fp16` or `fp32`, which disables it."""
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+def autocast(device: torch.device, precision: str, cache: bool = True) -> torch.autocast:
+    """The autocast context of a forward pass. precision: `bf16`, `fp16` or `fp32`, which disables it. cache: whether
+    the outermost context casts each weight once."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=cache)
 
 
 @contextmanager

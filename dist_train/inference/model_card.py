@@ -220,6 +220,7 @@ def _training(network: TrainedNetwork, summary: dict[str, Any]) -> str:
     facts = {
         "epochs, steps": f"{t.epochs:g}, {network.step:,}",
         "batch": f"{t.batch_size:,} images in {t.microbatches} microbatches",
+        **({"trained on": t.select.words} if t.select.words else {}),
         "precision": t.precision,
         "seed": t.seed,
         "augmentation": ", ".join(augmented) or "none",

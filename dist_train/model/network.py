@@ -1,9 +1,10 @@
 """The block network: blocks B1..BK of mixed convolutions, then an output block O.
 
-An intermediate block has L convolutions C1..CL with the same input x and outputs of one shape; it returns
-`a1*C1(x) + ... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC is one fully
-connected layer with L units. O maps the channel averages of its input through zero or more hidden layers to the
-logits. The architecture is given by the `[model]` section of the configuration.
+An intermediate block has L convolutions C1..CL with the same input x and outputs of one shape; it returns `a1*C1(x) +
+... + aL*CL(x)` with `a = FC(m)`, where m holds the average of each channel of x and FC is one fully connected layer
+with L units, or where a block says so L learned numbers for all images. O maps the channel averages of its input
+through zero or more hidden layers to the logits. The architecture is given by the `[model]` section of the
+configuration.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
 from dist_train.errors import NotFiniteError, UserError
 from dist_train.model.mixing import Form, average, choose, gradient_needed, mix, weighted_sum
-from dist_train.model.shapes import padding_of, shapes, training_flops
+from dist_train.model.shapes import flops, padding_of, shapes, training_flops
 
 _NO_VARIANCE = 1e-5  # of patches of normalised pixels: less than that of the rounding of pixels to 256 levels
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -58,23 +59,30 @@ class BatchNorm(nn.Module):
 
 
 class Mixing(nn.Module):
-    """The coefficients `a = FC(m)` of a block: (N, C) channel averages of its input to (N, L) float32."""
+    """The coefficients `a = FC(m)` of a block: (N, C) channel averages of its input to (N, L) float32.
+
+    Where they are not per image, FC is its bias alone."""
 
     def __init__(self, channels: int, block: Block) -> None:
         super().__init__()
-        self.kind, self.temperature = block.coefficients, block.temperature
+        self.kind, self.temperature, self.per_image = block.coefficients, block.temperature, block.per_image
         branches = len(block.convolutions)
-        self.fc = nn.Linear(channels, branches)
         # initial coefficients do not depend on the image; raw ones preserve the variance of L independent branches
-        nn.init.zeros_(self.fc.weight)
-        nn.init.constant_(self.fc.bias, branches**-0.5 if self.kind == "raw" else 0.0)
+        start = branches**-0.5 if self.kind == "raw" else 0.0
+        if block.per_image:
+            self.fc = nn.Linear(channels, branches)
+            nn.init.zeros_(self.fc.weight)
+            nn.init.constant_(self.fc.bias, start)
+        else:
+            self.bias = nn.Parameter(torch.full((branches,), start))
 
     def forward(self, averages: Tensor) -> Tensor:
-        """averages: (N, C), of the weights' dtype. Returns the coefficients, (N, L), of the same dtype."""
+        """averages: (N, C), of the weights' dtype; where coefficients are not per image, anything of N images. Returns
+        the coefficients, (N, L), of the weights' dtype."""
         # an exported graph is run without autocast, so that it needs no context to disable it
         fp32 = nullcontext() if torch.compiler.is_exporting() else torch.autocast(averages.device.type, enabled=False)
         with fp32:
-            a: Tensor = self.fc(averages)
+            a: Tensor = self.fc(averages) if self.per_image else self.bias.repeat(averages.shape[0], 1)
             if self.kind == "softmax":
                 return torch.softmax(a / self.temperature, 1)
             return torch.sigmoid(a) if self.kind == "sigmoid" else a
@@ -119,8 +127,11 @@ class MixedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W), floating-point. Returns (N, channels, H', W')."""
         config = self.config
-        averages, x = average(x, self.mixing.fc.weight.dtype)
-        coefficients = self.mixing(averages)
+        if config.per_image:
+            averages, x = average(x, self.mixing.fc.weight.dtype)
+            coefficients = self.mixing(averages)
+        else:
+            coefficients = self.mixing(x)
         if "branch" in (config.norm, config.activate):
             branches = []
             for position, convolution in enumerate(self.convolutions):
@@ -245,6 +256,10 @@ class BlockNetwork(nn.Module):
     def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
         """Floating-point operations of the forward and backward pass of one image of that size in pixels."""
         return training_flops(self.config, (self.channels, height, width), self.classes, stem_learns)
+
+    def forward_flops(self, height: int, width: int) -> int:
+        """Floating-point operations of the forward pass of one image of that size in pixels."""
+        return sum(map(sum, flops(self.config, (self.channels, height, width), self.classes)))
 
 
 class _ZeroGradient(torch.autograd.Function):

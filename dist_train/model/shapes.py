@@ -101,7 +101,7 @@ def flops(config: ModelConfig, image_shape: tuple[int, int, int], classes: int) 
         convolutions = []
         for conv in block.convolutions:
             convolutions.append(2 * math.prod(summed(block, shape)) * conv.kernel**2 * shape[0] // conv.groups)
-        layers.append([*convolutions, 2 * shape[0] * len(convolutions)])
+        layers.append([*convolutions, 2 * shape[0] * len(convolutions) * block.per_image])
     widths = [inputs[-1][0], *config.output.hidden, classes]
     return [*layers, [2 * a * b for a, b in itertools.pairwise(widths)]]
 
@@ -124,11 +124,12 @@ def check_training(
     images = train.batch_size // train.microbatches
     for number, (block, before, after) in enumerate(zip(model.blocks, inputs, inputs[1:], strict=False), 1):
         normalised = after if (block.norm, block.pool_at) == ("post", "sum") else summed(block, before)
-        if block.norm != "none" and images * math.prod(normalised[1:]) == 1:
+        if block.norm != "none" and train.select.kept(images) * math.prod(normalised[1:]) == 1:
+            kept = f", of which train.select.fraction = {train.select.fraction:g} is kept" if images > 1 else ""
             raise UserError(
                 f"model.blocks: block {number}: its BatchNorm would have one value of each channel, since a microbatch "
-                f"(train.batch_size = {train.batch_size} in train.microbatches = {train.microbatches}) is one image, "
-                f'of one pixel there; raise train.batch_size, or set norm = "none"'
+                f"(train.batch_size = {train.batch_size} in train.microbatches = {train.microbatches}{kept}) is one "
+                f'image, of one pixel there; raise train.batch_size, or set norm = "none"'
             )
     # at the least: float32 weights and gradients, and the outputs of all blocks, which the backward pass reads
     stem, *blocks, output = flops(model, image_shape, classes)

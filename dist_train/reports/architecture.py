@@ -54,8 +54,9 @@ def layers(model: ModelConfig, image_shape: Shape, classes: int) -> list[Layer]:
             rows.append(
                 Layer(part, name, shape, count + 2 * branch_norm, count + (1 + scale) * branch_norm, conv_flops)
             )
-        count = (before[0] + 1) * len(branch_flops)
-        name = ", ".join(["a = averages", *mixing_text(block, before[0])])
+        count = (before[0] * block.per_image + 1) * len(branch_flops)
+        first, *then = [*(["averages"] if block.per_image else []), *mixing_text(block, before[0])]
+        name = ", ".join([f"a = {first}", *then])
         rows.append(Layer(part, name, (len(branch_flops),), count, count, mixing_flops))
         rows.append(Layer(part, ", ".join(["sum", *sum_text(block)]), after, 2 * post_norm, (1 + scale) * post_norm))
     widths = [outputs[-1][0], *model.output.hidden, classes]
@@ -165,11 +166,12 @@ def branch_text(block: Block) -> list[str]:
 
 
 def mixing_text(block: Block, channels: int) -> list[str]:
-    """The operations from the channel averages to the coefficients, in order."""
+    """The operations to the coefficients, from the channel averages where they are per image, in order."""
     kind: list[str] = [block.coefficients] if block.coefficients != "raw" else []
     if block.coefficients == "softmax" and block.temperature != 1:
         kind = [f"softmax T{block.temperature:g}"]
-    return [f"FC {channels} -> {len(block.convolutions)}", *kind]
+    count = len(block.convolutions)
+    return [f"FC {channels} -> {count}" if block.per_image else f"{count} learned number{'s' * (count > 1)}", *kind]
 
 
 def sum_text(block: Block) -> list[str]:

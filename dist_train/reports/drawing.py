@@ -208,14 +208,17 @@ class _Page:
         averages = self.right - 36
         fc = mixing_text(block, channels)
         fc[0] = fc[0].replace("->", "→")
-        # lines from the input to the branches and to the averages
+        # lines from the input to the branches and, where the coefficients are per image, to the averages
         top = self.y + 10
         bottom = top + max(17 + LEADING * (2 + len(fc)), 4 + LEADING * max(map(len, lines)))
-        self.line((min(xs[0], self.middle), self.y), (averages, self.y), head=False)
-        self.line((averages, self.y), (averages, top))
-        y = self.box(averages, top, 60, ["channel", "averages"], ORANGE)
-        self.line((averages, y), (averages, y + 9), color=ORANGE)
-        y = self.box(averages, y + 9, 60, fc, ORANGE)
+        reached = averages if block.per_image else max(xs[-1], self.middle)
+        self.line((min(xs[0], self.middle), self.y), (reached, self.y), head=False)
+        y = top
+        if block.per_image:
+            self.line((averages, self.y), (averages, top))
+            y = self.box(averages, top, 60, ["channel", "averages"], ORANGE) + 9
+            self.line((averages, y - 9), (averages, y), color=ORANGE)
+        y = self.box(averages, y, 60, fc, ORANGE)
         row, coefficients = bottom + 8, bottom + 10 + LEADING / 2
         self.line((averages, y), (averages, coefficients), (xs[-1] + 11, coefficients), color=ORANGE)
         for number, (x, words) in enumerate(zip(xs, lines, strict=True)):

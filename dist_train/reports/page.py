@@ -156,7 +156,8 @@ def _facts(groups: Sequence[Group], data: Sequence[Data]) -> list[tuple[str, lis
 
     def training(run: Run) -> str:
         t = run.settings.train
-        return f"{_epochs(t.epochs)} in batches of {t.batch_size:,} images, {t.precision}"
+        chosen = f" ({t.select.words})" if t.select.words else ""
+        return f"{_epochs(t.epochs)} in batches of {t.batch_size:,} images{chosen}, {t.precision}"
 
     def machine(run: Run) -> str:
         on = f" on {run.device}" if run.device else ""

@@ -29,6 +29,19 @@ def interval(values: Sequence[float]) -> float:
     return float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
 
 
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, standard deviation and 95 % interval as Markdown with this number of decimals; of one value that value, of
+    none an empty text."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    half = interval(values)
+    ends = f"{mean - half:.{digits}f} to {mean + half:.{digits}f}"
+    return f"**{mean:.{digits}f}** ± {statistics.stdev(values):.{digits}f} (95 %: {ends})"
+
+
 def proportion(right: int, n: int) -> tuple[float, float]:
     """The ends, from 0 to 1, of Wilson's 95 % interval for a proportion of which `right` of `n` trials are a sample."""
     from scipy.stats import binomtest

@@ -13,7 +13,7 @@ from dist_train.data_prep.files import locked
 from dist_train.errors import UserError
 from dist_train.files import write_atomic
 from dist_train.reports import markdown
-from dist_train.reports.statistics import interval
+from dist_train.reports.statistics import spread
 from dist_train.runs import layout
 from dist_train.runs.run import Run, intact, members
 
@@ -80,22 +80,12 @@ def table(runs: Sequence[Run], damaged: Collection[str] = ()) -> str:
     header, lines = [*keys, "n", *(_METRICS[key] for key in metrics), "training, s"], []
     for row in rows:
         of = f" of {len(row.runs)}" if row.done < len(row.runs) else ""
-        cells = [_spread([100 * value for value in row.results(key)]) for key in metrics]
+        cells = [spread([100 * value for value in row.results(key)]) for key in metrics]
         seconds = f"{statistics.mean(row.results('train_seconds')):,.1f}" if row.done else ""
         lines.append([*map(markdown.literal, row.values), f"{row.done}{of}", *cells, seconds])
     missing = [f"{markdown.literal(run.folder.name)}: {run.state}" for run in runs if run.state != "done"]
     missing += [f"{markdown.literal(name)}: damaged" for name in damaged]
     return markdown.table(header, lines) + (f"\nmissing: {', '.join(missing)}\n" if missing else "")
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    half = interval(values)
-    return f"**{mean:.2f}** ± {statistics.stdev(values):.2f} (95 %: {mean - half:.2f} to {mean + half:.2f})"
 
 
 def _value(tree: Any, key: str) -> str:

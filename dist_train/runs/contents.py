@@ -43,11 +43,13 @@ class _Summary(_Checked):
     test_accuracy_tta: _Share | None = None
     train_accuracy: _Share | None = None
     val_accuracy: _Share = 0.0
+    val_accuracy_tta: _Share | None = None
     val_loss: float = 0.0
     mfu: _Amount | None = None
     equal_images: _Count | None = None
     parameters: _Amount | None = None
     flops_per_image: _Amount | None = None
+    train_flops: _Amount | None = None
     matrix_flops_per_second: _Amount = 0.0
     versions: dict[str, str | None] = {}
     environments: list[dict[str, str | int]] = []

@@ -3,9 +3,10 @@
 `metrics.jsonl` holds one JSON object a line, in the order of training:
 
 - `{"kind": "step", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "correct", "images", "flops"}`
-  for each optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the global batch,
-  `grad_norm` the norm of its whole gradient, `correct` of `images` were classified right in training mode, with
-  `flops` floating-point operations forward and backward.
+  for each optimizer step. `step` counts from 1, `epoch` is a fraction, `loss` is the mean over the images that were
+  trained on, which are the global batch or, with `train.select`, those kept of it, `grad_norm` the norm of the whole
+  gradient, `correct` of `images` were classified right in training mode, with `flops` floating-point operations forward
+  and backward, and of choosing the images.
 - `{"kind": "eval", "step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "coefficients"}`,
   with `val_loss` and `val_accuracy` where there is a validation set; in the last one also `*_tta`, with test-time
   augmentation, where that is configured. Accuracies are fractions from 0 to 1. `coefficients` has, for each block

@@ -33,7 +33,7 @@ def measure_statistics(model: BlockNetwork, data: Data, ranks: Ranks, autocast: 
             seen[norm] = _statistics(norm, *inputs)
 
         hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
-        _batch_mode(model)
+        batch_mode(model)
         try:
             for row, (images, _) in zip(own, data.statistics(), strict=True):
                 with autocast:
@@ -58,7 +58,7 @@ def accuracy_by_mode(model: BlockNetwork, data: Data, ranks: Ranks, autocast: to
     for images, labels in data.statistics():
         parts = max(1, len(images) // data.size)
         for some, of_some in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            modes: list[Callable[[BlockNetwork], object]] = [_batch_mode, BlockNetwork.eval]
+            modes: list[Callable[[BlockNetwork], object]] = [batch_mode, BlockNetwork.eval]
             for position, enter in enumerate(modes):
                 enter(model)
                 with autocast:
@@ -74,7 +74,7 @@ def _norms(model: BlockNetwork) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-def _batch_mode(model: BlockNetwork) -> None:
+def batch_mode(model: BlockNetwork) -> None:
     """Evaluation mode, but for the BatchNorms, which use the statistics of their batch."""
     model.eval()
     for norm in _norms(model):

@@ -28,6 +28,7 @@ from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import Schedule
+from dist_train.training.selection import Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
 
@@ -109,47 +110,54 @@ class TrainStep:
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, state: State) -> None:
         self.settings, self.data, self.state = settings, data, state
         sizes = 1 + len(data.config.smaller)  # of images
-        network = _compiled(state.model, settings, variants=2 * sizes) if settings.compile else state.model
+        # each with and without the stem's gradient, on all images or selected ones, trained on or selected from
+        network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
         self.gradients = FixedOrderSum(ranks, network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
         # compiled code casts weights where it reads them
         cast = partial(state.model.kernels_cast, DTYPES[settings.precision])
         self.kernels_cast: Callable[[], AbstractContextManager[None]] = nullcontext if settings.compile else cast
         self.flops = cache(state.model.training_flops)
+        self.selection = Selection(settings, data, state.model, network)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
         """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
         settings, state = self.settings, self.state
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
+        images = self.selection.kept(state.step) * settings.microbatches
         parts = []
         with self.autocast, self.kernels_cast():  # around all microbatches, so that weights are cast once a step
-            for index, batch in enumerate(microbatches):
+            for index, whole in enumerate(microbatches):
+                batch = self.selection(whole, state.step)
                 # dropout draws from torch's global generator, so this makes it independent of the ranks
                 torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
                 with self.gradients.microbatch(index) as gradient:
-                    loss, correct = self.forward_backward(self.gradients.ddp, batch, stem_learns)
+                    loss, correct = self.forward_backward(self.gradients.ddp, batch, images, stem_learns)
                 parts.append(torch.stack((loss.double(), correct.double(), gradient.largest.double())))
         norm = state.optimizers.step(state.scaler)
-        flops = settings.batch_size * self.flops(*self.data.image_size(state.step), stem_learns)
+        flops = images * self.flops(*self.data.image_size(state.step), stem_learns)
+        flops += self.selection.flops(state.step)
         state.step += 1
-        return StepMetrics(torch.stack(parts), norm, rate, flops)
+        return StepMetrics(torch.stack(parts), norm, rate, images, flops)
 
-    def forward_backward(self, network: nn.Module, batch: Microbatch, stem_learns: bool) -> tuple[Tensor, Tensor]:
-        """One microbatch forward and backward, inside the step's autocast. Returns its summed loss, float32, and the
-        number of correct images, int64: scalars on the device."""
+    def forward_backward(
+        self, network: nn.Module, batch: Microbatch, images: int, stem_learns: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One microbatch forward and backward, inside the step's autocast. images: of the global batch, by which the
+        loss is divided. Returns its summed loss, float32, and the number of correct images, int64: scalars on the
+        device."""
         logits: Tensor = network(batch.images, stem_learns)
         with torch.autocast(logits.device.type, enabled=False):
             loss = F.cross_entropy(
                 logits.float(), batch.labels, reduction="sum", label_smoothing=self.settings.label_smoothing
             )
-            self.state.scaler.scale(loss / self.settings.batch_size).backward()
+            self.state.scaler.scale(loss / images).backward()
         return loss.detach(), (logits.argmax(1) == batch.labels).sum()
 
 
 def _compiled(model: BlockNetwork, settings: TrainConfig, variants: int) -> nn.Module:
-    """The network compiled. variants: the most graphs that a run needs, for each size of images with and without the
-    stem's gradient."""
+    """The network compiled. variants: the most graphs that a run needs."""
     # Beyond the limit torch would run the network uncompiled, and so with other bits. A run has two networks: the one
     # that it trains and its copy of the warm-up.
     torch._dynamo.config.recompile_limit = max(2 * variants, torch._dynamo.config.recompile_limit)

@@ -25,13 +25,14 @@ class StepMetrics:
     """The metrics of one step on this rank, tensors on the device.
 
     parts: (microbatches of this rank, 3) float64: summed loss, correct images, largest magnitude in the gradient.
-    norm: of the whole gradient, a float32 scalar. lr: learning rate of the kernels. flops: floating-point operations
-    for the global batch, forward and backward.
+    norm: of the whole gradient, a float32 scalar. lr: learning rate of the kernels. images: that all ranks trained on.
+    flops: floating-point operations for the global batch, of choosing these images, forward and backward.
     """
 
     parts: Tensor
     norm: Tensor
     lr: float
+    images: int
     flops: int
 
 
@@ -40,7 +41,7 @@ class StepLog:
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, writer: Writer, step: int) -> None:
         """step: finished steps."""
-        self.batch_size, self.microbatches = settings.batch_size, settings.microbatches
+        self.microbatches = settings.microbatches
         self.scaled = settings.precision == "fp16"
         self.data, self.ranks, self.writer = data, ranks, writer
         self.steps: list[StepMetrics] = []
@@ -63,19 +64,19 @@ class StepLog:
         # the stop request travels with the losses: agreement costs no extra message
         parts = gather_shares(self.ranks, torch.cat((own, request), 2), self.microbatches).transpose(0, 1).tolist()
         elapsed = time.perf_counter() - self.clock
-        first = step - count + 1
+        first, images = step - count + 1, sum(metrics.images for metrics in self.steps)
         norms = torch.stack([metrics.norm for metrics in self.steps]).tolist()
         for number, metrics, norm, of_step in zip(range(first, step + 1), self.steps, norms, parts, strict=True):
             self._check(number, of_step, first - 1)
             self.writer.step(
                 step=number,
                 epoch=number / self.data.steps_per_epoch,
-                loss=sum(part[0] for part in of_step) / self.batch_size,  # in the order of the slots
+                loss=sum(part[0] for part in of_step) / metrics.images,  # in the order of the slots
                 lr=metrics.lr,
                 grad_norm=norm,
-                images_per_second=self.batch_size * count / elapsed,
+                images_per_second=images / elapsed,
                 correct=int(sum(part[1] for part in of_step)),
-                images=self.batch_size,
+                images=metrics.images,
                 flops=metrics.flops,
             )
         self.steps.clear()

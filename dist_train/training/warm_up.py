@@ -19,30 +19,32 @@ from dist_train.data.batches import Data, Microbatch
 from dist_train.distributed.ranks import Ranks
 from dist_train.training.loop import State, TrainStep
 from dist_train.training.optimizers import Optimizers
+from dist_train.training.selection import Selection
 
 
 @dataclass(frozen=True)
 class Kind:
     """Steps that run the same operations. height, width: of the images in pixels. first: the first of them, counted
-    from 0. count: their number."""
+    from 0. count: their number. label: the kind in words."""
 
     height: int
     width: int
-    stem_learns: bool
+    label: str
     first: int
     count: int
 
-    @property
-    def label(self) -> str:
-        """The kind in words."""
-        return f"{self.height}x{self.width}, stem {'learns' if self.stem_learns else 'fixed'}"
 
-
-def kinds(data: Data, optimizers: Optimizers, start: int = 0) -> list[Kind]:
+def kinds(data: Data, optimizers: Optimizers, selection: Selection, start: int = 0) -> list[Kind]:
     """The kinds of the steps from `start` to the last, in order."""
 
-    def kind(step: int) -> tuple[int, int, bool]:
-        return (*data.image_size(step), optimizers.learns("stem", step))
+    def kind(step: int) -> tuple[int, int, str]:
+        height, width = data.image_size(step)
+        chosen = f", {selection.kept(step)} of {data.size}" if selection.kept(step) < data.size else ""
+        return (
+            height,
+            width,
+            f"{height}x{width}, stem {'learns' if optimizers.learns('stem', step) else 'fixed'}{chosen}",
+        )
 
     runs = [(key, list(steps)) for key, steps in itertools.groupby(range(start, optimizers.total_steps), kind)]
     return [Kind(*key, steps[0], len(steps)) for key, steps in runs]
@@ -52,9 +54,6 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     """Run one step of each kind that is left, of one microbatch a rank, on a copy of the state. Returns the seconds
     that it took. Changes nothing: the state that is trained is the same bits with and without it."""
     begin = time.perf_counter()
-    left = kinds(data, state.optimizers, state.step)
-    if not left:
-        return 0.0
     model = copy.deepcopy(state.model)
     optimizers = Optimizers(model, config.optim, state.optimizers.total_steps, data.steps_per_epoch)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
@@ -62,7 +61,7 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     settings = dataclasses.replace(config.train, batch_size=ranks.world_size * data.size, microbatches=ranks.world_size)
     step = TrainStep(settings, data, ranks, throwaway)
     generator = torch.Generator().manual_seed(0)
-    for kind in left:
+    for kind in kinds(data, state.optimizers, step.selection, state.step):
         # the last step of its kind: at the first of all, learning rates may be 0, and updates are skipped
         throwaway.step = kind.first + kind.count - 1
         shape = (data.size, model.channels, kind.height, kind.width)

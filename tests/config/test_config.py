@@ -85,6 +85,8 @@ def test_only_what_reaches_the_weights_binds_a_run(tmp_path: Path) -> None:
         (["train.epochs=many"], 'train.epochs = "many": '),
         (["train.epochs=0"], "train.epochs = 0: input should be greater than 0"),
         (["train.microbatches=2.5"], "train.microbatches = 2.5: "),
+        (["train.select={fraction=0}"], "train.select.fraction = 0: input should be greater than 0"),
+        (["train.select.fraction=1.5"], "train.select.fraction = 1.5: input should be less than or equal to 1"),
         (["precision=int8"], "train.precision = \"int8\": input should be 'bf16', 'fp16' or 'fp32'"),
         (["lr=0.1"], "lr: this could be optim.default.lr or optim.kernels.lr"),
         (["train.epochs"], "train.epochs: settings are written key=value"),
@@ -185,7 +187,7 @@ def test_help_describes_every_setting() -> None:
     assert max(map(len, text.splitlines())) <= 100
     flowing = " ".join(text.split())
     tables = [config.Config, *dict.fromkeys(table for _, table, _ in loading._sections(config.Config))]
-    assert len(tables) == 15
+    assert len(tables) == 16
     for table in tables[1:]:
         assert " ".join(table.__doc__.split()) in flowing, table
     for table in tables:
@@ -231,6 +233,9 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
         ("block94", "model.stem.channels=9", 'kind = "whiten"; set it to conv'),
         ("block94", "model.output={dropout=0.2}", "model.output.dropout = 0.2 has no effect, since hidden = []"),
         ("seed", "model.stem.kernel=5", 'kind = "none"; set kind'),
+        ("seed", "train.select.size=16", "since fraction = 1; set fraction"),
+        ("seed", "train.select={fraction=0.5, from_epoch=10}", "from_epoch = 10 is not before epoch 10, the last"),
+        ("seed", "train.select={fraction=0.5, from_epoch=3, until_epoch=3}", "is not before epoch 3, the last"),
         ("seed", "optim.stem.lr=1", 'model.stem.kind = "none"; set that'),
         (
             "digits",

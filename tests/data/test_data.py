@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import environment, needs_ffcv
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig, Smaller
-from dist_train.data.augment import augment
+from dist_train.data.augment import augment, cut_out
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.data_prep import ffcv_library
@@ -194,12 +195,31 @@ def test_normalising_and_cutting_out_are_those_of_the_plain_formulas(digits: Pat
     pixels = torch.from_numpy(data_prep.read_split(digits, "train")[0])[whole.indices]
     assert torch.equal(whole.images, (pixels * data.scale + data.shift).permute(0, 3, 1, 2))
     bits = sample_bits(batch.indices, derive(3, "cutout", 2 // data.steps_per_epoch))
-    for image, kept, word in zip(batch.images, whole.images, bits, strict=True):
-        _, height, width = image.shape
-        row = int(uniform_integers(word, height)) - 1
-        column = int(uniform_integers(word >> 32, width)) - 1
-        kept[:, max(row, 0) : row + 3, max(column, 0) : column + 3] = 0
-        assert torch.equal(image.view(torch.int32), kept.view(torch.int32))  # nor a zero with a sign
+    colour = torch.tensor([round(255 * mean) for mean in data.manifest.mean]).byte()
+    for one, word in zip(pixels, bits, strict=True):
+        row = int(uniform_integers(word, 32 - 3 + 1))
+        column = int(uniform_integers(word >> 32, 32 - 3 + 1))
+        one[row : row + 3, column : column + 3] = colour
+    assert torch.equal(batch.images, (pixels * data.scale + data.shift).permute(0, 3, 1, 2))
+    # the squares are made smaller with the images
+    smaller = [Smaller(size=16, until_epoch=9, how="scale")]
+    scaled = next(loaded(digits, flip="none", translate=0, cutout=3, smaller=smaller).steps(2))[1].images
+    expected = F.interpolate(batch.images, (16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_squares_lie_inside_at_every_place(side: int) -> None:
+    images = torch.randint(0, 200, (2000, 5, 7, 3), dtype=torch.uint8)
+    before, colour = images.clone(), torch.tensor([255, 254, 253], dtype=torch.uint8)
+    found = cut_out(images, sample_bits(torch.arange(2000), 7), side, colour)
+    assert torch.equal(images, before)  # which a loader may use again
+    cut = (found == colour).all(3)
+    assert torch.equal(found[~cut], images[~cut])
+    assert cut.sum((1, 2)).tolist() == [side**2] * 2000
+    places = {tuple(row) for row in cut.flatten(1).int().argmax(1, keepdim=True).tolist()}
+    assert len(places) == (5 - side + 1) * (7 - side + 1)
+    assert cut.any(2).sum(1).tolist() == cut.any(1).sum(1).tolist() == [side] * 2000
 
 
 @pytest.mark.parametrize("batch_size", [64, 176, 200, 232, 280, 352])  # 22, 8, 7, 6, 5 and 4 batches
@@ -247,6 +267,12 @@ def test_a_batch_that_does_not_split_or_is_too_large_is_refused(digits: Path) ->
         loaded(digits, batch_size=250)
     with pytest.raises(UserError, match=r"holdout = 1400 .* 1437 training images"):
         loaded(digits, holdout=1400)
+
+
+def test_a_square_larger_than_the_images_is_refused(digits: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cutout = 33 is larger than the images of digits \(32x32 pixels\)"):
+        loaded(digits, cutout=33)
+    next(loaded(digits, cutout=32).steps(0))
 
 
 def test_smaller_images_are_the_middle_or_the_whole_scaled_down(digits: Path) -> None:

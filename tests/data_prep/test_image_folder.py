@@ -526,7 +526,7 @@ def test_the_example_of_an_own_architecture_shows_every_setting_of_blocks_and_tr
     digits: Path, tmp_path: Path
 ) -> None:
     path = EXAMPLES / "own_architecture.toml"
-    blocks = loading._read(path)["model"]["blocks"]
+    blocks = loading.read_toml(path)["model"]["blocks"]
     assert {key for block in blocks for key in block} == {field.name for field in dataclasses.fields(Block)}
     shown = {key for block in blocks for convolution in block["convolutions"] for key in convolution}
     assert shown == {field.name for field in dataclasses.fields(Convolution)}

@@ -60,8 +60,11 @@ def normalised(x: Array, eps: float) -> Array:
 
 
 def coefficients(x: Array, block: MixedBlock) -> Array:
-    fc = block.mixing.fc
-    a: Array = x.mean((2, 3)) @ fc.weight.detach().numpy().T + fc.bias.detach().numpy()
+    if block.config.per_image:
+        fc = block.mixing.fc
+        a: Array = x.mean((2, 3)) @ fc.weight.detach().numpy().T + fc.bias.detach().numpy()
+    else:
+        a = np.tile(block.mixing.bias.detach().numpy(), (len(x), 1))
     if block.config.coefficients == "softmax":
         e = np.exp(a / block.config.temperature)
         a = e / e.sum(1, keepdims=True)
@@ -128,6 +131,7 @@ def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
         pool=draw(st.sampled_from([1, 2])),
         pool_kind=draw(st.sampled_from(["max", "avg"])),
         pool_at=draw(st.sampled_from(["sum", "end"])),
+        per_image=draw(st.sampled_from([True, True, False])),
     )
     return channels, size, block
 
@@ -135,8 +139,8 @@ def blocks(draw: st.DrawFn) -> tuple[int, int, Block]:
 def built(channels: int, block: Block, seed: int = 0) -> MixedBlock:
     torch.manual_seed(seed)
     module = MixedBlock(channels, block, BatchNormConfig()).double()
-    torch.nn.init.normal_(module.mixing.fc.weight)  # it starts at zero, where the average would not matter
-    torch.nn.init.normal_(module.mixing.fc.bias)
+    for parameter in module.mixing.parameters():  # weights start at zero, where the average would not matter
+        torch.nn.init.normal_(parameter)
     return module
 
 
@@ -286,19 +290,22 @@ def test_shapes_flops_and_parameter_kinds() -> None:
     config = ModelConfig(
         blocks=[
             simple(pool=2),
-            simple(channels=6, convolutions=[Convolution(padding=0), Convolution(dilation=2, padding=1)]),
+            simple(
+                channels=6, convolutions=[Convolution(padding=0), Convolution(dilation=2, padding=1)], per_image=False
+            ),
         ],
         stem=Stem(kind="conv", channels=4, kernel=3, padding=1),
         output=Output(hidden=[5]),
     )
     assert shapes(config, (3, 16, 16)) == [(4, 16, 16), (4, 8, 8), (6, 6, 6)]
     network = BlockNetwork(config, (3, 16, 16), 10)
-    macs = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 2 * 4 + 6 * 5 + 5 * 10
+    macs = 16 * 16 * (27 * 4 + 36 * 4 + 4 * 4) + 36 * (36 * 6 + 36 * 6) + 2 * 4 + 6 * 5 + 5 * 10
     assert sum(map(sum, flops(config, (3, 16, 16), 10))) == 2 * macs
     assert counted_flops(network, (3, 16, 16)) == training_flops(config, (3, 16, 16), 10, True)
     kinds = {name: parameter_kind(name, p) for name, p in network.named_parameters()}
     assert kinds["stem.bias"] == "stem"
     assert kinds["blocks.0.mixing.fc.weight"] == "mixing"
+    assert kinds["blocks.1.mixing.bias"] == "mixing"
     assert kinds["blocks.1.convolutions.0.weight"] == "kernels"
     assert kinds["blocks.1.norms.0.bias"] == "norms"
     assert kinds["output.hidden.0.weight"] == "output"

@@ -22,6 +22,10 @@ ONE_PIXEL = ["batch_size=8", "model.blocks.1.pool=all"]  # in microbatches of on
     [
         ([*ONE_PIXEL, "model.blocks.1.pool_at=sum"], r"block 2: its BatchNorm .* raise"),
         ([*ONE_PIXEL, "model.blocks.0.pool=16", "model.blocks.1.norm=branch"], r"block 2: its BatchNorm .* raise"),
+        (
+            ["train.select.fraction=0.05", "model.blocks.1.pool=all", "model.blocks.1.pool_at=sum"],
+            r"block 2: its BatchNorm .* in train\.microbatches = 8, of which train\.select\.fraction = 0\.05 is kept\)",
+        ),
         (["model.output.hidden=[65536,65536]"], r"its weights and their gradients take 34 GB, .* has 9 GB"),
         (
             ["model.blocks.0.convolutions=[{kernel=1, padding=9000}]"],

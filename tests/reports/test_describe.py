@@ -52,6 +52,7 @@ ODD = ModelConfig(
             convolutions=[Convolution(stride=2, padding=3), Convolution(kernel=1, stride=2, padding=2)],
             activation="identity",
             coefficients="sigmoid",
+            per_image=False,
             pool="all",
         ),
     ],
@@ -82,7 +83,7 @@ def ran(network: BlockNetwork, image_shape: Shape) -> list[tuple[tuple[int, ...]
     for block in network.blocks:
         assert isinstance(block, MixedBlock)
         found += [run(convolution, x) for convolution in block.convolutions]
-        found.append(run(block.mixing.fc, x.mean((2, 3))))
+        found.append(run(block.mixing, x.mean((2, 3))))
         x = block(x)
         found.append((tuple(x.shape[1:]), 0))
     x = x.mean((2, 3))
@@ -163,6 +164,7 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
                 activation=draw(st.sampled_from(["relu", "identity"])),
                 coefficients=draw(st.sampled_from(["raw", "softmax", "sigmoid"])),
                 temperature=draw(st.sampled_from([1.0, 0.5])),
+                per_image=draw(st.booleans()),
                 pool=draw(st.sampled_from([1, 2, "all"])),
                 pool_at=draw(st.sampled_from(["sum", "end"])),
                 dropout=draw(st.sampled_from([0.0, 0.5])),
@@ -216,7 +218,8 @@ def test_picture_has_every_text_on_the_page_and_none_over_another(name: str) -> 
     shown = [words.get_text() for words in boxes]
     for number, block in enumerate(ARCHITECTURES[name][0].blocks, 1):
         assert f"block {number}" in shown
-        assert sum(words.startswith("FC ") and words.endswith(f" {len(block.convolutions)}") for words in shown)
+        start, end = ("FC ", f" {len(block.convolutions)}") if block.per_image else ("2 learned", "numbers")
+        assert sum(words.startswith(start) and words.endswith(end) for words in shown)
 
 
 def test_svg_can_be_embedded_in_any_page() -> None:

@@ -10,29 +10,30 @@ import torch
 from peers import run_ranks
 
 from dist_train import config
-from dist_train.data.batches import Data
+from dist_train.data.batches import Data, Microbatch
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import join_ranks
 from dist_train.model.network import weights_digest
 from dist_train.training import warm_up
 from dist_train.training.loop import State, TrainStep
 from dist_train.training.optimizers import Optimizers
+from dist_train.training.selection import Selection
 from dist_train.training.train import build_model
 
 
 def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
-    """The kinds of steps after the fourth; images and stem of the steps that the warm-up runs; whether weights,
-    optimizers and gradients are as before it."""
+    """The kinds of steps after the fourth; number and size of the images, and whether the stem learns, of the steps
+    that the warm-up runs; whether weights, optimizers and gradients are as before it."""
     smaller = "data.smaller=[{size=16, until_epoch=0.5}, {size=20, until_epoch=1}]"
     settings = [f"data.dir={folder}", smaller, "optim.stem.until_epoch=1.5", "precision=fp32", "epochs=2"]
-    settings += ["batch_size=256", "microbatches=4"]
+    settings += ["batch_size=256", "microbatches=4", "train.select={fraction=0.25, from_epoch=1.6}"]
     loaded = config.load("digits", None, settings)
     t = loaded.train
     ran: list[tuple[int, int, bool]] = []
 
-    def forward_backward(self: TrainStep, network: torch.nn.Module, batch: object, learns: bool) -> object:
-        ran.append((*batch.images.shape[2:], learns))  # type: ignore[attr-defined]
-        return original(self, network, batch, learns)  # type: ignore[arg-type]
+    def forward_backward(self: TrainStep, network: torch.nn.Module, batch: Microbatch, n: int, learns: bool) -> object:
+        ran.append((*batch.images.shape[::2], learns))
+        return original(self, network, batch, n, learns)
 
     original, TrainStep.forward_backward = TrainStep.forward_backward, forward_backward  # type: ignore
     with join_ranks("cpu", 1, True, 60) as ranks:
@@ -41,7 +42,8 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
         optimizers = Optimizers(model, loaded.optim, 10, data.steps_per_epoch)
         state = State(model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         before = weights_digest(model)
-        labels = [kind.label for kind in warm_up.kinds(data, optimizers, start=4)]
+        selection = Selection(t, data, model, model)
+        labels = [kind.label for kind in warm_up.kinds(data, optimizers, selection, start=4)]
         state.step = 4
         assert warm_up.warm_up(loaded, data, ranks, state) > 0
         kept = [tensor for o in optimizers.all for values in o.state.values() for tensor in values]
@@ -54,8 +56,9 @@ def test_every_kind_of_step_runs_once_on_a_copy(digits: Path, ranks: int) -> Non
     for answer in run_ranks(ranks, work, str(digits)):
         assert answer.value, answer.error
         labels, ran, untouched = answer.value
-        assert labels == ["20x20, stem learns", "32x32, stem learns", "32x32, stem fixed"]
-        assert ran == [(20, 20, True), (32, 32, True), (32, 32, False)]
+        plain = ["20x20, stem learns", "32x32, stem learns", "32x32, stem fixed"]
+        assert labels == [*plain, "32x32, stem fixed, 16 of 64"]
+        assert ran == [(64, 20, True), (64, 32, True), (64, 32, False), (16, 32, False)]
         assert untouched
 
 

@@ -1,0 +1,130 @@
+"""Training on the hardest images of each microbatch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lines
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_train import config
+from dist_train.data.batches import Data
+from dist_train.data.dataset import manifest
+from dist_train.distributed.ranks import Ranks
+from dist_train.model.network import BlockNetwork, MixedBlock
+from dist_train.model.shapes import flops, training_flops
+from dist_train.runs import layout
+from dist_train.runs.run import Run
+from dist_train.training.selection import Selection, hardest
+
+Train = Callable[..., dict[str, Any]]
+CPU = torch.device("cpu")
+
+
+def test_the_same_bits_on_any_number_of_ranks_and_after_a_resume(train: Train, tmp_path: Path) -> None:
+    settings = ["train.select={fraction=0.4, from_epoch=0.6, until_epoch=1.8, size=16}", "every_steps=1", "keep=99"]
+    settings += ["data.smaller=[{size=20, until_epoch=0.8}]"]
+    alone = train("1", *settings)
+    for ranks in (2, 4):
+        assert train(str(ranks), *settings, ranks=ranks)["weights_sha256"] == alone["weights_sha256"]
+        assert lines(tmp_path / str(ranks)) == lines(tmp_path / "1")
+    whole = lines(tmp_path / "1")
+    resumed = shutil.copytree(tmp_path / "1", tmp_path / "resumed")
+    (resumed / layout.SUMMARY).unlink()
+    for path in layout.checkpoints(layout.checkpoint_folder(resumed)):
+        if layout.step_of(path) > 6:
+            path.unlink()
+    assert train("resumed", *settings)["weights_sha256"] == alone["weights_sha256"]
+    assert lines(resumed) == whole
+    assert [start["step"] for start in Run(resumed).starts] == [0, 6]
+
+    # 5 steps an epoch of 8 microbatches of 32 images: 13 of them in steps 4 to 9
+    rows = [row for row in whole if row["kind"] == "step"]
+    assert [row["images"] for row in rows] == [8 * (13 if 3 <= step < 9 else 32) for step in range(10)]
+    assert all(row["correct"] <= row["images"] for row in rows)
+    model = config.load("digits", None, []).model
+    for step, row in enumerate(rows):
+        size = 20 if step < 4 else 32
+        choosing = 256 * sum(map(sum, flops(model, (3, 16, 16), 10))) if 3 <= step < 9 else 0
+        assert row["flops"] == row["images"] * training_flops(model, (3, size, size), 10, True) + choosing
+    assert alone["train_flops"] == sum(row["flops"] for row in rows)
+    hard, plain = (rows[3]["correct"] / rows[3]["images"], rows[2]["correct"] / rows[2]["images"])
+    assert hard < plain + 0.1
+    seconds = sum(row["images"] / row["images_per_second"] for row in Run(tmp_path / "1").steps)
+    assert alone["train_seconds"] == pytest.approx(seconds)
+
+
+def selection(digits: Path, *settings: str) -> tuple[Selection, BlockNetwork, Data]:
+    own = ["model.blocks.0.dropout=0.5", "label_smoothing=0.1", "precision=fp32", f"data.dir={digits}"]
+    found = config.load("digits", None, [*own, *settings])
+    t = found.train
+    data = Data(found.data, manifest(found.data), Ranks(0, 1, CPU, CPU), t.batch_size, t.microbatches, t.seed)
+    torch.manual_seed(5)
+    network = BlockNetwork(found.model, (3, 32, 32), 10)
+    return Selection(t, data, network, network), network, data
+
+
+@pytest.mark.parametrize("size", [0, 16, 40])
+def test_the_images_of_the_highest_losses_are_kept(digits: Path, size: int) -> None:
+    select, network, data = selection(digits, f"train.select={{fraction=0.25, size={size}}}")
+    batch = next(data.steps(0))[3]
+    found = select(batch, 0)
+    assert network.training
+    # the network in training mode, but without its dropout
+    images = F.interpolate(batch.images, (16, 16), mode="bilinear", antialias=True) if size == 16 else batch.images
+    block = network.blocks[0]
+    assert isinstance(block, MixedBlock)
+    block.config = replace(block.config, dropout=0.0)
+    log_p = network(images).log_softmax(1)
+    losses = -(0.9 * log_p[torch.arange(16), batch.labels] + 0.1 * log_p.mean(1))
+    kept = losses.detach().numpy().argsort()[-4:]
+    assert found.indices.tolist() == batch.indices[np.sort(kept)].tolist()
+    assert found.slot == batch.slot == 3
+    at = [batch.indices.tolist().index(number) for number in found.indices.tolist()]
+    assert torch.equal(found.images, batch.images[at])
+    assert found.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found.labels, batch.labels[at])
+
+
+def test_a_step_that_keeps_all_images_is_left_as_it_is(digits: Path) -> None:
+    select, network, data = selection(digits, "train.select={fraction=1.0}")
+    batch = next(data.steps(0))[0]
+    network.forward = None  # type: ignore[assignment, method-assign]
+    assert select(batch, 0) is batch
+    assert (select.kept(0), select.flops(0)) == (16, 0)
+    select, network, _ = selection(digits, "train.select={fraction=0.5, from_epoch=1, until_epoch=1.5}")
+    network.forward = None  # type: ignore[assignment, method-assign]
+    assert select(batch, 10) is batch  # of 11 in an epoch
+    assert [select.kept(step) for step in (10, 11, 16, 17)] == [16, 8, 8, 16]
+    assert select.settings.select.words == "the hardest 50 % of each microbatch from epoch 1 until epoch 1.5"
+    plain = config.load("digits", None, [])
+    assert plain.train.select.words == ""
+    assert config.digest(config.load("digits", None, ["train.select={fraction=1.0}"])) == config.digest(plain)
+    assert config.digest(config.load("digits", None, ["train.select={fraction=0.5}"])) != config.digest(plain)
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_the_operations_of_choosing_are_those_that_run(digits: Path, size: int) -> None:
+    select, _, data = selection(digits, f"train.select={{fraction=0.5, size={size}}}")
+    with FlopCounterMode(display=False) as counter:
+        for batch in next(data.steps(0)):
+            select(batch, 0)
+    assert select.flops(0) == counter.get_total_flops()
+
+
+def test_equal_losses_are_taken_in_order_and_one_that_is_no_number_is_noticed() -> None:
+    assert hardest(torch.tensor([1.0, 3.0, 1.0, 0.0, 1.0]), 3).tolist() == [0, 1, 2]
+    assert hardest(torch.zeros(1000), 10).tolist() == [*range(10)]
+    assert hardest(torch.tensor([1.0, 2.0, float("nan"), 3.0]), 1).tolist() == [2]
+    losses: Tensor = torch.randint(0, 20, (300,)).float()
+    expected = np.sort(np.argsort(-losses.numpy(), kind="stable")[:120])
+    assert hardest(losses, 120).tolist() == expected.tolist()
