@@ -25,7 +25,7 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
     """The kinds of steps after the fourth; number and size of the images, and whether the stem learns, of the steps
     that the warm-up runs; whether weights, optimizers and gradients are as before it."""
     smaller = "data.smaller=[{size=16, until_epoch=0.5}, {size=20, until_epoch=1}]"
-    settings = [f"data.dir={folder}", smaller, "optim.stem.until_epoch=1.5", "precision=fp32", "epochs=2"]
+    settings = [f"data.dir={folder}", smaller, "optim.stem.until_epoch=1.2", "precision=fp32", "epochs=2"]
     settings += ["batch_size=256", "microbatches=4", "train.select={fraction=0.25, from_epoch=1.6}"]
     loaded = config.load("digits", None, settings)
     t = loaded.train
