@@ -115,7 +115,7 @@ def fail_by_itself() -> None:
 def test_errors_of_a_gpu_are_not_blamed_on_a_rank_that_is_behind() -> None:
     slow, device, memory = run_ranks(3, fail_by_itself)
     assert memory.error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert device.error.startswith("DeviceError: rank 1: CUDA error: an illegal memory access was encountered (cpu of ")
+    assert device.error.startswith("DeviceError: rank 1: CUDA error: an illegal memory access was encountered (CPU of ")
     assert "Compile with" not in device.error
     # the error of rank 0's own connection is shown too
     assert slow.error.startswith("LostPeerError: rank 1 (process ")
