@@ -37,15 +37,15 @@ class Heartbeat:
     """Writes this rank's heartbeats, and reads those of its peers."""
 
     def __init__(self, rank: int, world_size: int, timeout: int, start: str) -> None:
-        """Start a thread that writes the heartbeats. It also ends the process, after a call of `before_exit`, when the
-        main thread waits for a peer that is gone. timeout: seconds to wait for one that lives in one exchange. start:
-        the prefix of what this start of the ranks stores."""
+        """Start a thread that writes the heartbeats. It also ends the process, after a call of `before_exit` with the
+        reason, when the main thread waits for a peer that is gone. timeout: seconds to wait for one that lives in one
+        exchange. start: the prefix of what this start of the ranks stores."""
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.step = 0  # the step that is being computed, counted from 1; 0 before the first
         self.beats = self.exchanges = 0
         self.waiting_since: float | None = None
         self.failure = ""
-        self.before_exit: Callable[[], object] = lambda: None
+        self.before_exit: Callable[[str], object] = lambda why: None
         self.store_lost = False
         self.closed = threading.Event()
         self.lock = threading.Lock()
@@ -210,7 +210,7 @@ class Heartbeat:
             if error.reported_here:
                 say(str(error))
             self.leave()
-            self.before_exit()
+            self.before_exit(str(error))
             os._exit(1)
 
 

@@ -127,8 +127,8 @@ class Optimizers:
         return until is None or step < until * self.steps_per_epoch
 
     def step(self, scaler: torch.amp.GradScaler) -> Tensor:
-        """Apply the gradients; with a scaler enabled, skip every optimizer whose gradients overflowed. Returns the
-        norm of the whole gradient: a float32 scalar on the device."""
+        """Apply the gradients; with a scaler enabled, skip the step where one of them overflowed. Returns the norm of
+        the whole gradient: a float32 scalar on the device."""
         for optimizer in self.all:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm(
@@ -138,8 +138,10 @@ class Optimizers:
             for parameter in group["params"]
             if parameter.grad is not None
         )
-        for optimizer in self.all:
-            scaler.step(optimizer)
+        # scaler.step would wait for the device once for each optimizer, and skip only those that have the overflow
+        if not scaler.is_enabled() or norm.isfinite():
+            for optimizer in self.all:
+                optimizer.step()
         scaler.update()
         return norm
 

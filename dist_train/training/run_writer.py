@@ -13,7 +13,7 @@ from dist_train import config
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.ranks import Ranks
-from dist_train.errors import outcome_of, reason, say
+from dist_train.errors import FAILED, outcome_of, reason, say
 from dist_train.model.network import BlockNetwork, tensor_digests
 from dist_train.runs import checkpoint
 from dist_train.runs.checkpoint import Checkpoint, DataDescription
@@ -95,8 +95,8 @@ class RunWriter(Writer):
             failed=self._not_written,
         )
         self._details: Callable[[], dict[str, Any]] | None = None
-        if ranks.heartbeat:  # it ends the process where another rank hangs
-            ranks.heartbeat.before_exit = self._checkpoints.wait
+        if ranks.heartbeat:  # it ends the process where another rank is lost
+            ranks.heartbeat.before_exit = partial(self._end, FAILED)
 
     def step(self, **metrics: Any) -> None:
         self._recorder.step(**metrics)
@@ -140,9 +140,12 @@ class RunWriter(Writer):
     def close(self, code: int, why: str) -> None:
         """Wait for the last checkpoint, write to the history how the run ended, and close its outputs. code: the exit
         code. why: the reason in words."""
+        self._end(code, why)
+        self._recorder.close(code)
+
+    def _end(self, code: int, why: str) -> None:
         self._checkpoints.wait()
         append_history(self.run_dir, "end", outcome=outcome_of(code), step=self._recorder.last_step, reason=why)
-        self._recorder.close(code)
 
     def _environments(
         self,

@@ -236,6 +236,9 @@ def test_a_dead_rank_is_named(digits: Path, tmp_path: Path, module: str) -> None
     assert "is gone; rank 0 was waiting for it in step " in said
     assert "Traceback" not in said.partition("torch/distributed/elastic")[0]  # where the launcher's own words begin
     assert "exitcode  : -9" in said.partition("Root Cause")[2]
+    end = read_history(tmp_path / "killed")[-1]
+    assert (end["event"], end["outcome"]) == ("end", "failed")
+    assert f"dist_train: {end['reason']}\n" in said
 
 
 def test_a_failing_rank_shows_its_own_traceback(digits: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_train.config.settings import Block, Convolution, Group, ModelConfig, OptimConfig, Stem
-from dist_train.model.network import BlockNetwork
+from dist_train.model.network import BlockNetwork, parameter_kind
 from dist_train.training.optimizers import Muon, Optimizers, factor, orthogonalise
 
 
@@ -137,3 +137,28 @@ def test_the_gradient_norm_is_that_of_all_gradients_without_the_scale(scale: flo
     scaler.scale(loss).backward()  # type: ignore[arg-type]
     expected = math.sqrt(sum(k**2 for p in model.parameters() for k in range(p.numel())))
     assert optimizers.step(scaler).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["kernels", "output"])
+def test_an_overflow_anywhere_skips_the_whole_step(where: str) -> None:
+    model = network()
+    config = OptimConfig(default=Group(algorithm="sgd", lr=0.5), kernels=Group(algorithm="muon", lr=0.1))
+    optimizers = Optimizers(model, config, 10, 5)
+    optimizers.set_rates(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(1))
+    before = copy.deepcopy(model.state_dict())
+
+    def step(overflows: bool) -> list[bool]:
+        """Whether each parameter changes."""
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.ones_like(parameter)
+            if overflows and parameter_kind(name, parameter) == where:
+                parameter.grad[(0,) * parameter.ndim] = torch.inf
+        optimizers.step(scaler)
+        return [not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()]
+
+    assert not any(step(overflows=True))
+    assert scaler.get_scale() == 2
+    assert all(step(overflows=False))
+    assert scaler.get_scale() == 2
