@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests/run.sh runs two files at a time
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests/run.sh runs two files at a time
 import forked
 
 REPOSITORY = Path(__file__).parent.parent

@@ -35,7 +35,8 @@ _ENVIRONMENT = dict(os.environ)  # a test may change it before the server starts
 def start() -> None:
     """Start the server, if it does not run yet. It ends with this process."""
     path = os.pathsep.join([str(Path(__file__).parent), *_ENVIRONMENT.get("PYTHONPATH", "").split(os.pathsep)])
-    with mock.patch.dict(os.environ, {**_ENVIRONMENT, "PYTHONPATH": path}, clear=True):
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with mock.patch.dict(os.environ, {**_ENVIRONMENT, **one_thread, "PYTHONPATH": path}, clear=True):
         forkserver.ensure_running()
 
 
@@ -96,9 +97,6 @@ def _path(search: str) -> list[str]:
 
 def _become(command: list[str], cwd: Path, env: dict[str, str], place: Path, path: list[str]) -> None:
     """Run a command in this process, which ends with it. place: of its input and outputs, without the suffix."""
-    threads = len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
-    if threads > 1:
-        raise RuntimeError(f"the server has {threads} threads; a process that is forked from it could hang")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -106,6 +104,9 @@ def _become(command: list[str], cwd: Path, env: dict[str, str], place: Path, pat
         stream = os.open(place.with_suffix(kind), os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY)
         os.dup2(stream, number)
         os.close(stream)
+    threads = len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
+    if threads > 1:
+        raise RuntimeError(f"the server has {threads} threads; a process that is forked from it could hang")
     # the server has closed its own
     sys.stdin = open(0, encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
     for module, seed in (("torch", "default_generator.seed"), ("numpy", "random.seed")):
