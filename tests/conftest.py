@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests/run.sh runs two files at a time
+import forked
+
 REPOSITORY = Path(__file__).parent.parent
 # with the preset `digits`: trains in seconds, in the precision that is fast on every CPU
 TINY = ["train.epochs=2", "batch_size=256", "precision=fp32", "record.wandb=disabled"]
@@ -28,8 +31,8 @@ SUMMARY: dict[str, Any] = {
 }
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the test files that take longest run first, so that the workers of tests/run.sh end at about the same time
-LONGEST = ["slurm", "train", "interruption", "elastic", "wandb", "faults", "sweep", "export", "cifar10", "report"]
-LONGEST += ["recipe", "selection"]
+LONGEST = ["slurm", "interruption", "output", "train", "first_contact", "heartbeat", "elastic", "faults", "cifar10"]
+LONGEST += ["wandb", "recipe", "selection"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +50,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Betons of the handwritten digits."""
     out = tmp_path_factory.mktemp("betons") / "digits"
     command = [sys.executable, "-m", "dist_train.data_prep", "--dataset", "digits", "--out", str(out)]
-    subprocess.run(command, check=True, cwd=REPOSITORY)
+    forked.run(command, REPOSITORY, environment()).check_returncode()
     return out
 
 
@@ -93,11 +96,15 @@ def trainer(
     variables: dict[str, str] | None = None,
     module: str = "dist_train.main",
 ) -> subprocess.CompletedProcess[str]:
-    """Run the trainer, or another module, to its end. timeout: in seconds. variables: added to the environment."""
+    """Run the trainer, or another module, to its end, in a process that has torch already (forked.py); with several
+    ranks that is torchrun. timeout: in seconds. variables: added to the environment, in a process of its own."""
+    words = command(*arguments, ranks=ranks, module=module)
+    if variables is None:
+        return forked.run(words, REPOSITORY, environment(), timeout)
     return subprocess.run(
-        command(*arguments, ranks=ranks, module=module),
+        words,
         cwd=REPOSITORY,
-        env={**environment(), **(variables or {})},
+        env={**environment(), **variables},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -110,7 +117,8 @@ def train(digits: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(name: str, *arguments: object, ranks: int = 1) -> dict[str, Any]:
         folder = tmp_path / name
-        done = trainer("--preset", "digits", f"data.dir={digits}", *TINY, *arguments, "--run-dir", folder, ranks=ranks)
+        words = command("--preset", "digits", f"data.dir={digits}", *TINY, *arguments, "--run-dir", folder)
+        done = forked.run(words, REPOSITORY, environment(), 300, ranks)
         assert done.returncode == 0, done.stderr
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary

@@ -1,9 +1,8 @@
-"""Runs ranks in processes that are forked from a server, which has imported torch already."""
+"""Runs a function on several ranks, each in a process of its own (forked.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import socket
@@ -12,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["dist_train.distributed.gradient_sum"])
+import forked
 
 
 @dataclass
@@ -33,9 +31,10 @@ def run_ranks(
     `answering` ranks (all, unless given) have ended, at most `timeout` seconds. Returns the result of each rank."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    answers = _SERVER.Queue()
+    forked.start()
+    answers = forked.SERVER.Queue()
     ranks = [
-        _SERVER.Process(target=_rank, args=(answers, rank, world_size, port, work, arguments))
+        forked.SERVER.Process(target=_rank, args=(answers, rank, world_size, port, work, arguments))
         for rank in range(world_size)
     ]
     for process in ranks:

@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh dev
 PATH=$(cd "${DIST_TRAIN_VENV:-.venv}/bin" && pwd):$PATH
 export PATH
+unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile this project again
 ruff check .
 ruff format --check .
 mypy

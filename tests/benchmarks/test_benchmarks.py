@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, environment, trainer
 
 
 def cells(*command: object) -> list[list[str]]:
@@ -48,14 +48,7 @@ def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path
 
 def test_speed_with_short_prints_one_line(digits: Path) -> None:
     settings = ["--preset", "digits", "--short", "--steps", "1", f"data.dir={digits}", "train.device=cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", *settings],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = trainer(*settings, module="benchmarks.speed")
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(
         r"torch \S+: digits trains in (\d+) s, at (\d+\.\d+) of the matrix rate of ([\d,]+) GFLOP/s\n", done.stdout

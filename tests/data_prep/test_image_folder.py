@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, command, environment
 from PIL import Image, ImageDraw
 from test_data_prep import edit_manifest, refused, run_here, snapshot
 
@@ -33,7 +34,7 @@ from dist_train.runs.metrics import read_metrics
 EXAMPLES = REPOSITORY / "dist_train" / "examples"
 COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "purple")
 CPU = torch.device("cpu")
-QUIET = ("record.wandb=disabled", "train.device=cpu")
+QUIET = ("record.wandb=disabled", "train.device=cpu", "precision=fp32")
 
 
 def draw(folder: Path, classes: int, count: int, width: int = 40, height: int = 30) -> Path:
@@ -420,14 +421,8 @@ def test_missing_or_invalid_arguments_are_refused(shapes: Path, betons: Path, tm
 
 
 def start(module: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *module.split(), *map(str, arguments)],
-        cwd=folder,
-        env={**environment(), "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
+    return forked.run(command(*arguments, module=module), folder, env)
 
 
 def summary(folder: Path) -> dict[str, Any]:

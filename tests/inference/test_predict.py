@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -303,15 +304,8 @@ def test_the_trainer_writes_what_a_checkpoint_holds(run: Path, digits: Path) -> 
 
 def said(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
     """The command's exit code, stdout and stderr."""
-    done = subprocess.run(
-        command(*arguments, module="dist_train predict"),
-        cwd=REPOSITORY,
-        env=environment(),
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-    )
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+    done = forked.run(command(*arguments, module="dist_train predict"), REPOSITORY, environment(), stdin=stdin)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")

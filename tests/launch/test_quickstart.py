@@ -41,7 +41,7 @@ def test_without_a_network_it_trains_digits_and_says_that_this_is_not_cifar10(
 ) -> None:
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     nowhere = "http://127.0.0.1:9"
-    settings = ("epochs=1", "record.wandb=disabled")
+    settings = ("epochs=1", "precision=fp32", "record.wandb=disabled")
     first = quickstart(tmp_path, *settings, XDG_CACHE_HOME=str(tmp_path), https_proxy=nowhere, HTTPS_PROXY=nowhere)
     assert first.returncode == 0, first.stderr
     assert "NOT CIFAR-10" in first.stderr

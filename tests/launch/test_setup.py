@@ -141,7 +141,7 @@ def test_without_root_or_compiler(tmp_path: Path) -> None:
     own = tmp_path / "environment"
     run = tmp_path / "run"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTHON", "VIRTUAL_ENV"))}
-    settings = ["--preset", "digits", "epochs=1", "loader=stream", f"data.dir={tmp_path / 'data'}"]
+    settings = ["--preset", "digits", "epochs=1", "precision=fp32", "loader=stream", f"data.dir={tmp_path / 'data'}"]
     done = subprocess.run(
         [*alone, "bash", "launch/quickstart.sh", *settings, "--run-dir", str(run)],
         cwd=REPOSITORY,

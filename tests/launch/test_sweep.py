@@ -36,7 +36,8 @@ def small(tmp_path: Path, digits: Path, **parameters: Any) -> Path:
     """The example on the digits, with other parameters."""
     words = {"block94": "digits", "data.holdout=5000": "data.holdout=200"}
     tree = yaml.safe_load(EXAMPLE.read_text())
-    fixed = {"train.epochs": 0.5, "train.batch_size": 256, "train.device": "cpu", "data.dir": str(digits)}
+    fixed = {"train.epochs": 0.5, "train.batch_size": 256, "train.precision": "fp32", "train.device": "cpu"}
+    fixed["data.dir"] = str(digits)
     parameters = {**{key: {"value": value} for key, value in fixed.items()}, **parameters}
     return written(tmp_path, command=[words.get(word, word) for word in tree["command"]], parameters=parameters)
 

@@ -30,7 +30,8 @@ BAD = "</script><script>window.bad=1</script><img src=x onerror=window.bad=1><b>
 def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A group: two seeds, a run with other settings, and one that was stopped on its way."""
     group = tmp_path_factory.mktemp("report") / "group"
-    common = ["--preset", "digits", f"data.dir={digits}", "epochs=2", "batch_size=128", "record.wandb=disabled"]
+    common = ["--preset", "digits", f"data.dir={digits}", "epochs=2", "batch_size=128", "precision=fp32"]
+    common += ["record.wandb=disabled"]
     settings = {
         "seed1": ["seed=1"],
         "seed2": ["seed=2"],

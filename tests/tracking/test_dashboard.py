@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import REPOSITORY, command, environment, trainer
 from wandb_server import Row, Server, offline_records
@@ -23,15 +24,8 @@ ABSENT = "gpu"  # what is drawn of GPUs is not to be had on every machine
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, module="dist_train dashboard"),
-        cwd=REPOSITORY,
-        env={**environment(), "NETRC": "/nowhere", **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    env = {**environment(), "NETRC": "/nowhere", **variables}
+    return forked.run(command(*arguments, module="dist_train dashboard"), REPOSITORY, env)
 
 
 def defined(**given: Any) -> Row:
@@ -58,7 +52,7 @@ def records(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """By kind the records of an offline run that logs all there is."""
     folder = tmp_path_factory.mktemp("dashboard") / "run"
     settings = ["train.epochs=1", "batch_size=512", "train.device=cpu", f"data.dir={digits}", "data.holdout=200"]
-    settings += ["evaluate.tta=mirror", "record.wandb=offline", "record.system=all"]
+    settings += ["precision=fp32", "evaluate.tta=mirror", "record.wandb=offline", "record.system=all"]
     done = trainer("--preset", "digits", *settings, "--run-dir", folder)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[Row]] = {}

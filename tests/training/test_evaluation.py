@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, TINY, command, environment, lines, trainer
+from conftest import TINY, lines, trainer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -224,5 +224,4 @@ def other_data(digits: Path, run: Path, folder: Path) -> None:
 
 
 def evaluation(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    start = command(*arguments, "--device", "cpu", ranks=ranks, module="dist_train evaluate")
-    return subprocess.run(start, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    return trainer(*arguments, "--device", "cpu", ranks=ranks, module="dist_train evaluate")

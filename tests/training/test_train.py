@@ -104,8 +104,9 @@ def test_a_run_folder_holds_what_the_readme_says(train: Train, tmp_path: Path) -
 
 
 def test_fp16_with_a_scaler_trains_and_is_bit_identical(train: Train, tmp_path: Path) -> None:
-    alone = train("1", "precision=fp16")
-    assert train("2", "precision=fp16", ranks=2)["weights_sha256"] == alone["weights_sha256"]
+    narrow = [f"model.{part}.channels=8" for part in ("stem", "blocks.0", "blocks.1")]  # many CPUs have no fp16
+    alone = train("1", "precision=fp16", *narrow)
+    assert train("2", "precision=fp16", *narrow, ranks=2)["weights_sha256"] == alone["weights_sha256"]
     steps = [row for row in lines(tmp_path / "1") if row["kind"] == "step"]
     assert steps[-1]["loss"] < steps[0]["loss"]
 
