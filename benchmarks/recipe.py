@@ -239,7 +239,7 @@ def train(variants: list[Variant], ranks: int | None, stop: StopRequest) -> tupl
         if ended == BAD_INPUT:
             return ended, finished
         if not summary:
-            say(f"{variant.name}, seed {seed}: the training has failed, with exit code {ended}; the others go on")
+            say(f"{variant.name}, seed {seed}: the training has failed, with exit code {ended}; the others continue")
             code = FAILED
     return code, finished
 

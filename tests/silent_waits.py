@@ -1,4 +1,4 @@
-"""The trainer on a wire that never reports a lost peer: where gloo's wait raises an error, this one goes on for ever,
+"""The trainer on a wire that never reports a lost peer: where gloo's wait raises an error, this one continues for ever,
 as NCCL's does, and takes no signal."""
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def test_the_hosts_wait_for_a_gpu_counts_as_waiting(
         pass
     assert waits.pop()
     assert heartbeat.waiting_since is None
-    with here.exchange(queued=True):  # the gradient sum: the host goes on, until a queue of the GPU is full
+    with here.exchange(queued=True):  # the gradient sum: the host continues until a queue of the GPU is full
         pass
     assert not waits
     assert heartbeat.waiting_since
