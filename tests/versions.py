@@ -116,7 +116,7 @@ def make(environment: Environment, python: Path) -> Path:
         extras = [word for extra in environment.extras.split(",") for word in ("--extra", extra)]
         choice = ["--resolution", environment.resolution, "--python", str(own), *extras, "pyproject.toml"]
         subprocess.run([UV, "pip", "compile", "-q", *choice, "-o", str(versions)], cwd=REPOSITORY, check=True)
-    wanted = ["-e", f".[{environment.extras}]", "-c", str(versions)]
+    wanted = ["--compile-bytecode", "-e", f".[{environment.extras}]", "-c", str(versions)]
     subprocess.run([UV, "pip", "install", "-q", "--python", str(own), *wanted], cwd=REPOSITORY, check=True)
     return own
 
@@ -133,7 +133,9 @@ def check(environment: Environment, python: Path, arguments: list[str], speed: l
     command = [str(own), "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
     command += [f"--junitxml={report}", *arguments]
     start = time.monotonic()
-    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "PATH": path}, check=False)
+    variables = {**os.environ, "PATH": path}
+    variables.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile this project again
+    subprocess.run(command, cwd=REPOSITORY, env=variables, check=False)
     minutes = (time.monotonic() - start) / 60
     if not report.exists():
         return Result(environment, versions, failed=1, minutes=minutes)
