@@ -614,9 +614,10 @@ def test_hanging_process(
 def test_a_killed_wandb_process_is_started_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As by Slurm, which signals all processes of a job; what it had not written is not lost."""
     recorder = opened(tmp_path, AUTO)
-    _, helper = processes(capfd)
+    process, helper = processes(capfd)
     train(recorder, 1, 6)
     os.kill(helper, signal.SIGTERM)
+    until(lambda: not children(process, "wandb-core"))
     train(recorder, 7, 12)
     recorder.close(errors.PREEMPTED)
     again, offline = capfd.readouterr().err.splitlines()
