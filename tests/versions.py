@@ -130,7 +130,7 @@ def check(environment: Environment, python: Path, arguments: list[str], speed: l
     versions = dict(zip(_installed(environment), told, strict=True))
     path = f"{own.parent}{os.pathsep}{os.environ['PATH']}"
     report = own.parent.parent / "tests.xml"
-    command = [str(own), "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+    command = [str(own), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     command += [f"--junitxml={report}", *arguments]
     start = time.monotonic()
     variables = {**os.environ, "PATH": path}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from conftest import REPOSITORY, environment, trainer
@@ -76,7 +77,8 @@ def test_a_step_dispatches_no_more_operations_than_it_did(tmp_path: Path) -> Non
     assert 0 < operations["forward and backward pass of a microbatch"] <= 230
     assert 0 < operations["update of the weights"] <= 90
     assert 0 < operations["whole step"] <= 2300
-    assert 0 < operations["forward pass of a microbatch on a GPU"] <= 75
+    if tuple(map(int, version("torch").split(".")[:2])) > (2, 9):
+        assert 0 < operations["forward pass of a microbatch on a GPU"] <= 75
 
 
 def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:

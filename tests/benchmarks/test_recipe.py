@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def test_variants_are_trained_in_turns_resume_and_are_compared(digits: Path, tmp
     process.send_signal(signal.SIGTERM)
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 75, said
-    assert said == "dist_train: stopped; the same command continues\n"
+    if tuple(map(int, version("torch").split(".")[:2])) > (2, 9):
+        assert said.count("\n") == 1, said  # the launcher of torch 2.9 prints its own account of the signal
+    assert said.splitlines()[-1] == "dist_train: stopped; the same command continues"
     names = ["as_it_is-seed3", "3x3_alone-seed3", "as_it_is-seed1", "3x3_alone-seed1"]
     assert {path.name for path in runs.iterdir() if path.is_dir()} == {*names[:2]}
     assert cells(printed, "variant")["3x3 alone"] == ["0 of 2", *["not yet"] * 5]
