@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.table import append, command, measured_on, spread, table
+from benchmarks.table import measured_on, publish, spread, table
 from dist_train import data_prep
 from dist_train.config.settings import DataConfig
 from dist_train.data.batches import Data
@@ -190,10 +190,7 @@ def main() -> None:
         rows.append([name, spread(values, 0), spread(ratios, 1) if ratios else "", f"{starts[name]:.1f}"])
     headers = ["loader", "images/s", "times torchvision's best", "first batch after, s"]
     conditions = f"n = {args.rounds}; {measured_on(torch.device('cpu'), os.cpu_count() or 1)}"
-    text = f"{conditions}\n\n```bash\n{command('benchmarks.loading')}\n```\n\n{table(headers, rows)}\n"
-    print(text)
-    if args.out:
-        append(args.out, text)
+    publish("benchmarks.loading", conditions, table(headers, rows), args.out)
 
 
 if __name__ == "__main__":

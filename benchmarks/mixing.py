@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.table import append, command, measured_on, spread, table
+from benchmarks.table import measured_on, publish, spread, table
 from benchmarks.table import row as line
 from dist_train.distributed.device import keep_memory
 from dist_train.model.mixing import Form, average, choose, mix
@@ -145,10 +145,8 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     headers = ["block", "shape", "alone, ms", *FORMS, "chosen", "its ratio", "to the best form"]
     conditions = f"n = {options.rounds}; {measured_on(DEVICE, os.cpu_count() or 1)}"
-    text = f"{conditions}\n\n```bash\n{command('benchmarks.mixing')}\n```\n\n{table(headers, rows)}\n"
-    print(f"\n{text}")
-    if options.out:
-        append(options.out, text)
+    print()
+    publish("benchmarks.mixing", conditions, table(headers, rows), options.out)
 
 
 if __name__ == "__main__":

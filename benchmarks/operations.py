@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.table import append, command, measured_on, table
+from benchmarks.table import measured_on, publish, table
 from dist_train import config
 from dist_train.config import Config
 from dist_train.data.batches import Microbatch
@@ -124,12 +124,8 @@ def main() -> None:
         [part, names.total(), ", ".join(f"{n} {name.removeprefix('aten.')}" for name, n in names.most_common(8))]
         for part, names in parts.items()
     ]
-    heading = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
-    markdown = table(["part", "operations", "the most frequent"], rows)
-    text = f"{heading}\n\n```bash\n{command('benchmarks.operations')}\n```\n\n{markdown}\n"
-    print(text)
-    if args.out:
-        append(args.out, text)
+    conditions = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
+    publish("benchmarks.operations", conditions, table(["part", "operations", "the most frequent"], rows), args.out)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.table import append, command, measured_on, quartiles, spread, table
+from benchmarks.table import measured_on, publish, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
 from dist_train.data.batches import Data, Microbatch
@@ -53,9 +53,7 @@ from dist_train.errors import UserError, say
 from dist_train.model.shapes import shapes
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
-from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
-from dist_train.training.schedule import total_steps
 from dist_train.training.selection import Selection
 from dist_train.training.train import build_model
 from dist_train.training.warm_up import Kind, kinds
@@ -91,12 +89,9 @@ def run_rank(args: argparse.Namespace) -> None:
     settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, every=10**9))
     with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
         data = PacedData(settings.data, manifest(settings.data), ranks, t.batch_size, t.microbatches, t.seed)
-        steps = total_steps(settings, data.steps_per_epoch)
 
         def new() -> State:
-            model = build_model(settings, data).to(ranks.device)
-            optimizers = Optimizers(model, settings.optim, steps, data.steps_per_epoch)
-            return State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
+            return State.start(settings, build_model(settings, data).to(ranks.device), data.steps_per_epoch)
 
         state = new()
         model, optimizers = state.model, state.optimizers
@@ -274,10 +269,7 @@ def main() -> None:
         return
     clones = [commit_of(clone) for clone in (args.airbench, args.hiverge) if clone]
     conditions = measured_on(torch.device(device), cores, *clones)
-    text = f"{conditions}\n\n```bash\n{command('benchmarks.speed')}\n```\n\n{table(_HEADER, rows(started))}\n\n{line}\n"
-    print(text)
-    if args.out:
-        append(args.out, text)
+    publish("benchmarks.speed", conditions, f"{table(_HEADER, rows(started))}\n\n{line}", args.out)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
             rows.append(_start(Path(folder), args.ranks, args.cold, trainer))
     import torch
 
-    from benchmarks.table import append, command, measured_on, spread, table
+    from benchmarks.table import measured_on, publish, spread, table
 
     head = ["part", "seconds, median (quartiles)", "what"]
     total = {"sum": "command to the end of the first step"}
@@ -60,11 +60,7 @@ def main() -> None:
     kind = "cold" if args.cold else "warm"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = measured_on(device, os.cpu_count() or 1)
-    heading = f"{kind} caches, n = {args.rounds}; {conditions}"
-    text = f"{heading}\n\n```bash\n{command('benchmarks.startup')}\n```\n\n{markdown}\n"
-    print(text)
-    if args.out:
-        append(args.out, text)
+    publish("benchmarks.startup", f"{kind} caches, n = {args.rounds}; {conditions}", markdown, args.out)
 
 
 def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str, float]:
@@ -124,8 +120,9 @@ def _child(out: Path, trainer: list[str]) -> None:
 
     timed(torch.distributed, "init_process_group", "process group")
     timed(dataset, "prepare", "data")
-    for name, part in (("Data", "data"), ("build_model", "model"), ("Optimizers", "model")):
-        timed(train, name, part)
+    timed(train, "Data", "data")
+    timed(train, "build_model", "model")
+    timed(loop, "Optimizers", "model")
     for name in ("open_folder", "RunWriter"):
         timed(train, name, "record")
     timed(train, "warm_up", "warm-up")

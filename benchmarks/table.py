@@ -55,6 +55,14 @@ def command(module: str) -> str:
     return f"python -m {module} {shlex.join(sys.argv[1:])}".rstrip()
 
 
+def publish(module: str, conditions: str, markdown: str, out: Path | None) -> None:
+    """Print the table of a benchmark with its conditions and its command, and append it to `out`."""
+    text = f"{conditions}\n\n```bash\n{command(module)}\n```\n\n{markdown}\n"
+    print(text)
+    if out:
+        append(out, text)
+
+
 def append(path: Path, text: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -171,7 +171,8 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, *branches: Tensor) -> Tensor:
-        factors, scales = _scales(coefficients, branches[0])
+        factors = coefficients.to(branches[0].dtype)
+        scales = _scales(factors)
         ctx.save_for_backward(factors, *branches)
         ctx.dtype = coefficients.dtype
         total = _rows(branches[0]) * scales[0]
@@ -185,7 +186,7 @@ class _Outputs(torch.autograd.Function):
         shape, grad = grads[0].shape, _rows(grads[0])
         grad_branches = [
             _images(grad * scale, shape) if needed else None
-            for scale, needed in zip(_scales(factors, grad)[1], ctx.needs_input_grad[1:], strict=True)
+            for scale, needed in zip(_scales(factors), ctx.needs_input_grad[1:], strict=True)
         ]
         if not ctx.needs_input_grad[0]:
             return (None, *grad_branches)
@@ -201,7 +202,8 @@ class _Inputs(torch.autograd.Function):
     def forward(
         ctx: Any, coefficients: Tensor, x: Tensor, geometries: tuple[_Geometry, ...], *weights: Tensor
     ) -> Tensor:
-        factors, scales = _scales(coefficients, x)
+        factors = coefficients.to(x.dtype)
+        scales = _scales(factors)
         ctx.save_for_backward(factors, x, *weights)
         ctx.geometries, ctx.dtype = geometries, coefficients.dtype
         rows, c = _rows(x), x.shape[1]
@@ -236,7 +238,7 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factors, x, *weights = ctx.saved_tensors
         rows, c = _rows(x), x.shape[1]
-        scales = factors[:, :, None].unbind(1)
+        scales = _scales(factors)
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         pixels = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
         depthwise = _depthwise(ctx.geometries, weights)
@@ -405,10 +407,9 @@ def _columns(vectors: list[Tensor]) -> Tensor:
     return torch.stack(vectors, 1) if len(vectors) > 1 else vectors[0][:, None]
 
 
-def _scales(coefficients: Tensor, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The coefficients (N, L) in the dtype of x, and as L factors (N, 1) for rows of images."""
-    factors = coefficients.to(x.dtype)
-    return factors, factors[:, :, None].unbind(1)
+def _scales(factors: Tensor) -> tuple[Tensor, ...]:
+    """The coefficients (N, L), in the dtype of the images, as L factors (N, 1) for their rows."""
+    return factors[:, :, None].unbind(1)
 
 
 def _rows(x: Tensor) -> Tensor:

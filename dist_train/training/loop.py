@@ -27,7 +27,7 @@ from dist_train.training.batch_norm import measure_statistics
 from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
-from dist_train.training.schedule import Schedule
+from dist_train.training.schedule import Schedule, total_steps
 from dist_train.training.selection import Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
@@ -40,6 +40,13 @@ class State:
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     step: int = 0
+
+    @classmethod
+    def start(cls, config: Config, model: BlockNetwork, steps_per_epoch: int) -> State:
+        """The state before the first step. model: on this rank's device."""
+        optimizers = Optimizers(model, config.optim, total_steps(config, steps_per_epoch), steps_per_epoch)
+        device = next(model.parameters()).device.type
+        return cls(model, optimizers, torch.amp.GradScaler(device, enabled=config.train.precision == "fp16"))
 
     def dump(self) -> dict[str, Any]:
         """The state as it is stored in a checkpoint; the tensors are not copied."""

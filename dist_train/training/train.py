@@ -34,7 +34,6 @@ from dist_train.runs.metrics import best_eval, read_metrics
 from dist_train.signals import StopRequest
 from dist_train.training.batch_norm import accuracy_by_mode
 from dist_train.training.loop import State, train
-from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import RunWriter, Writer
 from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
@@ -100,8 +99,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return
 
         model = build_model(config, data).to(ranks.device)
-        optimizers = Optimizers(model, config.optim, last_step, data.steps_per_epoch)
-        state = State(model, optimizers, torch.amp.GradScaler(ranks.device.type, enabled=t.precision == "fp16"))
+        state = State.start(config, model, data.steps_per_epoch)
         if newest and resumed:
             try:
                 if resumed.step != step_of(newest):

@@ -54,17 +54,14 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     """Run one step of each kind that is left, of one microbatch a rank, on a copy of the state. Returns the seconds
     that it took. Changes nothing: the state that is trained is the same bits with and without it."""
     begin = time.perf_counter()
-    model = copy.deepcopy(state.model)
-    optimizers = Optimizers(model, config.optim, state.optimizers.total_steps, data.steps_per_epoch)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
-    throwaway = State(model, optimizers, scaler)
+    throwaway = State.start(config, copy.deepcopy(state.model), data.steps_per_epoch)
     settings = dataclasses.replace(config.train, batch_size=ranks.world_size * data.size, microbatches=ranks.world_size)
     step = TrainStep(settings, data, ranks, throwaway)
     generator = torch.Generator().manual_seed(0)
     for kind in kinds(data, state.optimizers, step.selection, state.step):
         # the last step of its kind: at the first of all, learning rates may be 0, and updates are skipped
         throwaway.step = kind.first + kind.count - 1
-        shape = (data.size, model.channels, kind.height, kind.width)
+        shape = (data.size, state.model.channels, kind.height, kind.width)
         images = torch.randn(shape, generator=generator).to(ranks.device, memory_format=torch.channels_last)
         labels = torch.zeros(data.size, dtype=torch.int64, device=ranks.device)
         metrics = step([Microbatch(ranks.rank, images, labels, labels)])
