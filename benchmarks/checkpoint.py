@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = config.load("block94", None, [])
     model = BlockNetwork(settings.model, (3, 32, 32), 10)
-    optimizers = Optimizers(model, settings.optim, 1000, 25)
+    optimizers = Optimizers(model, settings.optim, 1000)
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 10
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.table import measured_on, publish, spread, table
 from dist_train import data_prep
-from dist_train.config.settings import DataConfig
+from dist_train.config.settings import DataConfig, TrainConfig
 from dist_train.data.batches import Data
 from dist_train.data_prep import ffcv_library
 from dist_train.distributed.ranks import Ranks
@@ -95,7 +95,8 @@ def our_loader(
         ffcv_library.version = lambda: None  # type: ignore[assignment]
     config = DataConfig(manifest.dataset, folder, loader=loader, flip="random")
     cpu = torch.device("cpu")
-    data = Data(config, manifest, Ranks(rank, world_size, cpu, cpu), BATCH, MICROBATCHES, seed=0)
+    train = TrainConfig(batch_size=BATCH, microbatches=MICROBATCHES)
+    data = Data(config, train, manifest, Ranks(rank, world_size, cpu, cpu))
     if reading_only:
         order = permutation(manifest.splits["train"].count, 0)[rank::world_size]
         return lambda: (len(labels) for _, labels, _ in data.sources["train"].batches(order, SIZE))

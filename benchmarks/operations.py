@@ -60,10 +60,10 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
     parts: dict[str, Counter[str]] = {}
     with join_ranks("cpu", 1, settings.train.deterministic, 60) as ranks:
         model = BlockNetwork(settings.model, shape, classes)
-        optimizers = Optimizers(model, settings.optim, total_steps=100, steps_per_epoch=1)
+        optimizers = Optimizers(model, settings.optim, total_steps=100)
         scaler = torch.amp.GradScaler("cpu", enabled=settings.train.precision == "fp16")
         data: Any = SimpleNamespace(
-            config=settings.data, size=images, steps_per_epoch=1, image_size=lambda step: (size, size)
+            config=settings.data, size=images, total_steps=100, image_size=lambda step: (size, size)
         )
         step = TrainStep(settings.train, data, ranks, State(model, optimizers, scaler, step=50))
         step.state.step = 50

@@ -118,7 +118,7 @@ def prepare(work: Work, microbatches: int) -> tuple[nn.Module, Callable[[nn.Modu
         return given, lambda wrapped, slot: wrapped(), lambda: None
     settings, model = network(work.preset)
     t = settings.train
-    optimizers = Optimizers(model, settings.optim, 1000, 100)
+    optimizers = Optimizers(model, settings.optim, 1000)
     optimizers.set_rates(500)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     sizes = [len(share(t.batch_size, slot, microbatches)) for slot in range(microbatches)]

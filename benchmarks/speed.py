@@ -88,10 +88,10 @@ def run_rank(args: argparse.Namespace) -> None:
     # evaluate only after the last step, which is not reached
     settings = dataclasses.replace(settings, evaluate=dataclasses.replace(settings.evaluate, every=10**9))
     with join_ranks(t.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
-        data = PacedData(settings.data, manifest(settings.data), ranks, t.batch_size, t.microbatches, t.seed)
+        data = PacedData(settings.data, t, manifest(settings.data), ranks)
 
         def new() -> State:
-            return State.start(settings, build_model(settings, data).to(ranks.device), data.steps_per_epoch)
+            return State.start(settings, build_model(settings, data).to(ranks.device), data.total_steps)
 
         state = new()
         model, optimizers = state.model, state.optimizers

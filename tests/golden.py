@@ -46,8 +46,8 @@ RUNS = {
         (
             *_DIGITS,
             *("precision=fp32", "flip=alternate", "cutout=6", "holdout=200", "evaluate.tta=shift"),
-            *("data.smaller=[{size=20, until_epoch=0.6, how='scale'}]", "optim.stem.until_epoch=1.2"),
-            "train.select={fraction=0.6, from_epoch=1, size=24}",
+            *("data.smaller=[{size=20, until=0.3, how='scale'}]", "optim.stem.until=0.6"),
+            "train.select={fraction=0.6, start=0.5, size=24}",
         ),
         ranks=(2,),
     ),

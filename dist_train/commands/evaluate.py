@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     with join_ranks(args.device, t.threads, t.deterministic, t.timeout, t.backend) as ranks:
         data: Evaluated
         if betons:
-            data = Data(config, betons, ranks, t.batch_size, t.microbatches, t.seed)
+            data = Data(config, t, betons, ranks)
         elif labelled:
             name, images, labels = labelled
             mean, std = (tuple(values.flatten().tolist()) for values in (trained.mean, trained.std))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
@@ -61,10 +60,10 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
         if not any(conv.bias for block in model.blocks for conv in block.convolutions):
             yield optim.norms, "optim.norms", _names(Group), "no block has a norm or a bias", "set one"
     if select.fraction == 1:
-        yield select, "train.select", ("from_epoch", "until_epoch", "size"), "fraction = 1", "set fraction"
-    elif select.from_epoch >= (end := min(select.until_epoch or math.inf, config.train.epochs)):
-        why = f"from_epoch = {select.from_epoch:g} is not before epoch {end:g}, the last that it could choose in"
-        yield select, "train.select", ("fraction", "size"), why, "lower from_epoch"
+        yield select, "train.select", ("start", "until", "size"), "fraction = 1", "set fraction"
+    elif select.start >= select.until:
+        why = f"start = {select.start:g} is not before until = {select.until:g}"
+        yield select, "train.select", ("fraction", "size"), why, "lower start"
     if optim.group("kernels")["algorithm"] == "muon":
         yield optim.kernels, "optim.kernels", ("weight_decay",), 'algorithm = "muon" has none', "set another"
 

@@ -25,7 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_train.command_line import check_path, is_text
-from dist_train.config.settings import Config, Effect, OptimConfig, Select
+from dist_train.config.earlier import of_this_version
+from dist_train.config.settings import Config, Effect, OptimConfig
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
@@ -37,9 +38,6 @@ else:
 FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
-_REMOVED = ("model.batch_norm.momentum",)  # settings of run folders of earlier versions; none changed the weights
-# Settings that were added later, and their defaults, which leave the digests of earlier configurations as they were
-_ADDED: dict[str, Any] = {"per_image": True, "select": dataclasses.asdict(Select())}
 _LONGEST = 2**63  # whole numbers in TOML have 64 bits
 _SHOWN = 60  # the most characters of a value in a message
 
@@ -79,7 +77,7 @@ def given(file: Path | None, settings: list[str]) -> list[str]:
 def parse(text: str) -> Config:
     """The configuration of a text that `to_toml` wrote, of this or an earlier version. Raises UserError, and ValueError
     for a text that is no TOML."""
-    return _checked(_without_removed(_toml(text)))
+    return _checked(of_this_version(_toml(text)))
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -197,7 +195,7 @@ _EFFECTS = _effects()
 
 def digest(config: Config) -> str:
     """Eight hexadecimal digits, a SHA-256 of the settings that the final weights depend on."""
-    text = json.dumps(_as_before(_binding(to_dict(config))), sort_keys=True)
+    text = json.dumps(_binding(to_dict(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -214,7 +212,7 @@ def check_folder(run_dir: Path, settings: Config) -> None:
     path = run_dir / FILE
     if path.exists():
         if differing := [
-            key for key in difference(settings, _checked(_without_removed(read_toml(path)))) if key not in _EFFECTS
+            key for key in difference(settings, _checked(of_this_version(read_toml(path)))) if key not in _EFFECTS
         ]:
             raise UserError(
                 f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
@@ -234,24 +232,6 @@ def _binding(tree: dict[str, Any], key: str = "") -> dict[str, Any]:
         if place not in _EFFECTS or _EFFECTS[place].in_digest:
             bound[name] = _binding(value, place) if isinstance(value, dict) else value
     return bound
-
-
-def _as_before(tree: Any) -> Any:
-    """A tree without the settings of _ADDED that have their defaults."""
-    if isinstance(tree, dict):
-        return {key: _as_before(value) for key, value in tree.items() if key not in _ADDED or value != _ADDED[key]}
-    return [*map(_as_before, tree)] if isinstance(tree, list) else tree
-
-
-def _without_removed(tree: dict[str, Any]) -> dict[str, Any]:
-    for key in _REMOVED:
-        *path, last = key.split(".")
-        node: Any = tree
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return tree
 
 
 def _without_none(value: Any) -> Any:

@@ -5,7 +5,6 @@ Checks that need more than the configuration are in the modules that use a secti
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -26,9 +25,10 @@ Pixels = Annotated[int, Field(ge=1, le=2**16 - 1)]
 PixelsOrNone = Annotated[int, Field(ge=0, le=2**16 - 1)]
 Channels = Annotated[int, Field(ge=1, le=2**16)]
 Epochs = Annotated[_Finite, Field(gt=0, le=1e6)]
-EpochsOrNone = Annotated[_Finite, Field(ge=0, le=1e6)]
 Rate = Annotated[_Finite, Field(ge=0, le=1e38)]
 Fraction = Annotated[_Finite, Field(ge=0, lt=1)]
+Part = Annotated[_Finite, Field(gt=0, le=1)]
+PartOrNone = Annotated[_Finite, Field(ge=0, le=1)]
 Activation = Literal["relu", "gelu", "silu", "identity"]
 Where = Literal["branch", "post", "none"]
 Tta = Literal["none", "mirror", "shift"]
@@ -51,12 +51,12 @@ DEVICE = Effect("may change bits", in_digest=False)
 
 @dataclass(frozen=True, config=_STRICT)
 class Smaller:
-    """A size of the training images in the first epochs."""
+    """A size of the training images in the first part of the run."""
 
     size: Pixels
     """Side of the images in pixels."""
-    until_epoch: Epochs
-    """Epoch until which they have this size; may be a fraction, and rises from one size to the next."""
+    until: Part
+    """Fraction of the run until which they have this size; rises from one size to the next."""
     how: Literal["crop", "scale"] = "crop"
     """`crop`: the middle of each image. `scale`: all of it, scaled down."""
 
@@ -230,9 +230,8 @@ class Group:
     """Momentum of `sgd` and `muon`, beta1 of `adamw`; below 1."""
     weight_decay: Rate | None = None
     """As torch's `sgd` and `adamw` define it; `muon` has none."""
-    until_epoch: EpochsOrNone | None = None
-    """Epoch at which the schedule of this group ends; may be a fraction. Its rate is 0 afterwards. Not set: the end
-    of the run."""
+    until: PartOrNone | None = None
+    """Fraction of the run at which the schedule of this group ends. Its rate is 0 afterwards."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -263,7 +262,7 @@ class OptimConfig:
             "lr": 1e-3,
             "momentum": 0.9,
             "weight_decay": 0.0,
-            "until_epoch": None,
+            "until": 1.0,
         }
         for group in (self.default, getattr(self, kind)):
             given = dataclasses.asdict(group)
@@ -276,19 +275,18 @@ class Select:
     """Training on the hardest images of each microbatch alone: those of the highest losses in a forward pass with the
     weights as they are. Loss and accuracy in training are then of these images (as in Jordan 2024, airbench96)."""
 
-    fraction: Annotated[_Finite, Field(gt=0, le=1)] = 1.0
+    fraction: Part = 1.0
     """Part of each microbatch that is kept. 1: all, without the pass that chooses."""
-    from_epoch: EpochsOrNone = 0.0
-    """Epoch from which images are chosen; may be a fraction. Until then all are trained on."""
-    until_epoch: Epochs | None = None
-    """Epoch until which they are. Not set: to the end of the run."""
+    start: Fraction = 0.0
+    """Fraction of the run from which images are chosen. Until then all are trained on."""
+    until: Part = 1.0
+    """Fraction of the run until which images are chosen."""
     size: PixelsOrNone = 0
     """Side in pixels that larger images are scaled to for the pass that chooses. 0: none are."""
 
-    def active(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether images are chosen in the step after `step` finished ones."""
-        until = math.inf if self.until_epoch is None else self.until_epoch
-        return self.fraction < 1 and self.from_epoch * steps_per_epoch <= step < until * steps_per_epoch
+    def active(self, step: int, total_steps: int) -> bool:
+        """Whether images are chosen in the step after `step` finished ones of a run."""
+        return self.fraction < 1 and steps_in(self.start, total_steps) <= step < steps_in(self.until, total_steps)
 
     def kept(self, images: int) -> int:
         """The number of a microbatch's images that are kept: the nearest to the fraction, at least one."""
@@ -300,11 +298,12 @@ class Select:
 
     @property
     def words(self) -> str:
-        """Which images are trained on, such as `the hardest 50 % of each microbatch from epoch 6`; "" for all."""
+        """Which images are trained on, such as `the hardest 50 % of each microbatch, from 60 to 100 % of the run`; ""
+        for all."""
         if self.fraction == 1:
             return ""
-        until = "" if self.until_epoch is None else f" until epoch {self.until_epoch:g}"
-        return f"the hardest {100 * self.fraction:g} % of each microbatch from epoch {self.from_epoch:g}{until}"
+        when = f", from {100 * self.start:g} to {100 * self.until:g} % of the run"
+        return f"the hardest {100 * self.fraction:g} % of each microbatch{when if self.until - self.start < 1 else ''}"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -312,7 +311,8 @@ class TrainConfig:
     """The length of the run, its batches, and the arithmetic and devices of its ranks."""
 
     epochs: Epochs = 10
-    """Length of the run in epochs; may be a fraction."""
+    """Length of the run in epochs; may be a fraction. All that changes during a run, such as learning rates and image
+    sizes, is in fractions of it: a shorter run goes through the same changes."""
     batch_size: Count = 2000
     """Images in a global batch, that is in a step of all ranks together; a multiple of the microbatches."""
     microbatches: Annotated[int, Field(ge=1, le=2**16)] = 8
@@ -339,6 +339,11 @@ class TrainConfig:
     """Seconds to wait in an exchange for a rank that lives before it counts as lost, up to a week."""
     log_every: Annotated[CountOrNone, FREE] = 0
     """Steps between two exchanges of losses and stop signals between the ranks. 0: 1 on a CPU, 20 on a GPU."""
+
+
+def steps_in(part: float, total_steps: int) -> int:
+    """The steps in a part of a run, a fraction of it: the nearest whole number."""
+    return round(part * total_steps)
 
 
 def check_batch(batch_size: int, microbatches: int) -> None:

@@ -7,6 +7,7 @@ this module, from the seed, the epoch and the sample's index alone, so both give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_train import data_prep
-from dist_train.config.settings import DataConfig, Smaller, check_batch
+from dist_train.config.settings import DataConfig, Smaller, TrainConfig, check_batch, steps_in
 from dist_train.data.augment import augment, cut_out, resize
 from dist_train.data.dataset import check_images
 from dist_train.data.loaders import Resident, Stream
@@ -91,25 +92,25 @@ class Evaluated:
 
 
 class Data(Evaluated):
-    """The training and evaluation batches of one rank."""
+    """The training and evaluation batches of one rank. steps_per_epoch: of whole batches. total_steps: of the run; the
+    part of an epoch at its end is rounded up to whole steps."""
 
     def __init__(
         self,
         config: DataConfig,
+        train: TrainConfig,
         manifest: data_prep.Manifest,
         ranks: Ranks,
-        batch_size: int,
-        microbatches: int,
-        seed: int,
     ) -> None:
-        """batch_size: images in a global batch of `microbatches` equal parts. Raises UserError when the batch does not
-        split equally, or the training set or its images are too small for the settings."""
-        check_batch(batch_size, microbatches)
+        """train: has the batches, the seed and the length of the run. Raises UserError when a batch does not split
+        equally, or the training set or its images are too small for the settings."""
+        batch_size, seed = train.batch_size, train.seed
+        check_batch(batch_size, train.microbatches)
         check_images(config, manifest, batch_size)
         count = manifest.splits["train"].count
         self.config, self.manifest, self.seed = config, manifest, seed
-        self.batch_size, self.size = batch_size, batch_size // microbatches
-        self.slots = ranks.share(microbatches)
+        self.batch_size, self.size = batch_size, batch_size // train.microbatches
+        self.slots = ranks.share(train.microbatches)
         # the seed 0 for every run: runs of all seeds hold out the same images, and can be compared
         shuffled = permutation(count, derive(0, "holdout")) if config.holdout else torch.arange(count)
         indices = {
@@ -124,6 +125,7 @@ class Data(Evaluated):
         self.statistics_batches = -(-len(chosen) // max(self.size, config.eval_batch))
         indices["statistics"] = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
         self.steps_per_epoch = len(indices["train"]) // batch_size
+        self.total_steps = math.ceil(train.epochs * self.steps_per_epoch)
         self.mean_colour = torch.tensor([round(255 * mean) for mean in manifest.mean]).byte().to(ranks.device)
         sources: dict[str, Resident | Stream] = {}
         for split in ("train", "test"):
@@ -151,7 +153,7 @@ class Data(Evaluated):
         return (smaller.size, smaller.size) if smaller else (height, width)
 
     def _smaller(self, step: int) -> Smaller | None:
-        active = (s for s in self.config.smaller if step < s.until_epoch * self.steps_per_epoch)
+        active = (s for s in self.config.smaller if step < steps_in(s.until, self.total_steps))
         return next(active, None)
 
     def evaluated(self) -> list[tuple[str, str]]:

@@ -172,9 +172,9 @@ def _is_empty(config: DataConfig) -> bool:
 
 def check_images(config: DataConfig, manifest: data_prep.Manifest, batch_size: int) -> None:
     """Raises UserError when the images are too small for the settings, or the training set is too small for a batch."""
-    ends = [smaller.until_epoch for smaller in config.smaller]
+    ends = [smaller.until for smaller in config.smaller]
     if ends != sorted(set(ends)):
-        raise UserError(f"data.smaller: until_epoch must rise from one size to the next, not {ends}; sort them")
+        raise UserError(f"data.smaller: until must rise from one size to the next, not {ends}; sort them")
     if too_large := [s.size for s in config.smaller if s.size > min(manifest.image_shape[:2])]:
         raise UserError(
             f"data.smaller: size = {too_large[0]} is larger than the images of {manifest.dataset} "

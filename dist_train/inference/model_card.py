@@ -215,7 +215,7 @@ def _training(network: TrainedNetwork, summary: dict[str, Any]) -> str:
         *([f"mirrored ({data.flip})"] if data.flip != "none" else []),
         *([f"shifted by up to {data.translate} pixels"] if data.translate else []),
         *([f"a square of {data.cutout} pixels cut out"] if data.cutout else []),
-        *(f"at {s.size}x{s.size} pixels until epoch {s.until_epoch:g}" for s in data.smaller),
+        *(f"at {s.size}x{s.size} pixels until {100 * s.until:g} % of the run" for s in data.smaller),
     ]
     facts = {
         "epochs, steps": f"{t.epochs:g}, {network.step:,}",

@@ -27,7 +27,7 @@ from dist_train.training.batch_norm import measure_statistics
 from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
-from dist_train.training.schedule import Schedule, total_steps
+from dist_train.training.schedule import Schedule
 from dist_train.training.selection import Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
@@ -42,9 +42,9 @@ class State:
     step: int = 0
 
     @classmethod
-    def start(cls, config: Config, model: BlockNetwork, steps_per_epoch: int) -> State:
+    def start(cls, config: Config, model: BlockNetwork, total_steps: int) -> State:
         """The state before the first step. model: on this rank's device."""
-        optimizers = Optimizers(model, config.optim, total_steps(config, steps_per_epoch), steps_per_epoch)
+        optimizers = Optimizers(model, config.optim, total_steps)
         device = next(model.parameters()).device.type
         return cls(model, optimizers, torch.amp.GradScaler(device, enabled=config.train.precision == "fp16"))
 
@@ -74,18 +74,18 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
     Raises DivergedError, on every rank, when a loss, a gradient, a weight or an evaluation is no longer finite.
     """
     train_step = TrainStep(config.train, data, ranks, state)
-    schedule = Schedule(config, data.steps_per_epoch, config.train.log_every or (20 if ranks.on_gpu else 1))
+    schedule = Schedule(config, data, config.train.log_every or (20 if ranks.on_gpu else 1))
     log = StepLog(config.train, data, ranks, writer, state.step)
     batches = data.steps(state.step)
     cast = autocast(ranks.device, config.train.precision)
     stopped = ""
-    while state.step < schedule.last_step and not stopped:
+    while state.step < data.total_steps and not stopped:
         # one optimizer step on the next global batch
         ranks.begin(state.step + 1)
         log.add(train_step(next(batches)))
 
         # exchange losses and stop requests; a loss that is not finite raises here, before any checkpoint
-        due, last = schedule.after(state.step), state.step == schedule.last_step
+        due, last = schedule.after(state.step), state.step == data.total_steps
         if due.exchange:
             stopped = log.exchange(state.step, 0 if last else stop.received)
         saves = due.checkpoint or bool(stopped)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_train.config.settings import OptimConfig
+from dist_train.config.settings import OptimConfig, steps_in
 from dist_train.model.network import parameter_kind
 
 
@@ -96,8 +96,8 @@ def _as_kernels(stacks: list[Tensor]) -> list[Tensor]:
 class Optimizers:
     """The optimizers of one network, with learning rates that are a function of the step alone."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, steps_per_epoch: int) -> None:
-        self.config, self.total_steps, self.steps_per_epoch = config, total_steps, steps_per_epoch
+    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
         kinds: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -114,17 +114,15 @@ class Optimizers:
         kernels = 0.0
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                until = group["until_epoch"]
-                horizon = self.total_steps if until is None else until * self.steps_per_epoch
-                group["lr"] = group["peak"] * factor(self.config, step / horizon if horizon else 1.0)
+                end = steps_in(group["until"], self.total_steps)
+                group["lr"] = group["peak"] * factor(self.config, step / end if end else 1.0)
                 if group["kind"] == "kernels":
                     kernels = group["lr"]
         return kernels
 
     def learns(self, kind: str, step: int) -> bool:
         """Whether a kind of parameters may still change after `step` finished steps."""
-        until = self.config.group(kind)["until_epoch"]
-        return until is None or step < until * self.steps_per_epoch
+        return step < steps_in(self.config.group(kind)["until"], self.total_steps)
 
     def step(self, scaler: torch.amp.GradScaler) -> Tensor:
         """Apply the gradients; with a scaler enabled, skip the step where one of them overflowed. Returns the norm of

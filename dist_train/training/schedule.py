@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from dist_train.config.settings import Config
+from dist_train.data.batches import Data
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Due:
 
 
 class Schedule:
-    """Decides what is due after which step. last_step: the number of steps of the run."""
+    """Decides what is due after which step."""
 
-    def __init__(self, config: Config, steps_per_epoch: int, log_every: int) -> None:
+    def __init__(self, config: Config, data: Data, log_every: int) -> None:
         """log_every: the most steps between two exchanges."""
-        self.config, self.steps_per_epoch, self.log_every = config, steps_per_epoch, log_every
-        self.last_step = total_steps(config, steps_per_epoch)
+        self.config, self.log_every = config, log_every
+        self.steps_per_epoch, self.total_steps = data.steps_per_epoch, data.total_steps
 
     def after(self, step: int) -> Due:
         """What is due when `step` steps are finished."""
-        last, epoch_ends = step == self.last_step, step % self.steps_per_epoch == 0
+        last, epoch_ends = step == self.total_steps, step % self.steps_per_epoch == 0
         checkpoint = last or self._saves(step)
         digest = last or epoch_ends or _every(self.config.record.digest_every, step)
         evaluates = epoch_ends and step // self.steps_per_epoch % self.config.evaluate.every == 0
@@ -48,11 +48,6 @@ class Schedule:
     def _saves(self, step: int) -> bool:
         settings = self.config.checkpoint
         return _every(settings.every_steps, step) or _every(settings.every_epochs * self.steps_per_epoch, step)
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Steps of the whole run; a fraction of an epoch is rounded up to whole steps."""
-    return math.ceil(config.train.epochs * steps_per_epoch)
 
 
 def _every(interval: int, step: int) -> bool:

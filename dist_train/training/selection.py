@@ -32,7 +32,7 @@ class Selection:
     def kept(self, step: int) -> int:
         """The number of images of each microbatch that are kept after `step` finished steps."""
         select = self.settings.select
-        return select.kept(self.data.size) if select.active(step, self.data.steps_per_epoch) else self.data.size
+        return select.kept(self.data.size) if select.active(step, self.data.total_steps) else self.data.size
 
     def flops(self, step: int) -> int:
         """Floating-point operations of choosing, for the global batch after `step` finished steps."""

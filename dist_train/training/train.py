@@ -35,7 +35,6 @@ from dist_train.signals import StopRequest
 from dist_train.training.batch_norm import accuracy_by_mode
 from dist_train.training.loop import State, train
 from dist_train.training.run_writer import RunWriter, Writer
-from dist_train.training.schedule import total_steps
 from dist_train.training.system_metrics import sampled
 from dist_train.training.warm_up import warm_up
 
@@ -85,13 +84,12 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         stop = held.enter_context(StopRequest())
         manifest = on_main(ranks, lambda: job.manifest)
         assert manifest is not None
-        data = Data(config.data, manifest, ranks, t.batch_size, t.microbatches, t.seed)
-        last_step = total_steps(config, data.steps_per_epoch)
+        data = Data(config.data, t, manifest, ranks)
         newest = on_main(ranks, lambda: open_folder(run_dir, config, held))
         resumed = checkpoint.read(newest, _START_OVER) if newest else None
         if resumed:
             check_data(resumed, manifest, run_dir)
-        if newest and step_of(newest) == last_step and (run_dir / SUMMARY).exists():
+        if newest and step_of(newest) == data.total_steps and (run_dir / SUMMARY).exists():
             outcome.code = DONE
             if ranks.main:
                 show(f"{run_dir} is finished already")
@@ -99,7 +97,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return
 
         model = build_model(config, data).to(ranks.device)
-        state = State.start(config, model, data.steps_per_epoch)
+        state = State.start(config, model, data.total_steps)
         if newest and resumed:
             try:
                 if resumed.step != step_of(newest):
@@ -112,8 +110,10 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         writer = Writer()
         if ranks.main:
             device = merged([each for each, _ in everyone])["device"] if ranks.on_gpu else "CPU"
-            _announce(run_dir, config, manifest, ranks.world_size, device, state.step, last_step)
-            writer = main_writer = RunWriter(run_dir, config, ranks, manifest, last_step, rate, resumed, everyone)
+            _announce(run_dir, config, manifest, ranks.world_size, device, state.step, data.total_steps)
+            writer = main_writer = RunWriter(
+                run_dir, config, ranks, manifest, data.total_steps, rate, resumed, everyone
+            )
             held.callback(lambda: main_writer.close(outcome.code, outcome.reason))
         writer.phase("warming up")
         warm_up_seconds = warm_up(config, data, ranks, state)

@@ -46,7 +46,7 @@ def kinds(data: Data, optimizers: Optimizers, selection: Selection, start: int =
             f"{height}x{width}, stem {'learns' if optimizers.learns('stem', step) else 'fixed'}{chosen}",
         )
 
-    runs = [(key, list(steps)) for key, steps in itertools.groupby(range(start, optimizers.total_steps), kind)]
+    runs = [(key, list(steps)) for key, steps in itertools.groupby(range(start, data.total_steps), kind)]
     return [Kind(*key, steps[0], len(steps)) for key, steps in runs]
 
 
@@ -54,7 +54,7 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     """Run one step of each kind that is left, of one microbatch a rank, on a copy of the state. Returns the seconds
     that it took. Changes nothing: the state that is trained is the same bits with and without it."""
     begin = time.perf_counter()
-    throwaway = State.start(config, copy.deepcopy(state.model), data.steps_per_epoch)
+    throwaway = State.start(config, copy.deepcopy(state.model), data.total_steps)
     settings = dataclasses.replace(config.train, batch_size=ranks.world_size * data.size, microbatches=ranks.world_size)
     step = TrainStep(settings, data, ranks, throwaway)
     generator = torch.Generator().manual_seed(0)

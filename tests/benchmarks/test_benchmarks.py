@@ -29,7 +29,7 @@ def cells(*command: object) -> list[list[str]]:
 
 
 def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path: Path) -> None:
-    sizes = "data.smaller=[{size=16, until_epoch=1}]"
+    sizes = "data.smaller=[{size=16, until=0.5}]"
     header, *rows = cells(
         *("benchmarks.speed", "--preset", "digits", "--one-rank", "--steps", 2, "--warm-up", 1),
         *("--out", tmp_path / "table.md", f"data.dir={digits}", "train.device=cpu", "epochs=2", sizes),

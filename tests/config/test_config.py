@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import tomli_w
 
 from dist_train import config
 from dist_train.config import loading
 from dist_train.config.effects import check_effects, check_muon
+from dist_train.config.settings import Select
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
 
@@ -31,7 +33,7 @@ def test_command_line_beats_file_beats_preset_beats_defaults(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("preset", config.presets())
 def test_a_written_configuration_reads_back_the_same(preset: str, tmp_path: Path) -> None:
-    found = config.load(preset, None, ["optim.stem.until_epoch=2.5", "record.tags=['a', 'b']"])
+    found = config.load(preset, None, ["optim.stem.until=0.25", "record.tags=['a', 'b']"])
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(found))
     again = config.load(None, file, [])
@@ -40,11 +42,32 @@ def test_a_written_configuration_reads_back_the_same(preset: str, tmp_path: Path
 
 
 # They name the folders of existing runs.
-DIGESTS = {"block94": "65a824cb", "block96": "abbdb1b2", "digits": "b1535293", "seed": "fb4bae6e"}
+DIGESTS = {"block94": "fd8ddb9d", "block96": "3a94ec94", "digits": "9962af09", "seed": "40c9c1ec"}
 
 
 def test_the_digests_of_presets_stay() -> None:
     assert {preset: config.digest(config.load(preset, None, [])) for preset in config.presets()} == DIGESTS
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes", "stem", "start"), [(8, [(20, 0.25), (24, 0.5)], 0.125, 0.75), (2, [(20, 1.0)], 0.5, 0.75)]
+)
+def test_configurations_of_earlier_versions_had_phases_in_epochs(
+    epochs: float, sizes: list[tuple[int, float]], stem: float, start: float
+) -> None:
+    tree = loading.tomllib.loads(config.to_toml(config.load("block94", None, [f"epochs={epochs}"])))
+    tree["data"]["smaller"] = [{"size": 20, "until_epoch": 2}, {"size": 24, "until_epoch": 4.0}]
+    del tree["optim"]["stem"]["until"]
+    tree["optim"]["stem"]["until_epoch"] = 1.0
+    tree["train"]["select"] = {"fraction": 0.5, "from_epoch": start * epochs}
+    tree["model"]["batch_norm"]["momentum"] = 0.1
+    found = config.parse(tomli_w.dumps(tree))
+    assert [(size.size, size.until) for size in found.data.smaller] == sizes
+    assert found.optim.stem.until == stem
+    assert found.train.select == Select(0.5, start)
+    for damage in ({"train": {}}, {"train": {"epochs": "8"}}, {"data": {"smaller": 7}}, {"optim": [1]}):
+        with pytest.raises(UserError):
+            config.parse(tomli_w.dumps(tree | damage))
 
 
 def test_only_what_reaches_the_weights_binds_a_run(tmp_path: Path) -> None:
@@ -109,7 +132,7 @@ EXTREME += ["-1", "1.5", "2147483648", "1e400", "1\ny = 2", "[" * 5000, "\udcff"
 def test_every_number_is_finite_and_in_range_or_refused() -> None:
     block, conv = "model.blocks.0.", "model.blocks.0.convolutions.0."
     names = [*loading._leaves(config.Config), "model.output.hidden.0", "data.smaller.0.size", "model.blocks.²"]
-    names += ["data.smaller.0.until_epoch", "model.blocks." + "9" * 5000, "a.\udcff", ".".join("a" * 3000)]
+    names += ["data.smaller.0.until", "model.blocks." + "9" * 5000, "a.\udcff", ".".join("a" * 3000)]
     names += [block + name for name in ("channels", "temperature", "pool", "dropout")]
     names += [conv + name for name in ("kernel", "dilation", "groups", "stride", "padding")]
     given = 0
@@ -172,9 +195,7 @@ def test_help_has_every_setting_with_its_real_default(tmp_path: Path) -> None:
     listed = {name for name in names if ".0." in name}
     assert {*names} - listed == {*loading._leaves(config.Config)} - others
     file = tmp_path / "least.toml"
-    file.write_text(
-        "[[data.smaller]]\nsize = 8\nuntil_epoch = 1\n[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n"
-    )
+    file.write_text("[[data.smaller]]\nsize = 8\nuntil = 1\n[[model.blocks]]\nchannels = 8\nconvolutions = [{}]\n")
     given = [setting for setting in shown if setting != "data.smaller=[]"]
     least, written_out = config.load(None, file, []), config.load(None, file, given)
     assert [config.to_dict(c) | {"optim": c.optim.group("kernels")} for c in (least, written_out)] == [
@@ -234,8 +255,8 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
         ("block94", "model.output={dropout=0.2}", "model.output.dropout = 0.2 has no effect, since hidden = []"),
         ("seed", "model.stem.kernel=5", 'kind = "none"; set kind'),
         ("seed", "train.select.size=16", "since fraction = 1; set fraction"),
-        ("seed", "train.select={fraction=0.5, from_epoch=10}", "from_epoch = 10 is not before epoch 10, the last"),
-        ("seed", "train.select={fraction=0.5, from_epoch=3, until_epoch=3}", "is not before epoch 3, the last"),
+        ("seed", "train.select={fraction=0.5, start=0.4, until=0.4}", "start = 0.4 is not before until = 0.4"),
+        ("seed", "train.select={fraction=0.5, start=0.4, until=0.2}", "start = 0.4 is not before until = 0.2"),
         ("seed", "optim.stem.lr=1", 'model.stem.kind = "none"; set that'),
         (
             "digits",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_train import data_prep
-from dist_train.config.settings import DataConfig, Smaller
+from dist_train.config.settings import DataConfig, Smaller, TrainConfig
 from dist_train.data.augment import augment, cut_out
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
@@ -32,7 +32,7 @@ from dist_train.randomness import derive, sample_bits, uniform_integers
 def loaded(folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 256, **fields: Any) -> Data:
     config = DataConfig(dataset="digits", dir=str(folder), **fields)
     ranks = Ranks(rank, world_size, torch.device("cpu"), torch.device("cpu"))
-    return Data(config, manifest(config), ranks, batch_size=batch_size, microbatches=4, seed=3)
+    return Data(config, TrainConfig(epochs=1, batch_size=batch_size, microbatches=4, seed=3), manifest(config), ranks)
 
 
 @pytest.fixture(params=[pytest.param("ffcv", marks=needs_ffcv), "map"])
@@ -110,7 +110,7 @@ def test_evaluation_counts_every_image_once(digits: Path, loader: str) -> None:
 def test_holdout_is_disjoint_and_the_same_for_every_seed(digits: Path) -> None:
     data = loaded(digits, holdout=300)
     config, ranks = data.config, data.ranks
-    other = Data(config, data.manifest, ranks, batch_size=256, microbatches=4, seed=99)
+    other = Data(config, TrainConfig(batch_size=256, microbatches=4, seed=99), data.manifest, ranks)
     assert torch.equal(data.indices["holdout"], other.indices["holdout"])
     assert len(data.indices["holdout"]) == 300
     both = torch.cat((data.indices["train"], data.indices["holdout"]))
@@ -202,7 +202,7 @@ def test_normalising_and_cutting_out_are_those_of_the_plain_formulas(digits: Pat
         one[row : row + 3, column : column + 3] = colour
     assert torch.equal(batch.images, (pixels * data.scale + data.shift).permute(0, 3, 1, 2))
     # the squares are made smaller with the images
-    smaller = [Smaller(size=16, until_epoch=9, how="scale")]
+    smaller = [Smaller(size=16, until=1, how="scale")]
     scaled = next(loaded(digits, flip="none", translate=0, cutout=3, smaller=smaller).steps(2))[1].images
     expected = F.interpolate(batch.images, (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-4)
@@ -276,7 +276,7 @@ def test_a_square_larger_than_the_images_is_refused(digits: Path) -> None:
 
 
 def test_smaller_images_are_the_middle_or_the_whole_scaled_down(digits: Path) -> None:
-    phases = [Smaller(size=20, until_epoch=0.2, how="crop"), Smaller(size=13, until_epoch=0.5, how="scale")]
+    phases = [Smaller(size=20, until=0.2, how="crop"), Smaller(size=13, until=0.6, how="scale")]
     plain, data = loaded(digits).steps(0), loaded(digits, smaller=phases)
     assert [data.image_size(step) for step in range(4)] == [(20, 20), (13, 13), (13, 13), (32, 32)]
     steps = data.steps(0)
@@ -298,8 +298,8 @@ def test_smaller_images_are_the_middle_or_the_whole_scaled_down(digits: Path) ->
 @pytest.mark.parametrize(
     ("phases", "words"),
     [
-        ([Smaller(size=24, until_epoch=2), Smaller(size=28, until_epoch=1)], "until_epoch must rise"),
-        ([Smaller(size=40, until_epoch=2)], "size = 40 is larger than the images of digits"),
+        ([Smaller(size=24, until=1), Smaller(size=28, until=0.5)], "until must rise"),
+        ([Smaller(size=40, until=0.2)], "size = 40 is larger than the images of digits"),
     ],
 )
 def test_impossible_sizes_are_refused(digits: Path, phases: list[Smaller], words: str) -> None:

@@ -23,7 +23,7 @@ from test_data_prep import edit_manifest, refused, run_here, snapshot
 
 from dist_train import config, data_prep
 from dist_train.config import loading
-from dist_train.config.settings import Block, Convolution, DataConfig
+from dist_train.config.settings import Block, Convolution, DataConfig, TrainConfig
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest, prepare
 from dist_train.data_prep import folders
@@ -487,7 +487,7 @@ def test_the_quick_start_trains_on_a_folder_of_images(tmp_path: Path) -> None:
 def test_many_classes_and_small_images_give_the_same_weights_from_both_loaders(tmp_path: Path) -> None:
     source = draw(tmp_path / "in", classes=37, count=5)
     own = ("data.dataset=shapes", f"data.source={source}", "image_size=20", "translate=3", "cutout=5", "holdout=20")
-    smaller = "data.smaller=[{size = 10, until_epoch = 0.5}, {size = 13, until_epoch = 1, how = 'scale'}]"
+    smaller = "data.smaller=[{size = 10, until = 0.25}, {size = 13, until = 0.5, how = 'scale'}]"
     narrow = [f"model.blocks.{number}.channels={width}" for number, width in enumerate((8, 8, 16, 16, 16, 16))]
     short = ("epochs=2", "batch_size=64", "model.output.init_std=0.1", *QUIET, *narrow, smaller)
     found = []
@@ -508,7 +508,7 @@ def test_few_classes_and_large_images_give_the_same_microbatches_from_both_loade
     batches: list[list[tuple[torch.Tensor, ...]]] = []
     for loader in ("resident", "stream"):
         settings = DataConfig("shapes", str(tmp_path / "out"), image_size=96, loader=loader, translate=9, cutout=20)
-        data = Data(settings, manifest(settings), Ranks(0, 1, CPU, CPU), batch_size=8, microbatches=4, seed=0)
+        data = Data(settings, TrainConfig(batch_size=8, microbatches=4), manifest(settings), Ranks(0, 1, CPU, CPU))
         steps = data.steps(1)
         batches.append([(m.images.clone(), m.labels.clone(), m.indices) for _ in range(3) for m in next(steps)])
         batches[-1] += [(images.clone(), labels.clone()) for _, images, labels in data.evaluation("test")]

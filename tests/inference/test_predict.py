@@ -114,9 +114,8 @@ def test_it_is_the_trained_network_bit_for_bit(run: Path, network: TrainedNetwor
     right = network.logits(pixels).argmax(1).numpy() == data_prep.read_split(network.config.data.folder, "test")[1]
     assert right.mean() == summary["test_accuracy"]
     settings = network.config
-    data = Data(
-        settings.data, manifest(settings.data), Ranks(0, 1, network.mean.device, network.mean.device), 256, 8, 0
-    )
+    alone = Ranks(0, 1, network.mean.device, network.mean.device)
+    data = Data(settings.data, settings.train, manifest(settings.data), alone)
     ((_, images, _),) = data.evaluation("test")
     with torch.no_grad():
         assert torch.equal(network.network(images), network.logits(pixels))

@@ -302,7 +302,7 @@ def test_bad_architecture_gets_the_trainers_sentence(
     assert shown.out == ""
     assert not (tmp_path / "a.png").exists()
     # also for the smaller images that training begins with
-    assert main(["digits", "data.smaller=[{size=2,until_epoch=1}]"]) == 2
+    assert main(["digits", "data.smaller=[{size=2,until=1}]"]) == 2
     with pytest.raises(UserError) as error:
         shapes(config.load("digits", None, []).model, (3, 2, 2))
     assert capsys.readouterr().err == f"dist_train: {error.value}\n"

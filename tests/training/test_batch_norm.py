@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_train import config
-from dist_train.config.settings import DataConfig
+from dist_train.config.settings import DataConfig, TrainConfig
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
@@ -23,7 +23,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))
 
 def loaded(digits: Path, eval_batch: int = 500, microbatches: int = 4) -> Data:
     settings = DataConfig(dataset="digits", dir=str(digits), eval_batch=eval_batch)
-    return Data(settings, manifest(settings), ALONE, batch_size=256, microbatches=microbatches, seed=0)
+    return Data(settings, TrainConfig(batch_size=256, microbatches=microbatches), manifest(settings), ALONE)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ NARROW = [f"model.blocks.{block}.channels={width}" for block, width in enumerate
 
 def test_prepare_train_on_two_ranks_resume_and_evaluate(cifar10: Path, tmp_path: Path) -> None:
     base = ["--preset", "block94", f"data.dir={cifar10}", *NARROW, "batch_size=1000", "model.output.init_std=0.03"]
-    base += ["epochs=0.6", "precision=fp32", "data.smaller=[{size=24, until_epoch=0.3}]", "every_steps=20"]
+    base += ["epochs=0.6", "precision=fp32", "data.smaller=[{size=24, until=0.5}]", "every_steps=20"]
     base += ["evaluate.tta=mirror", "record.wandb=disabled"]
     done = trainer(*base, "--run-dir", tmp_path / "run", ranks=2)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_train import config, data_prep, load
-from dist_train.config.settings import DataConfig, Tta
+from dist_train.config.settings import DataConfig, TrainConfig, Tta
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
@@ -33,7 +33,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"), torch.device("cpu"))
 
 def loaded(digits: Path, **settings: object) -> Data:
     config = DataConfig(dataset="digits", dir=str(digits), holdout=50, eval_batch=77, **settings)  # type: ignore[arg-type]
-    return Data(config, manifest(config), ALONE, batch_size=256, microbatches=4, seed=0)
+    return Data(config, TrainConfig(batch_size=256, microbatches=4), manifest(config), ALONE)
 
 
 def scores(network: nn.Module, images: Tensor, tta: str) -> Tensor:

@@ -31,10 +31,10 @@ def test_groups_take_what_they_do_not_say_from_the_default() -> None:
     config = OptimConfig(
         default=Group(algorithm="sgd", lr=0.5, momentum=0.8),
         kernels=Group(algorithm="muon", lr=0.1),
-        stem=Group(until_epoch=2.0),
+        stem=Group(until=0.5),
         schedule="linear",
     )
-    optimizers = Optimizers(network(), config, total_steps=40, steps_per_epoch=10)
+    optimizers = Optimizers(network(), config, total_steps=40)
     groups = {group["kind"]: (type(o), group) for o in optimizers.all for group in o.param_groups}
     assert set(groups) == {"kernels", "norms", "mixing", "output", "stem"}
     assert groups["kernels"][0] is Muon
@@ -42,7 +42,7 @@ def test_groups_take_what_they_do_not_say_from_the_default() -> None:
     assert groups["kernels"][1]["momentum"] == groups["output"][1]["momentum"] == 0.8
     assert optimizers.set_rates(10) == pytest.approx(0.1 * 0.75)
     assert groups["output"][1]["lr"] == pytest.approx(0.5 * 0.75)
-    assert groups["stem"][1]["lr"] == pytest.approx(0.5 * 0.5)  # half of its two epochs are over
+    assert groups["stem"][1]["lr"] == pytest.approx(0.5 * 0.5)  # half of its steps are over
     optimizers.set_rates(30)
     assert groups["stem"][1]["lr"] == 0
 
@@ -105,7 +105,7 @@ def test_saved_state_resumes_exactly() -> None:
     torch.manual_seed(0)
     first, second = network(), network()
     second.load_state_dict(first.state_dict())
-    optimizers = [Optimizers(model, config, 10, 5) for model in (first, second)]
+    optimizers = [Optimizers(model, config, 10) for model in (first, second)]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(which: int, number: int) -> None:
@@ -130,7 +130,7 @@ def test_saved_state_resumes_exactly() -> None:
 def test_the_gradient_norm_is_that_of_all_gradients_without_the_scale(scale: float | None) -> None:
     torch.manual_seed(0)
     model = network()
-    optimizers = Optimizers(model, OptimConfig(), 10, 5)
+    optimizers = Optimizers(model, OptimConfig(), 10)
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     optimizers.set_rates(1)
     loss = sum((p * torch.arange(p.numel(), dtype=p.dtype).view(p.shape)).sum() for p in model.parameters())
@@ -143,7 +143,7 @@ def test_the_gradient_norm_is_that_of_all_gradients_without_the_scale(scale: flo
 def test_an_overflow_anywhere_skips_the_whole_step(where: str) -> None:
     model = network()
     config = OptimConfig(default=Group(algorithm="sgd", lr=0.5), kernels=Group(algorithm="muon", lr=0.1))
-    optimizers = Optimizers(model, config, 10, 5)
+    optimizers = Optimizers(model, config, 10)
     optimizers.set_rates(1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(1))

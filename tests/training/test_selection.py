@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 
 
 def test_the_same_bits_on_any_number_of_ranks_and_after_a_resume(train: Train, tmp_path: Path) -> None:
-    settings = ["train.select={fraction=0.4, from_epoch=0.6, until_epoch=1.8, size=16}", "every_steps=1", "keep=99"]
-    settings += ["data.smaller=[{size=20, until_epoch=0.8}]", "precision=bf16"]
+    settings = ["train.select={fraction=0.4, start=0.3, until=0.9, size=16}", "every_steps=1", "keep=99"]
+    settings += ["data.smaller=[{size=20, until=0.4}]", "precision=bf16"]
     alone = train("1", *settings)
     for ranks in (2, 4):
         assert train(str(ranks), *settings, ranks=ranks)["weights_sha256"] == alone["weights_sha256"]
@@ -66,11 +66,10 @@ def test_the_same_bits_on_any_number_of_ranks_and_after_a_resume(train: Train, t
 def selection(digits: Path, *settings: str) -> tuple[Selection, BlockNetwork, Data]:
     own = ["model.blocks.0.dropout=0.5", "label_smoothing=0.1", "precision=fp32", f"data.dir={digits}"]
     found = config.load("digits", None, [*own, *settings])
-    t = found.train
-    data = Data(found.data, manifest(found.data), Ranks(0, 1, CPU, CPU), t.batch_size, t.microbatches, t.seed)
+    data = Data(found.data, found.train, manifest(found.data), Ranks(0, 1, CPU, CPU))
     torch.manual_seed(5)
     network = BlockNetwork(found.model, (3, 32, 32), 10)
-    return Selection(t, data, network, network), network, data
+    return Selection(found.train, data, network, network), network, data
 
 
 @pytest.mark.parametrize("size", [0, 16, 40])
@@ -101,11 +100,11 @@ def test_a_step_that_keeps_all_images_is_left_as_it_is(digits: Path) -> None:
     network.forward = None  # type: ignore[assignment, method-assign]
     assert select(batch, 0) is batch
     assert (select.kept(0), select.flops(0)) == (16, 0)
-    select, network, _ = selection(digits, "train.select={fraction=0.5, from_epoch=1, until_epoch=1.5}")
+    select, network, _ = selection(digits, "train.select={fraction=0.5, start=0.1, until=0.155}")
     network.forward = None  # type: ignore[assignment, method-assign]
     assert select(batch, 10) is batch  # of 11 in an epoch
     assert [select.kept(step) for step in (10, 11, 16, 17)] == [16, 8, 8, 16]
-    assert select.settings.select.words == "the hardest 50 % of each microbatch from epoch 1 until epoch 1.5"
+    assert select.settings.select.words == "the hardest 50 % of each microbatch, from 10 to 15.5 % of the run"
     plain = config.load("digits", None, [])
     assert plain.train.select.words == ""
     assert config.digest(config.load("digits", None, ["train.select={fraction=1.0}"])) == config.digest(plain)

@@ -20,7 +20,7 @@ Train = Callable[..., dict[str, Any]]
 
 def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Train, tmp_path: Path) -> None:
     # in bf16: most of the other tests are in fp32
-    phases = ["data.smaller=[{size=20, until_epoch=0.6}]", "optim.stem.until_epoch=1.2"]
+    phases = ["data.smaller=[{size=20, until=0.3}]", "optim.stem.until=0.6"]
     phases += ["precision=bf16", "evaluate.tta=shift"]
     alone = train("1", *phases)
     assert 0 < alone["test_accuracy_tta"] < 1
@@ -138,7 +138,7 @@ raise SystemExit(main.main())
 
 
 def test_new_tensors_are_not_filled_and_no_result_depends_on_it(train: Train, tmp_path: Path) -> None:
-    summary = train("run", "evaluate.tta=shift", "data.smaller=[{size=20, until_epoch=0.6}]")
+    summary = train("run", "evaluate.tta=shift", "data.smaller=[{size=20, until=0.3}]")
     rerun = ["--config", tmp_path / "run" / "config.toml", "--run-dir", tmp_path / "filled"]
     done = subprocess.run(
         [sys.executable, "-c", FILLING, *map(str, rerun)],
@@ -179,7 +179,7 @@ def test_bad_input_is_answered_in_one_sentence(digits: Path, tmp_path: Path) -> 
     assert "block 1, convolution 2" in refused(*base, "model.blocks.0.convolutions=[{}, {padding=0}]")
     assert "does not split into train.microbatches = 8" in refused(*base, "batch_size=250")
     assert "holds digits, but data.dataset = cifar10" in refused(*base, "data.dataset=cifar10")
-    assert "data.smaller: size = 33 is larger" in refused(*base, "data.smaller=[{size=33, until_epoch=1}]")
+    assert "data.smaller: size = 33 is larger" in refused(*base, "data.smaller=[{size=33, until=1}]")
     assert "torch finds no GPU" in refused(*base, "device=cuda") or shutil.which("nvidia-smi")
     file = tmp_path / "file"
     file.write_text("")

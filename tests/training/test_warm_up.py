@@ -24,9 +24,9 @@ from dist_train.training.train import build_model
 def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
     """The kinds of steps after the fourth; number and size of the images, and whether the stem learns, of the steps
     that the warm-up runs; whether weights, optimizers and gradients are as before it."""
-    smaller = "data.smaller=[{size=16, until_epoch=0.5}, {size=20, until_epoch=1}]"
-    settings = [f"data.dir={folder}", smaller, "optim.stem.until_epoch=1.2", "precision=fp32", "epochs=2"]
-    settings += ["batch_size=256", "microbatches=4", "train.select={fraction=0.25, from_epoch=1.6}"]
+    smaller = "data.smaller=[{size=16, until=0.25}, {size=20, until=0.5}]"
+    settings = [f"data.dir={folder}", smaller, "optim.stem.until=0.6", "precision=fp32", "epochs=2"]
+    settings += ["batch_size=256", "microbatches=4", "train.select={fraction=0.25, start=0.8}"]
     loaded = config.load("digits", None, settings)
     t = loaded.train
     ran: list[tuple[int, int, bool]] = []
@@ -37,9 +37,9 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
 
     original, TrainStep.forward_backward = TrainStep.forward_backward, forward_backward  # type: ignore
     with join_ranks("cpu", 1, True, 60) as ranks:
-        data = Data(loaded.data, manifest(loaded.data), ranks, t.batch_size, t.microbatches, t.seed)
+        data = Data(loaded.data, t, manifest(loaded.data), ranks)
         model = build_model(loaded, data)
-        optimizers = Optimizers(model, loaded.optim, 10, data.steps_per_epoch)
+        optimizers = Optimizers(model, loaded.optim, data.total_steps)
         state = State(model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         before = weights_digest(model)
         selection = Selection(t, data, model, model)
@@ -65,7 +65,7 @@ def test_every_kind_of_step_runs_once_on_a_copy(digits: Path, ranks: int) -> Non
 def test_no_kind_falls_back_to_uncompiled_code(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more sizes than torch compiles by default; the graphs are run without generated code, which takes long."""
     sizes = range(8, 19)
-    smaller = ", ".join(f"{{size={size}, until_epoch={size}}}" for size in sizes)
+    smaller = ", ".join(f"{{size={size}, until={size / 20}}}" for size in sizes)
     loaded = config.load("digits", None, [f"data.dir={digits}", f"data.smaller=[{smaller}]", "compile=true"])
     graphs: list[torch.fx.GraphModule] = []
 
@@ -78,9 +78,9 @@ def test_no_kind_falls_back_to_uncompiled_code(digits: Path, monkeypatch: pytest
     settings = dataclasses.replace(loaded.train, batch_size=4, microbatches=1, precision="fp32", compile=True)
     try:
         with join_ranks("cpu", 1, True, 60) as ranks:
-            data = Data(loaded.data, manifest(loaded.data), ranks, 4, 1, 0)
+            data = Data(loaded.data, settings, manifest(loaded.data), ranks)
             model = build_model(loaded, data)
-            optimizers = Optimizers(model, loaded.optim, 100, 1)
+            optimizers = Optimizers(model, loaded.optim, 100)
             step = TrainStep(settings, data, ranks, State(model, optimizers, torch.amp.GradScaler(enabled=False)))
             for size in sizes:
                 step.gradients.ddp(torch.zeros(4, 3, size, size), True)
