@@ -168,7 +168,7 @@ def test_a_closed_terminal_loses_nothing(digits: Path, tmp_path: Path) -> None:
     # script's terminal ends with it, and what is still written there fails
     terminal = begun(alone, 5, *arguments, inside=lambda words: ["script", "-qec", shlex.join(words), os.devnull])
     terminal.kill()
-    assert left(alone, 20)
+    assert left(alone, 60)
     terminal.communicate()
     stopped_at(alone)
     assert read_history(alone)[-1]["reason"] == "SIGHUP on rank 0"

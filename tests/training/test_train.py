@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, TINY, command, environment, lines, trainer
+from conftest import REPOSITORY, TINY, command, environment, lines, needs_ffcv, trainer
 
 Train = Callable[..., dict[str, Any]]
 
@@ -32,7 +32,7 @@ def test_the_same_bits_on_any_number_of_ranks_and_from_either_loader(train: Trai
     assert train("seeded", *phases, "seed=1")["weights_sha256"] != alone["weights_sha256"]
 
 
-@pytest.mark.parametrize("how", ["missing", "broken"])
+@pytest.mark.parametrize("how", ["missing", pytest.param("broken", marks=needs_ffcv)])
 def test_without_ffcv_the_same_betons_are_written_and_the_same_bits_trained(
     how: str, train: Train, digits: Path, tmp_path: Path
 ) -> None:
