@@ -282,9 +282,11 @@ def tables(variants: list[Variant]) -> str:
         header = [f"minus {literal(variants[0].name)}", "pairs"]
         header += [cell for title, *_ in measures.values() for cell in (title, "visible from")]
         text += "\n" + table(header, [_differences(variants[0], variant, measures) for variant in variants[1:]])
-    missing = [run for variant in variants for run in variant.runs if not run.done]
-    if missing:
-        text += f"\nmissing: {', '.join(f'{literal(run.folder.name)}: {run.state}' for run in missing)}\n"
+    runs = [run for variant in variants for run in variant.runs if not run.done]
+    if runs:
+        begun = [f"{literal(run.folder.name)} {run.state}" for run in runs if run.begun]
+        count = sum(len(variant.folders) for variant in variants)
+        text += f"\nNot done: {len(runs)} of {count} runs{''.join(f'; {each}' for each in begun)}\n"
     return text.rstrip()
 
 
