@@ -121,7 +121,8 @@ def read(path: Path, out: Path, more: list[str]) -> list[Variant]:
     try:
         recipe = _Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # a wrong name, which explains a missing setting, before others
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; correct it") from None
     if len(set(recipe.seeds)) < len(recipe.seeds):

@@ -38,6 +38,7 @@ else:
 FILE = "config.toml"  # of a run folder
 PRESETS = Path(__file__).parent.parent / "presets"
 _WIDTH = 100  # columns of the reference
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's names
 _LONGEST = 2**63  # whole numbers in TOML have 64 bits
 _SHOWN = 60  # the most characters of a value in a message
 
@@ -56,7 +57,8 @@ def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
             raise UserError(f"--preset {preset}: there is no such preset{_nearest(preset, presets())}")
         tree = read_toml(PRESETS / f"{preset}.toml")
     if file is not None:
-        tree = _merge(tree, read_toml(file))
+        own = read_toml(file)
+        tree = _merge(tree, of_this_version(own) if file.name == FILE else own)
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
@@ -334,8 +336,8 @@ def _nearest(name: str, valid: list[str], near: list[str] | None = None) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first error of pydantic as one sentence."""
-    first = error.errors()[0]
+    """The first error of pydantic as one sentence; a wrong name, which explains a missing setting, before others."""
+    first = min(error.errors(), key=lambda each: each["type"] not in _UNKNOWN)
     # find the dotted key: `loc` also holds pydantic's tags for the alternatives of a union
     kind: Any = Config
     path: list[str] = []
@@ -346,7 +348,7 @@ def _sentence(error: ValidationError) -> str:
         elif any(part in _fields(table) for table in tables):
             path.append(part)
             kind = next(_fields(table)[part] for table in tables if part in _fields(table))
-        elif first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        elif first["type"] in _UNKNOWN:
             valid = sorted(name for table in tables for name in _fields(table))
             where = ".".join([*path, str(part)])
             return f"{where}: there is no such setting{_nearest(str(part), valid)}"

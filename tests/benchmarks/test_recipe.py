@@ -157,6 +157,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
     [
         (RECIPE, "seeds = [", "not valid TOML"),
         ("seeds = [3, 1]", "", "seeds: field required"),
+        ("seeds = [3, 1]", "seed = [3, 1]", "seed: extra inputs are not permitted"),
         ("seeds = [3, 1]", "seeds = [3, 3]", "seeds = [3, 3]: a seed is given twice"),
         ("width = 0.5", "widht = 0.5", "widht: extra inputs are not permitted"),
         ("width = 0.5", "width = 0.3", "width = 0.3 makes 9.6 of model.blocks.0.channels = 32"),

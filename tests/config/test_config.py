@@ -53,19 +53,32 @@ def test_the_digests_of_presets_stay() -> None:
     ("epochs", "sizes", "stem", "start"), [(8, [(20, 0.25), (24, 0.5)], 0.125, 0.75), (2, [(20, 1.0)], 0.5, 0.75)]
 )
 def test_configurations_of_earlier_versions_had_phases_in_epochs(
-    epochs: float, sizes: list[tuple[int, float]], stem: float, start: float
+    epochs: float, sizes: list[tuple[int, float]], stem: float, start: float, tmp_path: Path
 ) -> None:
-    tree = loading.tomllib.loads(config.to_toml(config.load("block94", None, [f"epochs={epochs}"])))
+    (tmp_path / "now.toml").write_text(config.to_toml(config.load("block94", None, [f"epochs={epochs}"])))
+    tree = config.read_toml(tmp_path / "now.toml")
     tree["data"]["smaller"] = [{"size": 20, "until_epoch": 2}, {"size": 24, "until_epoch": 4.0}]
     del tree["optim"]["stem"]["until"]
     tree["optim"]["stem"]["until_epoch"] = 1.0
     tree["train"]["select"] = {"fraction": 0.5, "from_epoch": start * epochs}
     tree["model"]["batch_norm"]["momentum"] = 0.1
-    found = config.parse(tomli_w.dumps(tree))
+    text = tomli_w.dumps(tree)
+    (tmp_path / "config.toml").write_text(text)
+    found = config.parse(text)
+    assert found == config.load(None, tmp_path / "config.toml", [])
+    (tmp_path / "mine.toml").write_text("[[data.smaller]]\nsize = 20\nuntil_epoch = 2\n")
+    with pytest.raises(UserError, match=r"smaller\.0\.until_epoch: there is no such setting; did you mean until\?"):
+        config.load("block94", tmp_path / "mine.toml", [])
     assert [(size.size, size.until) for size in found.data.smaller] == sizes
     assert found.optim.stem.until == stem
     assert found.train.select == Select(0.5, start)
-    for damage in ({"train": {}}, {"train": {"epochs": "8"}}, {"data": {"smaller": 7}}, {"optim": [1]}):
+    damages: list[dict[str, Any]] = [
+        {"train": {}},
+        {"train": {"epochs": "8"}},
+        {"data": {"smaller": 7}},
+        {"optim": [1]},
+    ]
+    for damage in damages:
         with pytest.raises(UserError):
             config.parse(tomli_w.dumps(tree | damage))
 
