@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import socket
+import time
 from pathlib import Path
 
 from dist_train.errors import LauncherError, UserError
@@ -56,6 +58,26 @@ def meet_on_this_machine() -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
+
+
+def wait_for_store(rank: int, seconds: float) -> None:
+    """Wait until the rendezvous store can be connected to; where this rank is to hold it, there is nothing to wait for.
+    Torch's own client, whose store is not there in time, prints a stack trace and tries for a second time as long.
+    Raises RuntimeError after `seconds`."""
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    end, pause = time.monotonic() + seconds, 0.01
+    while True:
+        try:
+            place = os.environ["MASTER_ADDR"], variable("MASTER_PORT", 1, 2**16 - 1)
+            socket.create_connection(place, max(1.0, min(10.0, end - time.monotonic()))).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RuntimeError(f"none answers within {seconds:g} s ({error.strerror or error})") from None
+            time.sleep(pause)
+            pause = min(1.0, 1.5 * pause)
+        else:
+            return
 
 
 def without_launcher() -> dict[str, str]:

@@ -29,7 +29,7 @@ from dist_train.distributed.device import (
     set_arithmetic,
 )
 from dist_train.distributed.heartbeat import Heartbeat
-from dist_train.distributed.launcher import launched_as, meet_on_this_machine
+from dist_train.distributed.launcher import launched_as, meet_on_this_machine, wait_for_store
 from dist_train.errors import DeviceError, LostPeerError, UserError, cause, first_line, needs_memory
 from dist_train.signals import stop_with_launcher
 
@@ -116,6 +116,7 @@ def join_ranks(
             store: Store = HashStore()
         else:
             meet_on_this_machine()
+            wait_for_store(rank, join_timeout.total_seconds())
             store, *_ = next(rendezvous("env://", rank, world_size, timeout=join_timeout))
         start = _agree_on_start(store, rank, world_size, join_timeout)
         check_places(_exchange_places(PrefixStore(start, store), rank, world_size, place), share_gpus)
@@ -140,10 +141,9 @@ def join_ranks(
             raise
         if of_device(error):
             raise _device_error(error, rank, place) from error
-        raise LostPeerError(
-            f"rank {rank} did not find the other {world_size - 1} ranks at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {cause(error)}"
-        ) from error
+        others = f"{world_size - 1} ranks" if world_size > 2 else "rank"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostPeerError(f"rank {rank} did not find the other {others} at {address}: {cause(error)}") from error
     try:
         wire = place.device if backend == "nccl" else torch.device("cpu")
         yield Ranks(rank, world_size, place.device, wire, heartbeat)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from conftest import REPOSITORY, environment
 
-from dist_train.distributed.launcher import check_world_size, launched_as, ranks_per_node
+from dist_train.distributed.launcher import check_world_size, launched_as, ranks_per_node, wait_for_store
 from dist_train.errors import LauncherError, UserError
 
 
@@ -34,6 +37,28 @@ REFUSED = [
     *(("MASTER_PORT", value) for value in ("abc", "-1", "0", "65536", " 80")),
     *(("MASTER_ADDR", value) for value in ("", "two words", "a\nb")),
 ]
+
+
+def test_a_rank_waits_for_the_store_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+        wait_for_store(0, 0.0)  # the one that holds it
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"^none answers within 0\.5 s \(Connection refused\)$"):
+            wait_for_store(1, 0.5)
+        assert 0.5 < time.monotonic() - begin < 3
+        later = threading.Timer(0.5, listener.listen)
+        later.start()
+        wait_for_store(1, 30.0)
+        later.join()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun's agent holds it
+    with pytest.raises(RuntimeError, match="none answers"):
+        wait_for_store(0, 0.0)
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
