@@ -45,7 +45,7 @@ from benchmarks.table import measured_on, publish, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
 from dist_train.data.batches import Data, Microbatch
-from dist_train.data.dataset import manifest
+from dist_train.data.dataset import manifest, prepare
 from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.launcher import ranks_per_node
 from dist_train.distributed.ranks import join_ranks
@@ -248,11 +248,9 @@ def main() -> None:
         os._exit(0)  # as dist_train.main does
     settings = config.load(args.preset, None, args.settings)
     device = "cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    channels = manifest(settings.data).image_shape[2]
-    for smaller in settings.data.smaller:
-        shapes(
-            settings.model, (channels, smaller.size, smaller.size)
-        )  # raises UserError for images that the network cannot take
+    channels = prepare(settings.data).image_shape[2]  # writes the betons where they are missing
+    for smaller in settings.data.smaller:  # raises UserError for images that the network cannot take
+        shapes(settings.model, (channels, smaller.size, smaller.size))
     args.steps = args.steps or (2 if args.short else 10)
     args.warm_up = args.warm_up or (5 if device == "cuda" else 1 if args.short else 2)
     cores = len(os.sched_getaffinity(0))

@@ -228,9 +228,10 @@ class Shell:
         elif script == "tests/versions.sh":
             import versions
 
-            self.patch.setattr(versions, "pythons", lambda: {(3, 10): Path("python3.10"), (3, 11): Path("python3.11")})
+            pythons = {(3, minor): Path(f"python3.{minor}") for minor in range(10, 14)}
+            self.patch.setattr(versions, "pythons", lambda: pythons)
             found = parsed(versions.main, script, rest, self.patch)
-            assert {*found.environments} <= versions.environments([(3, 10), (3, 11)]).keys()
+            assert {*found.environments} <= versions.environments([*pythons]).keys()
         else:
             assert script == "tests/run.sh", f"{script}: a new script; add it to Shell"
             sources = {path.stem: path.read_text() for path in REPOSITORY.glob("tests/**/test_*.py")}

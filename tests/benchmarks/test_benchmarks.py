@@ -47,8 +47,8 @@ def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path
     assert float(rows[-1][-1].split()[0].strip("*")) > 0
 
 
-def test_speed_with_short_prints_one_line(digits: Path) -> None:
-    settings = ["--preset", "digits", "--short", "--steps", "1", f"data.dir={digits}", "train.device=cpu"]
+def test_speed_with_short_writes_the_betons_and_prints_one_line(tmp_path: Path) -> None:
+    settings = ["--preset", "digits", "--short", "--steps", "1", f"data.dir={tmp_path / 'betons'}", "train.device=cpu"]
     done = trainer(*settings, module="benchmarks.speed")
     assert done.returncode == 0, done.stderr
     found = re.fullmatch(
