@@ -30,7 +30,6 @@ from dist_train.distributed.device import DTYPES
 from dist_train.distributed.ranks import join_ranks
 from dist_train.model.network import BlockNetwork
 from dist_train.training.loop import State, TrainStep
-from dist_train.training.optimizers import Optimizers
 
 _ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty_strided")
 # these are views wherever the layout allows it, without being marked so
@@ -60,13 +59,12 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
     parts: dict[str, Counter[str]] = {}
     with join_ranks("cpu", 1, settings.train.deterministic, 60) as ranks:
         model = BlockNetwork(settings.model, shape, classes)
-        optimizers = Optimizers(model, settings.optim, total_steps=100)
-        scaler = torch.amp.GradScaler("cpu", enabled=settings.train.precision == "fp16")
+        state = State.start(settings, model, total_steps=100)
+        state.step = 50
         data: Any = SimpleNamespace(
             config=settings.data, size=images, total_steps=100, image_size=lambda step: (size, size)
         )
-        step = TrainStep(settings.train, data, ranks, State(model, optimizers, scaler, step=50))
-        step.state.step = 50
+        step = TrainStep(settings.train, data, ranks, state)
         batches = [Microbatch(slot, *_batch(images, shape, classes)) for slot in range(settings.train.microbatches)]
         step(batches)  # the momenta are allocated, and constants kept
         with Operations() as whole:
@@ -77,7 +75,7 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
             step.forward_backward(network, batches[0], images, stem_learns=False)
         parts["forward and backward pass of a microbatch"] = pass_.by_name
         with Operations() as update:
-            optimizers.step(scaler)
+            state.optimizers.step(state.scaler)
         parts["update of the weights"] = update.by_name
         parts["whole step"] = whole.by_name
     with suppress(torch.AcceleratorError):  # torch 2.9 asks the driver which kernel it would take

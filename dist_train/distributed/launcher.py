@@ -66,11 +66,11 @@ def wait_for_store(rank: int, seconds: float) -> None:
     Raises RuntimeError after `seconds`."""
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
+    address = os.environ["MASTER_ADDR"], variable("MASTER_PORT", 1, 2**16 - 1)
     end, pause = time.monotonic() + seconds, 0.01
     while True:
         try:
-            place = os.environ["MASTER_ADDR"], variable("MASTER_PORT", 1, 2**16 - 1)
-            socket.create_connection(place, max(1.0, min(10.0, end - time.monotonic()))).close()
+            socket.create_connection(address, max(1.0, min(10.0, end - time.monotonic()))).close()
         except OSError as error:
             if time.monotonic() > end:
                 raise RuntimeError(f"none answers within {seconds:g} s ({error.strerror or error})") from None
