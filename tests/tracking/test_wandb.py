@@ -620,9 +620,10 @@ def test_a_killed_wandb_process_is_started_again(tmp_path: Path, capfd: pytest.C
     until(lambda: not children(process, "wandb-core"))
     train(recorder, 7, 12)
     recorder.close(errors.PREEMPTED)
-    *again, offline = capfd.readouterr().err.splitlines()
-    assert again
-    assert all(line.startswith("W&B: restarted after ") for line in again)
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 2, told
+    again, offline = told
+    assert again.startswith("W&B: restarted after ")
     assert offline.startswith("W&B: offline run in ")
     assert offline_rows(tmp_path, 1) == expected(tmp_path)
 
