@@ -121,7 +121,8 @@ class Data(Evaluated):
         # For statistics: training images in batches of equal size, which fit into memory as those of training or
         # evaluation do
         chosen = indices["train"][permutation(len(indices["train"]), derive(seed, "statistics"))]
-        chosen = chosen[: max(batch_size, _STATISTICS)]
+        # so many that as many are left where only the hardest are used
+        chosen = chosen[: math.ceil(max(batch_size, _STATISTICS) / train.select.fraction)]
         self.statistics_batches = -(-len(chosen) // max(self.size, config.eval_batch))
         indices["statistics"] = chosen[: len(chosen) // self.statistics_batches * self.statistics_batches]
         self.steps_per_epoch = len(indices["train"]) // batch_size

@@ -240,6 +240,13 @@ class BlockNetwork(nn.Module):
             logits = _ZeroGradient.apply(logits, *unused)
         return logits
 
+    def batch_mode(self) -> None:
+        """Evaluation mode, but for the BatchNorms, which use the statistics of their batch."""
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.train()
+
     @contextmanager
     def kernels_cast(self, dtype: torch.dtype) -> Iterator[None]:
         """A context in which the blocks' kernels are cast to `dtype`, that of the autocast, once instead of in every

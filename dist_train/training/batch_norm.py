@@ -9,41 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_train.data.batches import Data
 from dist_train.distributed.ranks import Ranks, gather_shares, sum_integers
 from dist_train.model.network import BatchNorm, BlockNetwork, check_finite
+from dist_train.training.selection import Selection
 
 
 @torch.no_grad()
-def measure_statistics(model: BlockNetwork, data: Data, ranks: Ranks, autocast: torch.autocast) -> None:
-    """Set `mean` and `var` of every BatchNorm to those of training images at the current weights.
+def measure_statistics(
+    model: BlockNetwork, selection: Selection, ranks: Ranks, autocast: torch.autocast, step: int
+) -> None:
+    """Set `mean` and `var` of every BatchNorm to those of training images at the weights after `step` finished steps.
 
-    They are a function of the weights alone: the average, in a fixed order, over the same batches of images at every
-    step and for any number of ranks. Leaves the network in training mode. Raises NotFiniteError, on all ranks, when a
-    weight or a statistic is not finite.
+    A network that is trained on the hardest images of each microbatch has learnt with their statistics: it gets those
+    of the hardest here too. The statistics are a function of the weights and the step alone: the average, in a fixed
+    order, over the same batches of images at every step and for any number of ranks. Leaves the network in training
+    mode. Raises NotFiniteError, on all ranks, when a weight or a statistic is not finite.
     """
     norms = _norms(model)
     if norms:
         widths = [len(norm.mean) for norm in norms for _ in range(2)]
-        share = ranks.share(data.statistics_batches)
+        batches = selection.data.statistics_batches
+        share = ranks.share(batches)
         own = torch.zeros(len(share), sum(widths), device=ranks.device)  # means and variances of each batch
         seen: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
 
         def collect(norm: BatchNorm, inputs: tuple[Tensor]) -> None:
             seen[norm] = _statistics(norm, *inputs)
 
-        hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
-        batch_mode(model)
-        try:
-            for row, (images, _) in zip(own, data.statistics(), strict=True):
+        for row, parts in zip(own, selection.statistics(step), strict=True):
+            images = torch.cat([images for images, _ in parts])
+            model.batch_mode()
+            hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
+            try:
                 with autocast:
                     model(images)
-                row.copy_(torch.cat([values for norm in norms for values in seen[norm]]))
-        finally:
-            model.train()
-            for hook in hooks:
-                hook.remove()
-        averages = gather_shares(ranks, own, data.statistics_batches).mean(0).split(widths)
+            finally:
+                model.train()
+                for hook in hooks:
+                    hook.remove()
+            row.copy_(torch.cat([values for norm in norms for values in seen[norm]]))
+        averages = gather_shares(ranks, own, batches).mean(0).split(widths)
         for norm, mean, var in zip(norms, averages[::2], averages[1::2], strict=True):
             norm.mean.copy_(mean)
             norm.var.copy_(var)
@@ -51,34 +56,29 @@ def measure_statistics(model: BlockNetwork, data: Data, ranks: Ranks, autocast: 
 
 
 @torch.no_grad()
-def accuracy_by_mode(model: BlockNetwork, data: Data, ranks: Ranks, autocast: torch.autocast) -> tuple[float, float]:
-    """The fractions of the images of `data.statistics` that are classified correctly with the BatchNorm statistics of
-    each microbatch, as in training, and with the measured ones, as in evaluation; both without dropout."""
+def accuracy_by_mode(
+    model: BlockNetwork, selection: Selection, ranks: Ranks, autocast: torch.autocast, step: int
+) -> tuple[float, float, int]:
+    """The fractions of the images of `selection.statistics` that are classified correctly with the BatchNorm statistics
+    of each microbatch, as in training, and with the measured ones, as in evaluation; both without dropout. Then the
+    number of these images."""
     correct = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    for images, labels in data.statistics():
-        parts = max(1, len(images) // data.size)
-        for some, of_some in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            modes: list[Callable[[BlockNetwork], object]] = [batch_mode, BlockNetwork.eval]
+    for parts in selection.statistics(step):
+        for images, labels in parts:
+            modes: list[Callable[[BlockNetwork], object]] = [BlockNetwork.batch_mode, BlockNetwork.eval]
             for position, enter in enumerate(modes):
                 enter(model)
                 with autocast:
-                    logits = model(some)
-                correct[position] += (logits.argmax(1) == of_some).sum()
-            correct[2] += len(some)
+                    logits = model(images)
+                correct[position] += (logits.argmax(1) == labels).sum()
+            correct[2] += len(images)
     model.train()
-    training, evaluation, images_seen = sum_integers(ranks, correct).tolist()
-    return training / images_seen, evaluation / images_seen
+    training, evaluation, count = sum_integers(ranks, correct).tolist()
+    return training / count, evaluation / count, count
 
 
 def _norms(model: BlockNetwork) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
-
-
-def batch_mode(model: BlockNetwork) -> None:
-    """Evaluation mode, but for the BatchNorms, which use the statistics of their batch."""
-    model.eval()
-    for norm in _norms(model):
-        norm.train()
 
 
 def _statistics(norm: BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:

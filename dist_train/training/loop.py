@@ -93,7 +93,7 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
         # the BatchNorm statistics belong to the weights that are saved, digested or evaluated
         if saves or due.digest:
             with log.finite(state.step):
-                measure_statistics(state.model, data, ranks, cast)
+                measure_statistics(state.model, train_step.selection, ranks, cast, state.step)
         if due.digest:
             writer.weights(state.step, state.model)
         if due.evaluation:

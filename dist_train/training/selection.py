@@ -8,6 +8,7 @@ run that is resumed needs no state for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,6 @@ from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data, Microbatch
 from dist_train.distributed.device import autocast
 from dist_train.model.network import BlockNetwork
-from dist_train.training.batch_norm import batch_mode
 
 
 class Selection:
@@ -38,7 +38,8 @@ class Selection:
         """Floating-point operations of choosing, for the global batch after `step` finished steps."""
         if self.kept(step) == self.data.size:
             return 0
-        return self.settings.batch_size * self.model.forward_flops(*self._size(step))
+        size = self.settings.select.image_size(*self.data.image_size(step))
+        return self.settings.batch_size * self.model.forward_flops(*size)
 
     @torch.no_grad()
     def __call__(self, batch: Microbatch, step: int) -> Microbatch:
@@ -46,23 +47,35 @@ class Selection:
         first images. All of them where the step does not select. Leaves the network in training mode."""
         if (kept := self.kept(step)) == self.data.size:
             return batch
-        images, size = batch.images, self._size(step)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        batch_mode(self.model)  # without dropout
-        # autocast would keep weights that it casts here, without their gradients, for the training pass
-        with autocast(images.device, self.settings.precision, cache=False):
-            logits: Tensor = self.network(images)
-        self.model.train()
-        losses = F.cross_entropy(
-            logits.float(), batch.labels, reduction="none", label_smoothing=self.settings.label_smoothing
-        )
-        chosen = hardest(losses, kept)
+        chosen = hardest(self._losses(self.network, batch.images, batch.labels), kept)
         images = batch.images[chosen].contiguous(memory_format=torch.channels_last)
         return replace(batch, images=images, labels=batch.labels[chosen], indices=batch.indices[chosen])
 
-    def _size(self, step: int) -> tuple[int, int]:
-        return self.settings.select.image_size(*self.data.image_size(step))
+    @torch.no_grad()
+    def statistics(self, step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The images and labels of each batch of `data.statistics`, in parts of as many as a microbatch has. Of each
+        part those that a step is trained on: the hardest, where the last of `step` finished steps chose."""
+        select, chooses = self.settings.select, self.kept(max(0, step - 1)) < self.data.size
+        for batch in self.data.statistics():
+            count = max(1, len(batch[0]) // self.data.size)
+            parts = list(zip(*(whole.tensor_split(count) for whole in batch), strict=True))
+            if chooses:
+                for position, (images, labels) in enumerate(parts):
+                    chosen = hardest(self._losses(self.model, images, labels), select.kept(len(images)))
+                    parts[position] = images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen]
+            yield parts
+
+    def _losses(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each image: (n,) float32. Leaves the network in training mode."""
+        size = self.settings.select.image_size(images.shape[2], images.shape[3])
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        self.model.batch_mode()  # without dropout
+        # autocast would keep weights that it casts here, without their gradients, for the training pass
+        with autocast(images.device, self.settings.precision, cache=False):
+            logits: Tensor = network(images)
+        self.model.train()
+        return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.settings.label_smoothing)
 
 
 def hardest(losses: Tensor, count: int) -> Tensor:

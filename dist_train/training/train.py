@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from dist_train.config import Config
 from dist_train.config import digest as config_digest
+from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, autocast, matrix_rate
@@ -35,6 +36,7 @@ from dist_train.signals import StopRequest
 from dist_train.training.batch_norm import accuracy_by_mode
 from dist_train.training.loop import State, train
 from dist_train.training.run_writer import RunWriter, Writer
+from dist_train.training.selection import Selection
 from dist_train.training.system_metrics import sampled
 from dist_train.training.warm_up import warm_up
 
@@ -121,7 +123,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
         try:
             with sampling:
                 stopped = train(config, data, ranks, state, writer, stop)
-                remark = "" if stopped else _on_modes(model, data, ranks, config)
+                remark = "" if stopped else _on_modes(state, data, ranks, config.train)
         except DivergedError as error:
             if ranks.main:
                 try:
@@ -156,14 +158,16 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
                 say(remark)
 
 
-def _on_modes(model: BlockNetwork, data: Data, ranks: Ranks, config: Config) -> str:
+def _on_modes(state: State, data: Data, ranks: Ranks, settings: TrainConfig) -> str:
     """A remark on a network that is better with the BatchNorm statistics of each microbatch than in evaluation, else
     ""."""
-    training, evaluation = accuracy_by_mode(model, data, ranks, autocast(ranks.device, config.train.precision))
+    model, cast = state.model, autocast(ranks.device, settings.precision)
+    selection = Selection(settings, data, model, model)
+    training, evaluation, images = accuracy_by_mode(model, selection, ranks, cast, state.step)
     if training - evaluation < _MODES_DIFFER:
         return ""
     return (
-        f"of the same {len(data.indices['statistics']):,} training images {100 * training:.1f} % are classified "
+        f"of the same {images:,} training images {100 * training:.1f} % are classified "
         f"correctly with the BatchNorm statistics of each microbatch, as in training, and {100 * evaluation:.1f} % in "
         f"evaluation; microbatches ({data.size} image{'s' * (data.size > 1)} each) are too small for this network: "
         f"raise train.batch_size, or lower train.microbatches"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,10 +21,11 @@ from dist_train import config
 from dist_train.data.batches import Data
 from dist_train.data.dataset import manifest
 from dist_train.distributed.ranks import Ranks
-from dist_train.model.network import BlockNetwork, MixedBlock
+from dist_train.model.network import BatchNorm, BlockNetwork, MixedBlock
 from dist_train.model.shapes import flops, training_flops
 from dist_train.runs import layout
 from dist_train.runs.run import Run
+from dist_train.training.batch_norm import accuracy_by_mode, measure_statistics
 from dist_train.training.selection import Selection, hardest
 
 Train = Callable[..., dict[str, Any]]
@@ -118,6 +120,39 @@ def test_the_operations_of_choosing_are_those_that_run(digits: Path, size: int) 
         for batch in next(data.steps(0)):
             select(batch, 0)
     assert select.flops(0) == counter.get_total_flops()
+
+
+def test_batch_norms_have_the_statistics_of_the_images_that_a_step_trains_on(digits: Path) -> None:
+    """Chosen of as many at a time as a microbatch has; then at least 1,000 in one batch."""
+    settings = ["train.select={fraction=0.75, start=0.2, size=16}", "data.eval_batch=2000"]
+    select, network, data = selection(digits, *settings)
+    first = next(module for module in network.modules() if isinstance(module, BatchNorm))
+    seen: list[Tensor] = []
+    first.register_forward_pre_hook(lambda _, x: seen.append(x[0].detach().double()))
+    off, ranks = torch.autocast("cpu", enabled=False), data.ranks
+
+    begin = math.ceil(0.2 * data.total_steps)
+    ((images, labels),) = data.statistics()
+    assert (len(images), data.size, data.total_steps, select.kept(begin)) == (1334, 16, 110, 12)
+    chosen = []
+    with torch.no_grad():
+        for some, of_some in zip(images.tensor_split(83), labels.tensor_split(83), strict=True):
+            network.batch_mode()
+            log_p = network(F.interpolate(some, (16, 16), mode="bilinear", antialias=True)).log_softmax(1)
+            losses = -(0.9 * log_p[torch.arange(len(some)), of_some] + 0.1 * log_p.mean(1))
+            chosen.append(some[np.sort(losses.numpy().argsort()[-round(0.75 * len(some)) :])])
+        network(torch.cat(chosen))
+        hard = seen[-1]
+        assert len(hard) >= 1000
+        network(images)
+        whole = seen[-1]
+    for step, expected in ((0, whole), (begin, whole), (begin + 1, hard), (data.total_steps, hard)):
+        measure_statistics(network, select, ranks, off, step)
+        torch.testing.assert_close(first.mean.double(), expected.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(first.var.double(), expected.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(hard.mean((0, 2, 3)), whole.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    assert accuracy_by_mode(network, select, ranks, off, begin)[2] == 1334
+    assert accuracy_by_mode(network, select, ranks, off, data.total_steps)[2] == len(hard)
 
 
 def test_equal_losses_are_taken_in_order_and_one_that_is_no_number_is_noticed() -> None:
