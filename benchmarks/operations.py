@@ -59,10 +59,10 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
     parts: dict[str, Counter[str]] = {}
     with join_ranks("cpu", 1, settings.train.deterministic, 60) as ranks:
         model = BlockNetwork(settings.model, shape, classes)
-        state = State.start(settings, model, total_steps=100)
+        state = State.start(settings, model, total_steps=100, images=1000)
         state.step = 50
         data: Any = SimpleNamespace(
-            config=settings.data, size=images, total_steps=100, image_size=lambda step: (size, size)
+            config=settings.data, size=images, total_steps=100, steps_per_epoch=20, image_size=lambda step: (size, size)
         )
         step = TrainStep(settings.train, data, ranks, state)
         batches = [Microbatch(slot, *_batch(images, shape, classes)) for slot in range(settings.train.microbatches)]

@@ -91,11 +91,11 @@ def run_rank(args: argparse.Namespace) -> None:
         data = PacedData(settings.data, t, manifest(settings.data), ranks)
 
         def new() -> State:
-            return State.start(settings, build_model(settings, data).to(ranks.device), data.total_steps)
+            return State.start(settings, build_model(settings, data).to(ranks.device), data.total_steps, data.images)
 
         state = new()
         model, optimizers = state.model, state.optimizers
-        selection = Selection(t, data, model, model)
+        selection = Selection(t, data, model, model, state.losses)
         schedule = kinds(data, optimizers, selection)
         data.pacer, data.warm_up = Pacer(args.ours, args.name, ranks.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)

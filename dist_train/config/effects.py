@@ -60,10 +60,12 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
         if not any(conv.bias for block in model.blocks for conv in block.convolutions):
             yield optim.norms, "optim.norms", _names(Group), "no block has a norm or a bias", "set one"
     if select.fraction == 1:
-        yield select, "train.select", ("start", "until", "size"), "fraction = 1", "set fraction"
+        yield select, "train.select", ("start", "until", "losses", "size"), "fraction = 1", "set fraction"
     elif select.start >= select.until:
         why = f"start = {select.start:g} is not before until = {select.until:g}"
-        yield select, "train.select", ("fraction", "size"), why, "lower start"
+        yield select, "train.select", ("fraction", "losses", "size"), why, "lower start"
+    elif select.losses == "last":
+        yield select, "train.select", ("size",), 'losses = "last"', "set it to now"
     if optim.group("kernels")["algorithm"] == "muon":
         yield optim.kernels, "optim.kernels", ("weight_decay",), 'algorithm = "muon" has none', "set another"
 

@@ -272,8 +272,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class Select:
-    """Training on the hardest images of each microbatch alone: those of the highest losses in a forward pass with the
-    weights as they are. Loss and accuracy in training are then of these images (as in Jordan 2024, airbench96)."""
+    """Training on the hardest images of each microbatch alone, those of the highest losses. Loss and accuracy in
+    training are then of these images (as in Jordan 2024, airbench96)."""
 
     fraction: Part = 1.0
     """Part of each microbatch that is kept. 1: all, without the pass that chooses."""
@@ -281,6 +281,9 @@ class Select:
     """Fraction of the run from which images are chosen. Until then all are trained on."""
     until: Part = 1.0
     """Fraction of the run until which images are chosen."""
+    losses: Literal["now", "last"] = "now"
+    """The losses that choose: `now`, those of a forward pass with the weights as they are; or `last`, those of the last
+    step that trained on each image, which need no pass and one exchange between the ranks an epoch."""
     size: PixelsOrNone = 0
     """Side in pixels that larger images are scaled to for the pass that chooses. 0: none are."""
 
@@ -302,8 +305,10 @@ class Select:
         for all."""
         if self.fraction == 1:
             return ""
+        by = ", by their last losses" if self.losses == "last" else ""
         when = f", from {100 * self.start:g} to {100 * self.until:g} % of the run"
-        return f"the hardest {100 * self.fraction:g} % of each microbatch{when if self.until - self.start < 1 else ''}"
+        when = when if self.until - self.start < 1 else ""
+        return f"the hardest {100 * self.fraction:g} % of each microbatch{by}{when}"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -92,8 +92,9 @@ class Evaluated:
 
 
 class Data(Evaluated):
-    """The training and evaluation batches of one rank. steps_per_epoch: of whole batches. total_steps: of the run; the
-    part of an epoch at its end is rounded up to whole steps."""
+    """The training and evaluation batches of one rank. images: in the training set, held-out ones with them.
+    steps_per_epoch: of whole batches. total_steps: of the run; the part of an epoch at its end is rounded up to whole
+    steps."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Data(Evaluated):
         batch_size, seed = train.batch_size, train.seed
         check_batch(batch_size, train.microbatches)
         check_images(config, manifest, batch_size)
-        count = manifest.splits["train"].count
+        self.images = count = manifest.splits["train"].count
         self.config, self.manifest, self.seed = config, manifest, seed
         self.batch_size, self.size = batch_size, batch_size // train.microbatches
         self.slots = ranks.share(train.microbatches)
@@ -161,15 +162,15 @@ class Data(Evaluated):
         """The splits to evaluate on: (prefix of the metrics, split) of each."""
         return [("test", "test"), *([("val", "holdout")] if self.config.holdout else [])]
 
-    def statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels), as in Microbatch, of this rank's share of `statistics_batches`: training images as in an
-        evaluation, the same ones at every step, for the statistics of the network's channels."""
+    def statistics(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(images, labels, indices), as in Microbatch, of this rank's share of `statistics_batches`: training images as
+        in an evaluation, the same ones at every step, for the statistics of the network's channels."""
         batches = self.indices["statistics"].view(self.statistics_batches, -1)
         share = self.ranks.share(self.statistics_batches)
         if share:
             own = batches[share.start : share.stop].flatten()
-            for images, labels, _ in self.sources["train"].batches(own, batches.shape[1]):
-                yield self._normalised(images), labels
+            for images, labels, indices in self.sources["train"].batches(own, batches.shape[1]):
+                yield self._normalised(images), labels, indices
 
     def sample_indices(self, step: int, slot: int) -> list[int]:
         """Indices in the training set of the images in one microbatch of a step, counted from 0."""

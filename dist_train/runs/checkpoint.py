@@ -59,6 +59,7 @@ class _Held(BaseModel):
     environments: list[dict[str, str]] = []
     config: str | None = None
     data: _Described | None = None
+    losses: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class Checkpoint:
 
     step: the number of finished steps. model: weights and BatchNorm statistics by name, in the network's order.
     optimizers, scaler: their state, empty where the file has none. environments: those that the run has had, in
-    order. config: the configuration as TOML. data: the data set. The last three are missing in checkpoints of earlier
-    versions.
+    order. config: the configuration as TOML. data: the data set. These three are missing in checkpoints of earlier
+    versions. losses: of each training image, where they choose images.
     """
 
     step: int
@@ -124,6 +125,7 @@ class Checkpoint:
     environments: list[Environment] = field(default_factory=list)
     config: str | None = None
     data: DataDescription | None = None
+    losses: Tensor | None = None
 
     @classmethod
     def from_dict(cls, state: Any) -> Checkpoint:
@@ -307,8 +309,8 @@ def wrong(path: Path) -> str | None:
 
 def tensor_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of each tensor's bytes, by name: first the weights and BatchNorm statistics in the network's order, then
-    the optimizers' state, under names that begin with `optimizers.`."""
-    named = [*leaves(checkpoint.model), *leaves(checkpoint.optimizers, _OPTIMIZERS)]
+    the optimizers' state, under names that begin with `optimizers.`, and the images' `losses`."""
+    named = [*leaves(checkpoint.model), *leaves(checkpoint.optimizers, _OPTIMIZERS), ("losses", checkpoint.losses)]
     return {
         name: hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in named

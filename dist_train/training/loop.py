@@ -1,4 +1,4 @@
-"""The training loop. Its only state is (weights, optimizer, step)."""
+"""The training loop. Its only state is (weights, optimizer, step), and the images' losses where they choose images."""
 
 from __future__ import annotations
 
@@ -28,25 +28,29 @@ from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
 from dist_train.training.schedule import Schedule
-from dist_train.training.selection import Selection
+from dist_train.training.selection import LastLosses, Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
 
 @dataclass
 class State:
-    """Everything that a run needs to resume, besides its configuration. step: finished steps."""
+    """Everything that a run needs to resume, besides its configuration. step: finished steps. losses: where
+    `train.select` chooses by them."""
 
     model: BlockNetwork
     optimizers: Optimizers
     scaler: torch.amp.GradScaler
     step: int = 0
+    losses: LastLosses | None = None
 
     @classmethod
-    def start(cls, config: Config, model: BlockNetwork, total_steps: int) -> State:
-        """The state before the first step. model: on this rank's device."""
-        optimizers = Optimizers(model, config.optim, total_steps)
-        device = next(model.parameters()).device.type
-        return cls(model, optimizers, torch.amp.GradScaler(device, enabled=config.train.precision == "fp16"))
+    def start(cls, config: Config, model: BlockNetwork, total_steps: int, images: int) -> State:
+        """The state before the first step. model: on this rank's device. images: in the training set."""
+        optimizers, select = Optimizers(model, config.optim, total_steps), config.train.select
+        device = next(model.parameters()).device
+        scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        losses = LastLosses(images, device) if select.fraction < 1 and select.losses == "last" else None
+        return cls(model, optimizers, scaler, losses=losses)
 
     def dump(self) -> dict[str, Any]:
         """The state as it is stored in a checkpoint; the tensors are not copied."""
@@ -55,10 +59,15 @@ class State:
             "model": self.model.state_dict(),
             "optimizers": self.optimizers.state(),
             "scaler": self.scaler.state_dict(),
+            **({"losses": self.losses.values} if self.losses else {}),
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take the state of a checkpoint."""
+        """Take the state of a checkpoint. Raises ValueError and others where it is one of another configuration."""
+        if self.losses:
+            if checkpoint.losses is None or checkpoint.losses.shape != self.losses.values.shape:
+                raise ValueError("it has no loss of each training image")
+            self.losses.values.copy_(checkpoint.losses)
         self.model.load_state_dict(checkpoint.model)
         self.optimizers.load(checkpoint.optimizers)
         self.scaler.load_state_dict(checkpoint.scaler)
@@ -92,6 +101,8 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
 
         # the BatchNorm statistics belong to the weights that are saved, digested or evaluated
         if saves or due.digest:
+            if state.losses:
+                state.losses.exchange(ranks)
             with log.finite(state.step):
                 measure_statistics(state.model, train_step.selection, ranks, cast, state.step)
         if due.digest:
@@ -115,7 +126,7 @@ class TrainStep:
     """One optimizer step: this rank's microbatches forward and backward, the sum of all gradients, the update."""
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, state: State) -> None:
-        self.settings, self.data, self.state = settings, data, state
+        self.settings, self.data, self.ranks, self.state = settings, data, ranks, state
         sizes = 1 + len(data.config.smaller)  # of images
         # each with and without the stem's gradient, on all images or selected ones, trained on or selected from
         network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
@@ -125,7 +136,7 @@ class TrainStep:
         cast = partial(state.model.kernels_cast, DTYPES[settings.precision])
         self.kernels_cast: Callable[[], AbstractContextManager[None]] = nullcontext if settings.compile else cast
         self.flops = cache(state.model.training_flops)
-        self.selection = Selection(settings, data, state.model, network)
+        self.selection = Selection(settings, data, state.model, network, state.losses)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
         """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
@@ -133,6 +144,8 @@ class TrainStep:
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
         images = self.selection.kept(state.step) * settings.microbatches
+        if state.losses and state.step % self.data.steps_per_epoch == 0:
+            state.losses.exchange(self.ranks)
         parts = []
         with self.autocast, self.kernels_cast():  # around all microbatches, so that weights are cast once a step
             for index, whole in enumerate(microbatches):
@@ -156,9 +169,13 @@ class TrainStep:
         device."""
         logits: Tensor = network(batch.images, stem_learns)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = F.cross_entropy(
-                logits.float(), batch.labels, reduction="sum", label_smoothing=self.settings.label_smoothing
-            )
+            cross_entropy = partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
+            if self.state.losses:
+                losses: Tensor = cross_entropy(logits.float(), batch.labels, reduction="none")
+                self.state.losses.record(batch.indices, losses.detach())
+                loss = losses.sum()
+            else:
+                loss = cross_entropy(logits.float(), batch.labels, reduction="sum")
             self.state.scaler.scale(loss / images).backward()
         return loss.detach(), (logits.argmax(1) == batch.labels).sum()
 

@@ -1,9 +1,13 @@
 """Training on the hardest images of each microbatch alone, `[train.select]` in the configuration.
 
-A forward pass without gradients, with the weights as they are, gives the loss of every image of a microbatch; those of
-the highest losses are kept, and the step is one on these (Jordan 2024, airbench96, whose smaller proxy network chooses
-half of each batch). It is a function of the weights and the microbatch alone: no rank needs to know of another, and a
-run that is resumed needs no state for it.
+The images of the highest losses are kept, and the step is one on these. The losses are of one of two kinds:
+
+- `now`: a forward pass without gradients, with the weights as they are, gives the loss of every image (Jordan 2024,
+  airbench96, whose smaller proxy network chooses half of each batch). It is a function of the weights and the
+  microbatch alone: no rank needs to know of another, and a run that is resumed needs no state for it.
+- `last`: the losses of the last step that trained on each image (as in InfoBatch, Qin et al. 2024). They cost no
+  operations, and are a part of the run's state. The ranks exchange them once an epoch, which is enough: an image is in
+  one step of an epoch.
 """
 
 from __future__ import annotations
@@ -18,16 +22,53 @@ from torch import Tensor, nn
 from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data, Microbatch
 from dist_train.distributed.device import autocast
+from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.model.network import BlockNetwork
+
+
+class LastLosses:
+    """The loss of each training image in the last step that trained on it. Infinite where none did: it counts as the
+    hardest.
+
+    values: (n,) float32, on the device; the same on all ranks after an exchange, and for images of earlier epochs.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        """count: the number of training images."""
+        self.values = torch.full((count,), torch.inf, device=device)
+        self.own = torch.zeros(count, dtype=torch.bool, device=device)  # of this rank since the last exchange
+        self.complete = True  # on all ranks
+
+    def record(self, indices: Tensor, losses: Tensor) -> None:
+        """Set the losses, (n,), of the images of a microbatch."""
+        self.values[indices], self.own[indices] = losses.float(), True
+        self.complete = False
+
+    def exchange(self, ranks: Ranks) -> None:
+        """Give every rank the losses that others have recorded since the last exchange. All ranks must call it."""
+        if ranks.world_size > 1 and not self.complete:
+            # as integers, whose sums are exact: of each image one rank has the bits, the others zero
+            bits = torch.stack((self.values.view(torch.int32), self.own)).long() * self.own
+            found, known = sum_integers(ranks, bits).to(self.values.device).int()
+            self.values.copy_(torch.where(known > 0, found.view(torch.float32), self.values))
+        self.own.zero_()
+        self.complete = True
 
 
 class Selection:
     """Chooses the images that a run is trained on."""
 
-    def __init__(self, settings: TrainConfig, data: Data, model: BlockNetwork, network: nn.Module) -> None:
-        """network: the model, or the same compiled."""
+    def __init__(
+        self,
+        settings: TrainConfig,
+        data: Data,
+        model: BlockNetwork,
+        network: nn.Module,
+        losses: LastLosses | None,
+    ) -> None:
+        """network: the model, or the same compiled. losses: where they choose, else None."""
         self.settings, self.data = settings, data
-        self.model, self.network = model, network
+        self.model, self.network, self.losses = model, network, losses
 
     def kept(self, step: int) -> int:
         """The number of images of each microbatch that are kept after `step` finished steps."""
@@ -36,7 +77,7 @@ class Selection:
 
     def flops(self, step: int) -> int:
         """Floating-point operations of choosing, for the global batch after `step` finished steps."""
-        if self.kept(step) == self.data.size:
+        if self.losses or self.kept(step) == self.data.size:
             return 0
         size = self.settings.select.image_size(*self.data.image_size(step))
         return self.settings.batch_size * self.model.forward_flops(*size)
@@ -47,7 +88,7 @@ class Selection:
         first images. All of them where the step does not select. Leaves the network in training mode."""
         if (kept := self.kept(step)) == self.data.size:
             return batch
-        chosen = hardest(self._losses(self.network, batch.images, batch.labels), kept)
+        chosen = hardest(self._losses(self.network, batch.images, batch.labels, batch.indices), kept)
         images = batch.images[chosen].contiguous(memory_format=torch.channels_last)
         return replace(batch, images=images, labels=batch.labels[chosen], indices=batch.indices[chosen])
 
@@ -60,13 +101,16 @@ class Selection:
             count = max(1, len(batch[0]) // self.data.size)
             parts = list(zip(*(whole.tensor_split(count) for whole in batch), strict=True))
             if chooses:
-                for position, (images, labels) in enumerate(parts):
-                    chosen = hardest(self._losses(self.model, images, labels), select.kept(len(images)))
-                    parts[position] = images[chosen].contiguous(memory_format=torch.channels_last), labels[chosen]
-            yield parts
+                for position, (images, labels, indices) in enumerate(parts):
+                    chosen = hardest(self._losses(self.model, images, labels, indices), select.kept(len(images)))
+                    kept = images[chosen].contiguous(memory_format=torch.channels_last)
+                    parts[position] = kept, labels[chosen], indices[chosen]
+            yield [(images, labels) for images, labels, _ in parts]
 
-    def _losses(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each image: (n,) float32. Leaves the network in training mode."""
+    def _losses(self, network: nn.Module, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """The loss by which each image is chosen: (n,) float32. Leaves the network in training mode."""
+        if self.losses:
+            return self.losses.values[indices]
         size = self.settings.select.image_size(images.shape[2], images.shape[3])
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)

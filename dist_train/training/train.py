@@ -99,7 +99,7 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
             return
 
         model = build_model(config, data).to(ranks.device)
-        state = State.start(config, model, data.total_steps)
+        state = State.start(config, model, data.total_steps, data.images)
         if newest and resumed:
             try:
                 if resumed.step != step_of(newest):
@@ -162,7 +162,7 @@ def _on_modes(state: State, data: Data, ranks: Ranks, settings: TrainConfig) -> 
     """A remark on a network that is better with the BatchNorm statistics of each microbatch than in evaluation, else
     ""."""
     model, cast = state.model, autocast(ranks.device, settings.precision)
-    selection = Selection(settings, data, model, model)
+    selection = Selection(settings, data, model, model, state.losses)
     training, evaluation, images = accuracy_by_mode(model, selection, ranks, cast, state.step)
     if training - evaluation < _MODES_DIFFER:
         return ""

@@ -54,7 +54,7 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     """Run one step of each kind that is left, of one microbatch a rank, on a copy of the state. Returns the seconds
     that it took. Changes nothing: the state that is trained is the same bits with and without it."""
     begin = time.perf_counter()
-    throwaway = State.start(config, copy.deepcopy(state.model), data.total_steps)
+    throwaway = State.start(config, copy.deepcopy(state.model), data.total_steps, data.images)
     settings = dataclasses.replace(config.train, batch_size=ranks.world_size * data.size, microbatches=ranks.world_size)
     step = TrainStep(settings, data, ranks, throwaway)
     generator = torch.Generator().manual_seed(0)

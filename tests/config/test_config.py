@@ -42,7 +42,7 @@ def test_a_written_configuration_reads_back_the_same(preset: str, tmp_path: Path
 
 
 # They name the folders of existing runs.
-DIGESTS = {"block94": "fd8ddb9d", "block96": "3a94ec94", "digits": "9962af09", "seed": "40c9c1ec"}
+DIGESTS = {"block94": "f223e02e", "block96": "e296e6c9", "digits": "739f5657", "seed": "8bb0e35c"}
 
 
 def test_the_digests_of_presets_stay() -> None:
@@ -268,6 +268,8 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
         ("block94", "model.output={dropout=0.2}", "model.output.dropout = 0.2 has no effect, since hidden = []"),
         ("seed", "model.stem.kernel=5", 'kind = "none"; set kind'),
         ("seed", "train.select.size=16", "since fraction = 1; set fraction"),
+        ("seed", "train.select.losses=last", "since fraction = 1; set fraction"),
+        ("seed", "train.select={fraction=0.5, losses='last', size=16}", 'since losses = "last"; set it to now'),
         ("seed", "train.select={fraction=0.5, start=0.4, until=0.4}", "start = 0.4 is not before until = 0.4"),
         ("seed", "train.select={fraction=0.5, start=0.4, until=0.2}", "start = 0.4 is not before until = 0.2"),
         ("seed", "optim.stem.lr=1", 'model.stem.kind = "none"; set that'),

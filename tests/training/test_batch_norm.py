@@ -28,7 +28,7 @@ def loaded(digits: Path, eval_batch: int = 500, microbatches: int = 4) -> Data:
 
 
 def all_of(data: Data, network: BlockNetwork) -> Selection:
-    return Selection(TrainConfig(), data, network, network)
+    return Selection(TrainConfig(), data, network, network, None)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def network() -> BlockNetwork:
 
 def test_statistics_are_those_of_the_same_training_images_in_batches(digits: Path, network: BlockNetwork) -> None:
     data = loaded(digits, eval_batch=300)
-    batches = [images for images, _ in data.statistics()]
+    batches = [images for images, *_ in data.statistics()]
     assert [len(images) for images in batches] == [250] * 4  # of at most 300, of equal size
     assert len(data.indices["statistics"].unique()) == 1000
     first = next(module for module in network.modules() if isinstance(module, BatchNorm))
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_the_same_training_images_in_batches(digits: Pat
 
 def test_in_one_batch_evaluation_is_training(digits: Path, network: BlockNetwork) -> None:
     data = loaded(digits, eval_batch=1000, microbatches=1)
-    ((images, _),) = data.statistics()
+    ((images, *_),) = data.statistics()
     measure_statistics(network, all_of(data, network), ALONE, OFF, 0)
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(images), network.train()(images), rtol=1e-3, atol=1e-4)
