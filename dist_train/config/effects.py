@@ -42,7 +42,7 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
     for number, block in enumerate(model.blocks):
         key = f"model.blocks.{number}"
         if block.coefficients != "softmax":
-            yield block, key, ("temperature",), f'coefficients = "{block.coefficients}"', "set it to softmax"
+            yield block, key, ("temperature",), f'coefficients = "{block.coefficients}"', "set coefficients to softmax"
         if block.pool == 1:
             yield block, key, ("pool_kind", "pool_at"), "pool = 1", "set pool"
         if block.activate == "none":
@@ -52,7 +52,7 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
         yield model.stem, "model.stem", of_stem, 'kind = "none"', "set kind"
         yield optim.stem, "optim.stem", _names(Group), 'model.stem.kind = "none"', "set that"
     elif model.stem.kind == "whiten":
-        yield model.stem, "model.stem", ("channels",), 'kind = "whiten"', "set it to conv"
+        yield model.stem, "model.stem", ("channels",), 'kind = "whiten"', "set kind to conv"
     if not model.output.hidden:
         yield model.output, "model.output", ("activation", "dropout"), "hidden = []", "set hidden"
     if all(block.norm == "none" for block in model.blocks):
@@ -65,7 +65,7 @@ def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...],
         why = f"start = {select.start:g} is not before until = {select.until:g}"
         yield select, "train.select", ("fraction", "losses", "size"), why, "lower start"
     elif select.losses == "last":
-        yield select, "train.select", ("size",), 'losses = "last"', "set it to now"
+        yield select, "train.select", ("size",), 'losses = "last"', "set losses to now"
     if optim.group("kernels")["algorithm"] == "muon":
         yield optim.kernels, "optim.kernels", ("weight_decay",), 'algorithm = "muon" has none', "set another"
 
