@@ -62,7 +62,7 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
         state = State.start(settings, model, total_steps=100, images=1000)
         state.step = 50
         data: Any = SimpleNamespace(
-            config=settings.data, size=images, total_steps=100, steps_per_epoch=20, image_size=lambda step: (size, size)
+            config=settings.data, size=images, total_steps=100, image_size=lambda step: (size, size)
         )
         step = TrainStep(settings.train, data, ranks, state)
         batches = [Microbatch(slot, *_batch(images, shape, classes)) for slot in range(settings.train.microbatches)]

@@ -37,7 +37,7 @@ def measure_statistics(
             seen[norm] = _statistics(norm, *inputs)
 
         for row, parts in zip(own, selection.statistics(step), strict=True):
-            images = torch.cat([images for images, _ in parts])
+            images = torch.cat([part.images for part in parts])
             model.batch_mode()
             hooks = [norm.register_forward_pre_hook(collect) for norm in norms]
             try:
@@ -64,14 +64,14 @@ def accuracy_by_mode(
     number of these images."""
     correct = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     for parts in selection.statistics(step):
-        for images, labels in parts:
+        for part in parts:
             modes: list[Callable[[BlockNetwork], object]] = [BlockNetwork.batch_mode, BlockNetwork.eval]
             for position, enter in enumerate(modes):
                 enter(model)
                 with autocast:
-                    logits = model(images)
-                correct[position] += (logits.argmax(1) == labels).sum()
-            correct[2] += len(images)
+                    logits = model(part.images)
+                correct[position] += (logits.argmax(1) == part.labels).sum()
+            correct[2] += len(part.labels)
     model.train()
     training, evaluation, count = sum_integers(ranks, correct).tolist()
     return training / count, evaluation / count, count

@@ -101,7 +101,7 @@ def train(config: Config, data: Data, ranks: Ranks, state: State, writer: Writer
 
         # the BatchNorm statistics belong to the weights that are saved, digested or evaluated
         if saves or due.digest:
-            if state.losses:
+            if state.losses:  # also at the end of every epoch, before another step chooses by them
                 state.losses.exchange(ranks)
             with log.finite(state.step):
                 measure_statistics(state.model, train_step.selection, ranks, cast, state.step)
@@ -126,7 +126,7 @@ class TrainStep:
     """One optimizer step: this rank's microbatches forward and backward, the sum of all gradients, the update."""
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, state: State) -> None:
-        self.settings, self.data, self.ranks, self.state = settings, data, ranks, state
+        self.settings, self.data, self.state = settings, data, state
         sizes = 1 + len(data.config.smaller)  # of images
         # each with and without the stem's gradient, on all images or selected ones, trained on or selected from
         network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
@@ -144,8 +144,6 @@ class TrainStep:
         rate = state.optimizers.set_rates(state.step)
         stem_learns = state.optimizers.learns("stem", state.step)
         images = self.selection.kept(state.step) * settings.microbatches
-        if state.losses and state.step % self.data.steps_per_epoch == 0:
-            state.losses.exchange(self.ranks)
         parts = []
         with self.autocast, self.kernels_cast():  # around all microbatches, so that weights are cast once a step
             for index, whole in enumerate(microbatches):

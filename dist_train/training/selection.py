@@ -37,22 +37,19 @@ class LastLosses:
         """count: the number of training images."""
         self.values = torch.full((count,), torch.inf, device=device)
         self.own = torch.zeros(count, dtype=torch.bool, device=device)  # of this rank since the last exchange
-        self.complete = True  # on all ranks
 
     def record(self, indices: Tensor, losses: Tensor) -> None:
         """Set the losses, (n,), of the images of a microbatch."""
         self.values[indices], self.own[indices] = losses.float(), True
-        self.complete = False
 
     def exchange(self, ranks: Ranks) -> None:
         """Give every rank the losses that others have recorded since the last exchange. All ranks must call it."""
-        if ranks.world_size > 1 and not self.complete:
+        if ranks.world_size > 1:
             # as integers, whose sums are exact: of each image one rank has the bits, the others zero
             bits = torch.stack((self.values.view(torch.int32), self.own)).long() * self.own
             found, known = sum_integers(ranks, bits).to(self.values.device).int()
             self.values.copy_(torch.where(known > 0, found.view(torch.float32), self.values))
         self.own.zero_()
-        self.complete = True
 
 
 class Selection:
@@ -86,31 +83,33 @@ class Selection:
     def __call__(self, batch: Microbatch, step: int) -> Microbatch:
         """The images of a microbatch with the highest losses, in the order that they have in it; of equal losses the
         first images. All of them where the step does not select. Leaves the network in training mode."""
-        if (kept := self.kept(step)) == self.data.size:
-            return batch
-        chosen = hardest(self._losses(self.network, batch.images, batch.labels, batch.indices), kept)
-        images = batch.images[chosen].contiguous(memory_format=torch.channels_last)
-        return replace(batch, images=images, labels=batch.labels[chosen], indices=batch.indices[chosen])
+        kept = self.kept(step)
+        return batch if kept == self.data.size else self._keep(batch, kept, self.network)
 
     @torch.no_grad()
-    def statistics(self, step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The images and labels of each batch of `data.statistics`, in parts of as many as a microbatch has. Of each
-        part those that a step is trained on: the hardest, where the last of `step` finished steps chose."""
+    def statistics(self, step: int) -> Iterator[list[Microbatch]]:
+        """Each batch of `data.statistics`, in parts of as many images as a microbatch has. Of each part those that a
+        step is trained on: the hardest, where the last of `step` finished steps chose."""
         select, chooses = self.settings.select, self.kept(max(0, step - 1)) < self.data.size
         for batch in self.data.statistics():
             count = max(1, len(batch[0]) // self.data.size)
-            parts = list(zip(*(whole.tensor_split(count) for whole in batch), strict=True))
+            split = zip(range(count), *(whole.tensor_split(count) for whole in batch), strict=True)
+            parts = [Microbatch(*part) for part in split]
             if chooses:
-                for position, (images, labels, indices) in enumerate(parts):
-                    chosen = hardest(self._losses(self.model, images, labels, indices), select.kept(len(images)))
-                    kept = images[chosen].contiguous(memory_format=torch.channels_last)
-                    parts[position] = kept, labels[chosen], indices[chosen]
-            yield [(images, labels) for images, labels, _ in parts]
+                parts = [self._keep(part, select.kept(len(part.labels)), self.model) for part in parts]
+            yield parts
 
-    def _losses(self, network: nn.Module, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    def _keep(self, batch: Microbatch, count: int, network: nn.Module) -> Microbatch:
+        """The `count` hardest images of a microbatch, by the network where a forward pass chooses."""
+        chosen = hardest(self._losses(batch, network), count)
+        images = batch.images[chosen].contiguous(memory_format=torch.channels_last)
+        return replace(batch, images=images, labels=batch.labels[chosen], indices=batch.indices[chosen])
+
+    def _losses(self, batch: Microbatch, network: nn.Module) -> Tensor:
         """The loss by which each image is chosen: (n,) float32. Leaves the network in training mode."""
         if self.losses:
-            return self.losses.values[indices]
+            return self.losses.values[batch.indices]
+        images, labels = batch.images, batch.labels
         size = self.settings.select.image_size(images.shape[2], images.shape[3])
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
