@@ -51,9 +51,14 @@ RUNS = {
         ),
         ranks=(2,),
     ),
-    # the first three steps of the whole network, on a small set
+    # the hardest images by their last losses
+    "digits-last": Run((*_DIGITS, "precision=fp32", "train.select={fraction=0.5, start=0.5, losses='last'}")),
+    # the first three steps of the whole network, on a small set and all of its images
     "block94": Run(
-        ("--preset", "block94", "data.dataset=digits", "batch_size=160", "epochs=0.3", "evaluate.tta=none"),
+        (
+            *("--preset", "block94", "data.dataset=digits", "batch_size=160", "epochs=0.3", "evaluate.tta=none"),
+            "train.select={fraction=1}",
+        ),
         ranks=(2,),
     ),
 }

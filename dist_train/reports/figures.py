@@ -126,6 +126,7 @@ def _by_batch(
         parts = [Part("mean", "smoothed", color), Part("each", "each batch", f"{color} 0.35")]
     if thinned:
         caption.append(f"Of more than {most:,} batches the lowest and highest of every {_from_to(thinned)} are drawn.")
+    caption += _selection(runs) if key == "loss" else []
     caption += [f"Not finite, and a gap: {_listed(gaps)}."] if gaps else []
     caption += [f"Not recorded by {_listed(not_recorded)}."] if not_recorded else []
     layout = _layout("training batches", unit, "batch %{x:,}")
@@ -198,9 +199,20 @@ def _by_epoch(runs: Sequence[PageRun], metric: str, title: str, unit: str, scale
         f"Train {metric} is measured while training, with augmentation{smoothing} and dropout, over the steps since "
         f"the previous evaluation."
     )
+    caption = " ".join([caption, *_selection(runs)])
     alt = f"{title}, {unit}, by epoch; on the test set {_listed(alts or ['not finite'])}."
     id, height = ("accuracy", _HIGH) if metric == "accuracy" else (f"{metric}-by-epoch", _LOW)
     return Figure(id, title, alt, traces, layout, caption if "train" in present else "", parts, height)
+
+
+def _selection(runs: Sequence[PageRun]) -> list[str]:
+    """Sentences on the images that runs with `train.select` were trained on."""
+    names: dict[str, list[str]] = {}
+    for run, name, _ in runs:
+        if words := run.settings.train.select.words:
+            names.setdefault(words, []).append(name)
+    several = len(runs) > 1
+    return [f"{_listed(by)} trained on {words}." if several else f"Trained on {words}." for words, by in names.items()]
 
 
 def _epochs(runs: Sequence[PageRun]) -> Row:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_train.config.settings import TrainConfig
 from dist_train.errors import printable
 from dist_train.files import write_atomic
 from dist_train.runs import layout
@@ -47,10 +48,11 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
     run = Run(run_dir)
     run.need(layout.METRICS)
     dataset = dataset or (run.settings.data.dataset if run.begun else "")
+    settings = run.settings.train if run.begun else None
     name = (name or run_dir.resolve().name).encode(errors="backslashreplace").decode()  # it may not be UTF-8
     figures = {
-        run_dir / layout.LOSS_PLOT: loss_figure(run.steps, dataset=dataset, name=name),
-        run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name),
+        run_dir / layout.LOSS_PLOT: loss_figure(run.steps, dataset=dataset, name=name, settings=settings),
+        run_dir / layout.ACCURACY_PLOT: accuracy_figure(run.evals, dataset=dataset, name=name, settings=settings),
     }
     for path, figure in figures.items():
         path.parent.mkdir(exist_ok=True)
@@ -58,8 +60,9 @@ def draw(run_dir: Path, *, dataset: str = "", name: str = "") -> list[Path]:
     return [*figures]
 
 
-def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
-    """Training loss against training batches: every batch, and a smoothed line over it.
+def loss_figure(steps: list[Row], *, dataset: str, name: str, settings: TrainConfig | None = None) -> Figure:
+    """Training loss against training batches: every batch, and a smoothed line over it; shaded where the run trains on
+    selected images.
 
     The loss axis is logarithmic where the smoothed line falls below a tenth of its highest value.
     """
@@ -93,6 +96,7 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
     axes.set_xlim(0, 1.02 * batch[-1])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     per_epoch = batch[-1] / steps[-1]["epoch"]
+    _shade_selection(axes, settings, steps[-1]["epoch"], per_epoch)
     top = axes.secondary_xaxis("top", functions=(lambda x: x / per_epoch, lambda x: x * per_epoch))
     top.set_xlabel("epochs", color=GREY)
     top.set_ticks(epoch_ticks(steps[-1]["epoch"]))
@@ -102,8 +106,9 @@ def loss_figure(steps: list[Row], *, dataset: str, name: str) -> Figure:
     return figure
 
 
-def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
-    """Train and test accuracy (and validation accuracy) in percent against epochs.
+def accuracy_figure(evals: list[Row], *, dataset: str, name: str, settings: TrainConfig | None = None) -> Figure:
+    """Train and test accuracy (and validation accuracy) in percent against epochs; shaded where the run trains on
+    selected images.
 
     The last value of each is marked and labelled, and the best test accuracy; the last test accuracy is the result.
     """
@@ -134,6 +139,7 @@ def accuracy_figure(evals: list[Row], *, dataset: str, name: str) -> Figure:
             zorder=4,
             label=f"best test: {value:.2f} %, epoch {best['epoch']}",
         )
+    _shade_selection(axes, settings, epoch[-1])
     axes.set_xticks(epoch_ticks(epoch[-1]))
     axes.xaxis.set_major_formatter("{x:.4g}")
     axes.set_xlim(0, 1.03 * epoch[-1])
@@ -177,6 +183,19 @@ def _figure(title: str, dataset: str, name: str) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _shade_selection(axes: Axes, settings: TrainConfig | None, last: float, per_epoch: float = 1) -> None:
+    """Shade the part of a run in which it trains on the hardest images, whose losses are higher and accuracy lower.
+
+    last: the last epoch in the plot. per_epoch: units of the axis in an epoch.
+    """
+    if settings is None or settings.select.fraction == 1:
+        return
+    start, end = settings.select.start * settings.epochs, min(settings.select.until * settings.epochs, last)
+    if start < end:
+        label = f"trained on the hardest {100 * settings.select.fraction:g} %"
+        axes.axvspan(per_epoch * start, per_epoch * end, color=GREY, alpha=0.12, linewidth=0, zorder=0, label=label)
 
 
 def _empty(figure: Figure, axes: Axes, sentence: str) -> Figure:

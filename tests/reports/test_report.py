@@ -19,7 +19,9 @@ from conftest import trainer
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from dist_train.reports import figures
+from dist_train.reports.groups import PageRun
 from dist_train.reports.statistics import interval, proportion
+from dist_train.runs.run import Run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "no-first-run"]
@@ -35,7 +37,7 @@ def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {
         "seed1": ["seed=1"],
         "seed2": ["seed=2"],
-        "wide": ["seed=1", "model.blocks.0.channels=48", "tta=mirror", "holdout=100"],
+        "wide": ["seed=1", "model.blocks.0.channels=48", "tta=mirror", "holdout=100", "train.select.fraction=0.5"],
     }
     with ThreadPoolExecutor() as pool:
         for done in pool.map(lambda name: trainer(*common, *settings[name], "--run-dir", group / name), settings):
@@ -233,6 +235,15 @@ def test_long_runs_are_thinned_and_keep_their_spikes() -> None:
     assert {0, 777, 55_555, 99_999} <= {*kept}
     assert min(values[kept][:900]) == min(values[: kept[900]])
     assert figures._thinned(values[:1000], 1000) == (list(range(1000)), 1)
+
+
+def test_the_captions_name_runs_that_select_images(runs: Path) -> None:
+    pages = [PageRun(Run(runs / name), name, "--c0") for name in ("seed1", "wide")]
+    words = "trained on the hardest 50 % of each microbatch."
+    for page_runs, sentence in ((pages, f"wide {words}"), (pages[1:], words.capitalize()), (pages[:1], None)):
+        captions = {figure.id: figure.caption for figure in figures.curves(page_runs)}
+        told = {id for id, caption in captions.items() if (sentence or words) in caption}
+        assert told == ({"loss", "accuracy", "loss-by-epoch"} if sentence else set())
 
 
 def test_the_data(runs: Path, digits: Path, group_page: Path, tmp_path: Path) -> None:

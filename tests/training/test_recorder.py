@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from recorded import EPOCH, digests_at, loss_at, mixed_at, opened, train, whole_run
 
+from dist_train import config
 from dist_train.commands import plots as plots_command
 from dist_train.config.settings import RecordConfig
 from dist_train.errors import UserError, say
@@ -413,6 +414,28 @@ def test_epochs_on_the_plots(epochs: int) -> None:
         assert labels[-1] == str(epochs)
         assert all(label.isdigit() for label in labels)
     assert all(label.get_text().isdigit() for label in of_loss.axes[0].xaxis.get_ticklabels())
+
+
+@pytest.mark.parametrize(("until", "last", "shaded"), [(1.0, 4, (2, 4)), (0.75, 4, (2, 3)), (1.0, 3, (2, 3))])
+def test_the_part_with_selected_images_is_shaded(until: float, last: int, shaded: tuple[float, float]) -> None:
+    """Of runs of four epochs, whole and interrupted."""
+    chosen = config.load("digits", None, ["epochs=4", f"train.select={{fraction=0.25, start=0.5, until={until}}}"])
+    all_images = config.load("digits", None, ["epochs=4"])
+    steps, evals = made_up(last)
+    for draw, rows, scale in ((plots.loss_figure, steps, 50), (plots.accuracy_figure, evals, 1)):
+        assert not draw(rows, dataset="", name="", settings=all_images.train).axes[0].patches
+        axes = draw(rows, dataset="", name="", settings=chosen.train).axes[0]
+        (span,) = axes.patches
+        assert span.get_label() == "trained on the hardest 25 %"
+        box = span.get_extents().transformed(axes.transData.inverted())
+        np.testing.assert_allclose((box.x0, box.x1), [scale * epoch for epoch in shaded])
+
+
+def test_no_part_is_shaded_before_images_are_selected() -> None:
+    settings = config.load("digits", None, ["epochs=4", "train.select={fraction=0.25, start=0.5}"]).train
+    steps, evals = made_up(1)
+    assert not plots.loss_figure(steps, dataset="", name="", settings=settings).axes[0].patches
+    assert not plots.accuracy_figure(evals, dataset="", name="", settings=settings).axes[0].patches
 
 
 def test_smoothing_keeps_a_constant_and_a_slope() -> None:
