@@ -126,8 +126,11 @@ def test_torchrun(place: Path) -> None:
     check(done, (*TRAINING, *RESULT), NOTICE)
     assert done.stderr.count("\n") == 4, "torchrun says it once"
     fp16 = ("precision=fp16", "model.blocks.0.channels=8", "model.blocks.1.channels=8", "--run-dir", "fp16")
-    done = run(place, *SHORT, *fp16, ranks=2, OMP_NUM_THREADS="1", module="dist_train train")
-    check(done, (*TRAINING, *RESULT))
+    selects = ("train.select.fraction=0.5", "train.select.start=0.4")
+    done = run(place, *SHORT, *fp16, *selects, ranks=2, OMP_NUM_THREADS="1", module="dist_train train")
+    told = r"training on the hardest 50 % of each microbatch, from 40 to 100 % of the run; train loss and .*"
+    check(done, (*TRAINING, *RESULT, told))
+    assert done.stdout.count("training on the hardest") == 1
 
 
 def test_without_a_home(place: Path) -> None:

@@ -195,6 +195,8 @@ def _announce(
         f"{world_size} rank{'s' * (world_size > 1)} on {device}, {config.train.precision}; "
         f"{total_steps} steps in {config.train.epochs:g} epochs; run folder {run_dir}"
     )
+    if config.train.select.words:
+        show(f"training on {config.train.select.words}; train loss and train acc are of these images")
     if step:
         show(f"resuming after step {step}")
 
