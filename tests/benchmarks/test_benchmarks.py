@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY, environment, trainer
 
 
@@ -71,12 +72,16 @@ def test_startup_splits_the_time_to_the_first_step(digits: Path, tmp_path: Path)
     assert seconds["rest"] > -0.05
 
 
-def test_a_step_dispatches_no_more_operations_than_it_did(tmp_path: Path) -> None:
-    _, *rows = cells("benchmarks.operations", "--out", tmp_path / "table.md")
+@pytest.mark.parametrize(("fraction", "microbatch", "step"), [(1, 230, 2300), (0.5, 232, 2310)])
+def test_a_step_dispatches_no_more_operations_than_it_did(
+    tmp_path: Path, fraction: float, microbatch: int, step: int
+) -> None:
+    """Of block94 on all images, and on those that it selects."""
+    _, *rows = cells("benchmarks.operations", "--out", tmp_path / "table.md", f"train.select.fraction={fraction}")
     operations = {row[0]: int(row[1]) for row in rows}
-    assert 0 < operations["forward and backward pass of a microbatch"] <= 232
+    assert 0 < operations["forward and backward pass of a microbatch"] <= microbatch
     assert 0 < operations["update of the weights"] <= 90
-    assert 0 < operations["whole step"] <= 2320
+    assert 0 < operations["whole step"] <= step
     if tuple(map(int, version("torch").split(".")[:2])) > (2, 9):
         assert 0 < operations["forward pass of a microbatch on a GPU"] <= 75
 
