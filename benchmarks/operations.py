@@ -1,9 +1,11 @@
 """Counts the operations that torch dispatches in a step: on a GPU, where a step is bound by launches, about its cost.
 
     python -m benchmarks.operations [--preset block94] [--images 4] [--out FILE] [key=value ...]
+    python -m benchmarks.operations --seconds 5 --images 250 [--size 32] ...
 
 Views and allocations are not counted: they launch nothing. The forward pass on a GPU is counted with fake tensors,
-which have the shapes and the device of real ones and no content, so that no GPU is needed, except by torch 2.9.
+which have the shapes and the device of real ones and no content, so that no GPU is needed, except by torch 2.9. With
+--seconds, what these operations take of a step of one thread of the CPU, by kind, the median of that many steps.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections import Counter
-from contextlib import suppress
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +27,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.table import measured_on, publish, table
+from benchmarks.table import measured_on, publish, spread, table
 from dist_train import config
 from dist_train.config import Config
+from dist_train.config.settings import Select
 from dist_train.data.batches import Microbatch
-from dist_train.distributed.device import DTYPES
+from dist_train.distributed.device import DTYPES, keep_memory
 from dist_train.distributed.ranks import join_ranks
 from dist_train.model.network import BlockNetwork
 from dist_train.training.loop import State, TrainStep
@@ -36,27 +42,53 @@ _ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_s
 _RESHAPES = ("aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh")
 
 
+# The kinds of operations of a forward and backward pass, by a part of their names; the first that fits.
+_KINDS = {
+    "convolution": "convolutions",
+    "mm": "1x1 kernels and fully connected layers",
+    "pool2d": "pooling",
+    "batch_norm": "BatchNorm",
+    "gelu": "activation",
+    "relu": "activation",
+    "silu": "activation",
+    "mul": "scaling by coefficients",
+}
+_DOTS, _AVERAGES, _REST = "dot products of coefficients", "averages", "the rest of the passes"
+
+
 class Operations(TorchDispatchMode):
-    """A context that counts the dispatched operations by name, but no views, allocations, queries and marks."""
+    """A context that counts the dispatched operations by name, but no views, allocations, queries and marks; and sums
+    up the seconds of all operations by kind, on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_name = Counter[str]()
+        self.seconds = defaultdict[str, float](float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).rpartition(".")[0]
         if not (func.is_view or name in (*_ALLOCATIONS, *_RESHAPES) or func.namespace in ("prim", "profiler")):
             self.by_name[name] += 1
-        return func(*args, **(kwargs or {}))
+        begin = time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        self.seconds[_kind(name, args)] += time.perf_counter() - begin
+        return result
 
 
-def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) -> dict[str, Counter[str]]:
-    """The operations of each part of a step once the stem no longer learns, by name.
+def _kind(name: str, args: Any) -> str:
+    if name in ("aten.bmm", "aten.baddbmm"):  # see `_sum_of_pixels` in dist_train/model/mixing.py
+        return _AVERAGES
+    if name == "aten.native_batch_norm_backward" and args[0].shape[0] == 1:  # and `_dot`
+        return _DOTS
+    return next((kind for part, kind in _KINDS.items() if part in name), _REST)
 
-    images: in a microbatch, which changes no number. size: of the images in pixels."""
+
+@contextmanager
+def _training(settings: Config, images: int, size: int, classes: int) -> Iterator[tuple[TrainStep, list[Microbatch]]]:
+    """A step of one rank on the CPU that has run twice, after which momenta are allocated and constants kept; and the
+    microbatches to run it with."""
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile=False))
     shape = (3, size, size)
-    parts: dict[str, Counter[str]] = {}
     with join_ranks("cpu", 1, settings.train.deterministic, 60) as ranks:
         model = BlockNetwork(settings.model, shape, classes)
         state = State.start(settings, model, total_steps=100, images=1000)
@@ -66,20 +98,62 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
         )
         step = TrainStep(settings.train, data, ranks, state)
         batches = [Microbatch(slot, *_batch(images, shape, classes)) for slot in range(settings.train.microbatches)]
-        step(batches)  # the momenta are allocated, and constants kept
+        step(batches)
+        yield step, batches
+
+
+@contextmanager
+def _microbatch(step: TrainStep) -> Iterator[tuple[BlockNetwork, Operations]]:
+    """A copy of a step's network, which DDP does not wrap, and the operations in this context."""
+    network = copy.deepcopy(step.state.model)
+    network.zero_grad(set_to_none=True)
+    with step.autocast, network.kernels_cast(DTYPES[step.settings.precision]), Operations() as operations:
+        yield network, operations
+
+
+def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) -> dict[str, Counter[str]]:
+    """The operations of each part of a step once the stem no longer learns, by name.
+
+    images: in a microbatch, which changes no number. size: of the images in pixels."""
+    parts: dict[str, Counter[str]] = {}
+    with _training(settings, images, size, classes) as (step, batches):
         with Operations() as whole:
             step(batches)
-        network = copy.deepcopy(model)  # one that DDP does not wrap
-        network.zero_grad(set_to_none=True)
-        with step.autocast, network.kernels_cast(DTYPES[settings.train.precision]), Operations() as pass_:
+        with _microbatch(step) as (network, pass_):
             step.forward_backward(network, batches[0], images, stem_learns=False)
         parts["forward and backward pass of a microbatch"] = pass_.by_name
         with Operations() as update:
-            state.optimizers.step(state.scaler)
+            step.state.optimizers.step(step.state.scaler)
         parts["update of the weights"] = update.by_name
         parts["whole step"] = whole.by_name
     with suppress(torch.AcceleratorError):  # torch 2.9 asks the driver which kernel it would take
-        parts["forward pass of a microbatch on a GPU"] = _forward_on_gpu(settings, images, shape, classes)
+        parts["forward pass of a microbatch on a GPU"] = _forward_on_gpu(settings, images, (3, size, size), classes)
+    return parts
+
+
+def seconds(settings: Config, images: int, size: int, rounds: int, classes: int = 10) -> dict[str, list[float]]:
+    """The seconds that each kind of operation takes of a step once the stem no longer learns, on one thread of the CPU,
+    for each of `rounds` steps; and those of the whole step. The images of a microbatch are all trained on."""
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, select=Select()))
+    torch.set_num_threads(1)
+    keep_memory()
+    parts = defaultdict[str, list[float]](list)
+    with _training(settings, images, size, classes) as (step, batches):
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            step(batches)
+            whole = time.perf_counter() - begin
+            with _microbatch(step) as (network, pass_):
+                for batch in batches:
+                    step.forward_backward(network, batch, images, stem_learns=False)
+            begin = time.perf_counter()
+            step.state.optimizers.step(step.state.scaler)
+            update = time.perf_counter() - begin
+            for kind in (*dict.fromkeys(_KINDS.values()), _DOTS, _AVERAGES, _REST):
+                parts[kind].append(pass_.seconds[kind])
+            parts["update of the weights"].append(update)
+            parts["sum of the gradients, casts, Python"].append(whole - update - sum(pass_.seconds.values()))
+            parts["whole step"].append(whole)
     return parts
 
 
@@ -113,17 +187,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="block94")
     parser.add_argument("--images", type=int, default=4, help="images in a microbatch (default: 4)")
+    parser.add_argument("--size", type=int, default=32, help="of the images in pixels (default: 32)")
+    parser.add_argument("--seconds", type=int, metavar="STEPS", help="time this many steps instead of counting")
     parser.add_argument("--out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
     settings = config.load(args.preset, None, args.settings)
-    parts = count(settings, args.images)
+    conditions = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
+    if args.seconds:
+        parts = seconds(settings, args.images, args.size, args.seconds)
+        whole = statistics.median(parts["whole step"])
+        times = [[part, spread([1000 * t for t in parts[part]], 1), _share(parts[part], whole)] for part in parts]
+        header = ["part of a step", "ms: median (quartiles)", "share"]
+        conditions = f"{settings.train.microbatches} microbatches, n = {args.seconds} steps; {conditions}"
+        publish("benchmarks.operations", conditions, table(header, times), args.out)
+        return
     rows = [
         [part, names.total(), ", ".join(f"{n} {name.removeprefix('aten.')}" for name, n in names.most_common(8))]
-        for part, names in parts.items()
+        for part, names in count(settings, args.images, args.size).items()
     ]
-    conditions = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
     publish("benchmarks.operations", conditions, table(["part", "operations", "the most frequent"], rows), args.out)
+
+
+def _share(values: list[float], whole: float) -> str:
+    return f"{100 * statistics.median(values) / whole:.1f} %"
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def test_a_step_dispatches_no_more_operations_than_it_did(
         assert 0 < operations["forward pass of a microbatch on a GPU"] <= 75
 
 
+def test_the_parts_of_a_step_add_up_to_its_time(tmp_path: Path) -> None:
+    command = ["benchmarks.operations", "--preset", "digits", "--images", 16, "--seconds", 1]
+    _, *rows = cells(*command, "--out", tmp_path / "table.md", "train.precision=fp32")
+    milliseconds = {row[0]: float(row[1].split()[0].replace(",", "")) for row in rows}
+    whole = milliseconds.pop("whole step")
+    assert abs(sum(milliseconds.values()) - whole) < 0.1 * len(milliseconds)
+    for part in ("convolutions", "1x1 kernels and fully connected layers", "BatchNorm", "update of the weights"):
+        assert milliseconds[part] > 0
+    assert all(row[2].endswith(" %") for row in rows)
+
+
 def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:
     command = ["benchmarks.gpu", "--out", str(tmp_path / "gpu"), "--limit", "1"]
     subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, env=environment(), check=True, timeout=100)
