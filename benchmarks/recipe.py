@@ -18,6 +18,7 @@ FILE is a TOML file, such as benchmarks/recipes/controls.toml:
     [[variants]]
     name = "3x3"
     settings = { model.blocks.1.convolutions = [{ kernel = 3 }], optim.mixing.lr = 0.02 }
+    width = 0.25             # in place of the recipe's
 
 key=value are settings of all variants over those of FILE.
 
@@ -76,6 +77,9 @@ _MEASURES = {
 }
 
 
+_Width = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     settings: dict[str, Any] = {}
@@ -83,12 +87,13 @@ class _Table(BaseModel):
 
 class _Variant(_Table):
     name: Annotated[str, Field(pattern="[A-Za-z0-9]")]
+    width: _Width | None = None
 
 
 class _Recipe(_Table):
     preset: str | None = None
     config: str | None = None
-    width: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    width: _Width = 1.0
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
     variants: Annotated[list[_Variant], Field(min_length=1)]
 
@@ -136,7 +141,8 @@ def read(path: Path, out: Path, more: list[str]) -> list[Variant]:
         arguments += [f"--config={path.parent / recipe.config}"] if recipe.config else []
         own = [*_settings(recipe.settings), *_settings(given.settings), *more]
         try:
-            variant = _variant(given.name, arguments, own, recipe.width)
+            width = recipe.width if given.width is None else given.width
+            variant = _variant(given.name, arguments, own, width)
         except UserError as error:
             raise UserError(f"{path}: variant {given.name}: {error}") from None
         variant.folders.update({seed: out / f"{folder}-seed{seed}" for seed in recipe.seeds})

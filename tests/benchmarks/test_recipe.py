@@ -39,6 +39,7 @@ name = "as it is"
 
 [[variants]]
 name = "3x3 alone"
+width = 0.25
 settings.optim.kernels.lr = 0.02
 [variants.settings.model.blocks]
 0.convolutions = [{ kernel = 3 }]
@@ -108,8 +109,8 @@ def test_variants_are_trained_in_turns_resume_and_are_compared(digits: Path, tmp
     assert 0 < stopped_at < STEPS
 
     settings = Run(runs / names[1]).settings
-    assert [block.channels for block in settings.model.blocks] == [16, 32]
-    assert (settings.model.stem.channels, settings.model.blocks[1].coefficients) == (8, "sigmoid")
+    assert [block.channels for block in settings.model.blocks] == [8, 16]
+    assert (settings.model.stem.channels, settings.model.blocks[1].coefficients) == (4, "sigmoid")
     assert (settings.optim.kernels.lr, settings.data.holdout, settings.evaluate.every) == (0.02, 400, 9)
     by_name = {name: json.loads((runs / name / "summary.json").read_text()) for name in names}
     one, two = ([by_name[f"{name}-seed{seed}"] for seed in (3, 1)] for name in ("as_it_is", "3x3_alone"))
@@ -166,7 +167,8 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
         ("train.epochs = 5", "train.epohcs = 5", "train.epohcs: there is no such setting; did you mean epochs?"),
         ("train.epochs = 5", "seed = 5", "train.seed: the seeds are those of the recipe"),
         ("settings.optim.kernels.lr = 0.02", "settings.data.holdout = 300", "its held-out images are not those"),
-        ("[{ kernel = 3 }]\n1", "[{ kernel = 3, groups = 16 }]\n1", "groups = 16 does not divide its 8 input channels"),
+        ("[{ kernel = 3 }]\n1", "[{ kernel = 3, groups = 16 }]\n1", "groups = 16 does not divide its 4 input channels"),
+        ("width = 0.25", "width = 0", "variants.1.width: input should be greater than 0"),
         ('"sigmoid"', '"raw", temperature = 3.0', "model.blocks.1.temperature = 3.0 has no effect"),
     ],
 )
