@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 import warnings
@@ -155,20 +154,22 @@ _LONG_ENOUGH = 0.01  # seconds of one matrix product; larger ones have about the
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two square matrices of `dtype` on this rank, the median of five products."""
-    times = []
+    """FLOP/s of a product of two square matrices of `dtype` on this rank: the fastest of ten products, which other
+    work on the machine slows down least."""
     for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
         a = torch.randn(size, size, device=device, dtype=dtype)
-        times = [_product_seconds(a) for _ in range(2)]
+        product = torch.empty_like(a)
+        times = [_product_seconds(a, product) for _ in range(2)]
         if times[-1] > _LONG_ENOUGH:  # the largest take seconds on a CPU without instructions for the dtype
             break
-    times += [_product_seconds(a) for _ in range(4)]
-    return 2 * size**3 / statistics.median(times[1:])
+    times += [_product_seconds(a, product) for _ in range(9)]
+    return 2 * size**3 / min(times[1:])
 
 
-def _product_seconds(a: torch.Tensor) -> float:
+def _product_seconds(a: torch.Tensor, product: torch.Tensor) -> float:
     start = time.perf_counter()
-    (a @ a)[0, 0].item()  # waits for the device
+    torch.mm(a, a, out=product)
+    product[0, 0].item()  # waits for the device
     return time.perf_counter() - start
 
 
