@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.table import measured_on, publish, spread, table
 from dist_train import config
+from dist_train.command_line import positive
 from dist_train.config import Config
 from dist_train.config.settings import Select
 from dist_train.data.batches import Microbatch
@@ -85,7 +86,7 @@ def _kind(name: str, args: Any) -> str:
 
 @contextmanager
 def _training(settings: Config, images: int, size: int, classes: int) -> Iterator[tuple[TrainStep, list[Microbatch]]]:
-    """A step of one rank on the CPU that has run twice, after which momenta are allocated and constants kept; and the
+    """A step of one rank on the CPU that has run once, after which momenta are allocated and constants kept; and the
     microbatches to run it with."""
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile=False))
     shape = (3, size, size)
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--preset", default="block94")
     parser.add_argument("--images", type=int, default=4, help="images in a microbatch (default: 4)")
     parser.add_argument("--size", type=int, default=32, help="of the images in pixels (default: 32)")
-    parser.add_argument("--seconds", type=int, metavar="STEPS", help="time this many steps instead of counting")
+    parser.add_argument("--seconds", type=positive, metavar="STEPS", help="time this many steps instead of counting")
     parser.add_argument("--out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -197,7 +198,10 @@ def main() -> None:
     if args.seconds:
         parts = seconds(settings, args.images, args.size, args.seconds)
         whole = statistics.median(parts["whole step"])
-        times = [[part, spread([1000 * t for t in parts[part]], 1), _share(parts[part], whole)] for part in parts]
+        times = [
+            [part, spread([1000 * t for t in each], 1), f"{100 * statistics.median(each) / whole:.1f} %"]
+            for part, each in parts.items()
+        ]
         header = ["part of a step", "ms: median (quartiles)", "share"]
         conditions = f"{settings.train.microbatches} microbatches, n = {args.seconds} steps; {conditions}"
         publish("benchmarks.operations", conditions, table(header, times), args.out)
@@ -207,10 +211,6 @@ def main() -> None:
         for part, names in count(settings, args.images, args.size).items()
     ]
     publish("benchmarks.operations", conditions, table(["part", "operations", "the most frequent"], rows), args.out)
-
-
-def _share(values: list[float], whole: float) -> str:
-    return f"{100 * statistics.median(values) / whole:.1f} %"
 
 
 if __name__ == "__main__":
