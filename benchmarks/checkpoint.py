@@ -8,8 +8,8 @@ take turns.
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import arguments
 from benchmarks.table import spread
 from dist_train import config
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
+from dist_train.errors import DONE
 from dist_train.model.network import BlockNetwork
 from dist_train.runs import checkpoint
 from dist_train.training.optimizers import Optimizers
@@ -28,9 +32,10 @@ from dist_train.training.optimizers import Optimizers
 IMAGES = 250  # of one microbatch of the preset
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("checkpoint", __doc__)
+    parser.add_argument("--rounds", type=positive, default=10)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     settings = config.load("block94", None, [])
@@ -78,7 +83,8 @@ def main() -> None:
         begins = 1000 * statistics.median(calls[kind])
         ratio = statistics.median(values) / statistics.median(seconds["none"])
         print(f"| {kind} | {spread(values, 3)} | {begins:.1f} | {ratio:.3f} |")
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

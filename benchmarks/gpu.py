@@ -15,7 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import arguments
 from benchmarks.table import append, row
+from dist_train.command_line import command as answers_bad_input
+from dist_train.errors import DONE
 from dist_train.runs.run import Run
 
 SEEDS = 3
@@ -54,13 +57,14 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     return by_name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("gpu", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
-    parser.add_argument("--airbench", type=Path)
-    parser.add_argument("--hiverge", type=Path)
-    parser.add_argument("--limit", type=float, default=570, help="seconds in all (default: 570)")
+    parser.add_argument("--airbench", type=arguments.folder)
+    parser.add_argument("--hiverge", type=arguments.folder)
+    parser.add_argument("--limit", type=arguments.positive_float, default=570, help="seconds in all (default: 570)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     report, end = args.out / "report.md", time.monotonic() + args.limit
@@ -79,6 +83,7 @@ def main() -> None:
         print(line, flush=True)
         if time.monotonic() > end:
             break
+    return DONE
 
 
 def _result(run: Run) -> list[str]:
@@ -94,4 +99,4 @@ def _result(run: Run) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

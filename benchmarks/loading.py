@@ -11,10 +11,10 @@ seconds from building the loader to its first batch, where ffcv compiles.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,12 +25,16 @@ from typing import Literal
 
 import torch
 
+from benchmarks import arguments
 from benchmarks.table import measured_on, publish, spread, table
 from dist_train import data_prep
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
 from dist_train.config.settings import DataConfig, TrainConfig
 from dist_train.data.batches import Data
 from dist_train.data_prep import ffcv_library
 from dist_train.distributed.ranks import Ranks
+from dist_train.errors import DONE, UserError
 from dist_train.randomness import permutation
 
 BATCH, MICROBATCHES = 2000, 8  # of the preset block94
@@ -135,14 +139,19 @@ def rate(pipes: list[Connection]) -> float:
     return float(sum(images) / (max(ends) - min(begins)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("loading", __doc__)
     parser.add_argument("--data", default="data/cifar10", help="folder of the betons")
     parser.add_argument("--cifar10", default=os.environ.get("CIFAR10_DIR"), help="folder of cifar-10-batches-py")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="append the table to this file")
+    parser.add_argument("--rounds", type=positive, default=9)
+    arguments.add_out(parser)
     args = parser.parse_args()
+    if args.cifar10 and not (Path(args.cifar10) / "cifar-10-batches-py").is_dir():
+        raise UserError(f"--cifar10 {args.cifar10}: it has no folder cifar-10-batches-py; name another, or none")
     manifest = data_prep.check(Path(args.data))
+    if manifest.splits["train"].count < BATCH:
+        raise UserError(f"--data {args.data}: it has fewer training images than a batch, {BATCH}; name another folder")
     kinds: dict[str, list[Callable[[], Epoch]]] = {}
     if args.cifar10:
         for workers in (0, 1, 2):
@@ -192,7 +201,8 @@ def main() -> None:
     headers = ["loader", "images/s", "times torchvision's best", "first batch after, s"]
     conditions = f"n = {args.rounds}; {measured_on(torch.device('cpu'), os.cpu_count() or 1)}"
     publish("benchmarks.loading", conditions, table(headers, rows), args.out)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

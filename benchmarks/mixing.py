@@ -10,19 +10,22 @@ to these within a round, as median (quartiles). --out appends the table to a fil
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import arguments
 from benchmarks.table import measured_on, publish, spread, table
 from benchmarks.table import row as line
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
 from dist_train.distributed.device import keep_memory
+from dist_train.errors import DONE
 from dist_train.model.mixing import Form, average, choose, mix
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,10 +134,11 @@ def _name(branch: Branch) -> str:
     return " ".join([*filter(None, words), *(["depthwise"] if "groups" in branch else [])])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("mixing", __doc__)
+    parser.add_argument("--rounds", type=positive, default=7)
+    arguments.add_out(parser)
     options = parser.parse_args()
     keep_memory()
     torch.set_num_threads(1)
@@ -147,7 +151,8 @@ def main() -> None:
     conditions = f"n = {options.rounds}; {measured_on(DEVICE, os.cpu_count() or 1)}"
     print()
     publish("benchmarks.mixing", conditions, table(headers, rows), options.out)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

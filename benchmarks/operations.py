@@ -10,15 +10,14 @@ which have the shapes and the device of real ones and no content, so that no GPU
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import statistics
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +26,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import arguments
 from benchmarks.table import measured_on, publish, spread, table
 from dist_train import config
+from dist_train.command_line import command as answers_bad_input
 from dist_train.command_line import positive
 from dist_train.config import Config
 from dist_train.config.settings import Select
 from dist_train.data.batches import Microbatch
 from dist_train.distributed.device import DTYPES, keep_memory
 from dist_train.distributed.ranks import join_ranks
+from dist_train.errors import DONE
 from dist_train.model.network import BlockNetwork
 from dist_train.training.loop import State, TrainStep
 
@@ -184,15 +186,16 @@ def _forward_on_gpu(settings: Config, images: int, shape: tuple[int, int, int], 
     return forward.by_name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("operations", __doc__)
     parser.add_argument("--preset", default="block94")
-    parser.add_argument("--images", type=int, default=4, help="images in a microbatch (default: 4)")
-    parser.add_argument("--size", type=int, default=32, help="of the images in pixels (default: 32)")
+    parser.add_argument("--images", type=positive, default=4, help="images in a microbatch (default: 4)")
+    parser.add_argument("--size", type=positive, default=32, help="of the images in pixels (default: 32)")
     parser.add_argument("--seconds", type=positive, metavar="STEPS", help="time this many steps instead of counting")
-    parser.add_argument("--out", type=Path)
+    arguments.add_out(parser)
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     settings = config.load(args.preset, None, args.settings)
     conditions = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
     if args.seconds:
@@ -205,13 +208,14 @@ def main() -> None:
         header = ["part of a step", "ms: median (quartiles)", "share"]
         conditions = f"{settings.train.microbatches} microbatches, n = {args.seconds} steps; {conditions}"
         publish("benchmarks.operations", conditions, table(header, times), args.out)
-        return
+        return DONE
     rows = [
         [part, names.total(), ", ".join(f"{n} {name.removeprefix('aten.')}" for name, n in names.most_common(8))]
         for part, names in count(settings, args.images, args.size).items()
     ]
     publish("benchmarks.operations", conditions, table(["part", "operations", "the most frequent"], rows), args.out)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

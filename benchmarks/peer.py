@@ -9,7 +9,6 @@ run is skipped: the first steps of each kind are not counted instead.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import os
@@ -25,8 +24,12 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks import arguments
 from benchmarks.turns import EnoughError, Pacer
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
 from dist_train.distributed.device import keep_memory
+from dist_train.errors import DONE
 
 _FOR_CPU = [
     (r"torch\.cuda\.", "cuda."),  # a replacement that `run` defines
@@ -208,17 +211,18 @@ def run(path: Path, device: str, count: int, warm_up: int, pacer: Pacer) -> None
         exec(compile(ast.Module(main.body, []), str(path), "exec"), module.__dict__)
 
 
-def main() -> None:
+@answers_bad_input
+def main() -> int:
     """Run in a folder with cifar10/train.pt and test.pt, as the script's loader keeps them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peer", description=__doc__)
+    parser = arguments.parser("peer", __doc__)
     parser.add_argument("script", type=Path)
     parser.add_argument("--address", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
-    parser.add_argument("--count", type=int, required=True)
-    parser.add_argument("--warm-up", type=int, required=True)
-    parser.add_argument("--turn", type=int, required=True)
-    parser.add_argument("--threads", type=int, help="of torch; with it, the allocator is set as for our ranks")
+    parser.add_argument("--count", type=positive, required=True)
+    parser.add_argument("--warm-up", type=positive, required=True)
+    parser.add_argument("--turn", type=positive, required=True)
+    parser.add_argument("--threads", type=positive, help="of torch; with it, the allocator is set as for our ranks")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -226,7 +230,8 @@ def main() -> None:
             keep_memory()
     pacer = Pacer(args.address, args.name, args.device, args.turn)
     run(args.script, args.device, args.count, args.warm_up, pacer)
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,6 @@ Exit codes are those of the trainer: 0 done, 1 a training failed, 2 bad input, 7
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -51,10 +50,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from benchmarks import arguments
 from benchmarks.table import append, command
 from dist_train import config
+from dist_train.command_line import Parser, positive
 from dist_train.command_line import command as answers_bad_input
-from dist_train.command_line import positive
 from dist_train.config.arguments import parser, resolve
 from dist_train.config.effects import check_effects, check_muon
 from dist_train.config.settings import check_batch
@@ -341,12 +341,8 @@ def conditions(variants: list[Variant]) -> str:
     return "; ".join(parts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = arguments.parser("recipe", __doc__)
     parser.add_argument("file", metavar="FILE", type=Path, help="the recipe, a TOML file")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the runs (default: runs/NAME_OF_FILE)")
     parser.add_argument("--ranks", metavar="N", type=positive, help="ranks of a run (default: all GPUs, or else cores)")

@@ -39,14 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import arguments
 from benchmarks.table import spread
 from dist_train import config
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import count, positive
 from dist_train.distributed.gradient_sum import FixedOrderSum, cost, pieces
 from dist_train.distributed.ranks import Ranks, join_ranks, share
+from dist_train.errors import DONE
 from dist_train.model.network import BlockNetwork
 from dist_train.training.optimizers import Optimizers
 
-DONE, REFUSED = 0, 77  # exit codes; the second: --bytes, and no network namespace
+REFUSED = 77  # exit code: --bytes, and no network namespace
 _WARM_UP = 2  # steps that are not counted; DDP rebuilds its buckets after the first
 _MICROBATCHES = 8  # every preset's
 _FORK = multiprocessing.get_context("fork")
@@ -293,25 +297,26 @@ def print_table() -> None:
         print(f"| {world_size} | {microbatches} | {' | '.join(megabytes)} | {busiest.messages:,} |")
 
 
+@answers_bad_input
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reduction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("reduction", __doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--bytes", action="store_true", help="count bytes on the wire; needs a network namespace")
     what.add_argument("--table", action="store_true", help="print the formula, without measuring")
-    parser.add_argument("--ranks", metavar="N", type=int, nargs="+", help="default: 1 2 3 4; with --bytes 1 to 8")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of each way (default: 40; with --bytes 5)")
+    parser.add_argument("--ranks", metavar="N", type=positive, nargs="+", help="default: 1 2 3 4; with --bytes 1 to 8")
+    parser.add_argument("--steps", metavar="N", type=positive, help="steps of each way (default: 40; with --bytes 5)")
     parser.add_argument("--preset", default="digits", help="preset whose training steps to time (default: digits)")
     parser.add_argument(
-        "--elements", metavar="N", type=int, help="with --bytes: size of the gradients (default: that of block94)"
+        "--elements",
+        metavar="N",
+        type=partial(count, least=1, most=999_999_999),
+        help="with --bytes: size of the gradients (default: that of block94)",
     )
     args = parser.parse_args()
     if args.table:
         print_table()
         return DONE
+    config.load(args.preset, None, [])  # raises UserError
     importlib.import_module("torch._dynamo")  # takes seconds, and would otherwise be imported in every rank
     # in a new process, because an ordinary user may create namespaces only from a process with one thread
     process = _FORK.Process(target=_run, args=(args,))

@@ -9,26 +9,31 @@ them. With --tests each clone then runs `tests/run.sh`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import arguments
 from benchmarks.table import append, command, measured_on, spread, table
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
+from dist_train.errors import DONE
 from dist_train.runs.layout import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _DONE = re.compile(r"setup: (.*?)(?: into .*)?: done in ([0-9.]+) s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("setup", __doc__)
     parser.add_argument("--tests", action="store_true", help="also run the tests")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=positive, default=1)
+    arguments.add_out(parser)
     args, trainer = parser.parse_known_args()
     rows: dict[str, list[dict[str, float]]] = {"empty": [], "warm": []}
     for _ in range(args.rounds):
@@ -50,6 +55,7 @@ def main() -> None:
     print(text)
     if args.out:
         append(args.out, text)
+    return DONE
 
 
 def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str, float]:
@@ -97,4 +103,4 @@ def _round(clone: Path, home: Path, trainer: list[str], tests: bool) -> dict[str
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

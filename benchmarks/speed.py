@@ -41,15 +41,18 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import arguments
 from benchmarks.table import measured_on, publish, quartiles, spread, table
 from benchmarks.turns import EnoughError, Pacer, Program, Step, take_turns
 from dist_train import config, data_prep
+from dist_train.command_line import Parser, positive
+from dist_train.command_line import command as answers_bad_input
 from dist_train.data.batches import Data, Microbatch
 from dist_train.data.dataset import manifest, prepare
 from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.launcher import ranks_per_node
 from dist_train.distributed.ranks import join_ranks
-from dist_train.errors import UserError, say
+from dist_train.errors import DONE, UserError
 from dist_train.model.shapes import shapes
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
@@ -215,22 +218,20 @@ def commit_of(clone: Path) -> str:
     return f"{clone.resolve().name} at {commit or 'no commit'}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = arguments.parser("speed", __doc__)
     parser.add_argument("--airbench", metavar="DIR", type=Path, help="clone of cifar10-airbench")
     parser.add_argument("--hiverge", metavar="DIR", type=Path, help="clone of cifar10-speedrun")
     parser.add_argument("--preset", default="block94", help="of our training (default: block94)")
     parser.add_argument("--short", action="store_true", help="print the last line only; 2 steps, and 1 to warm up")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of each kind to count (default: 10)")
-    parser.add_argument("--warm-up", metavar="N", type=int, help="steps of each kind before (default: 2, on a GPU 5)")
-    parser.add_argument("--turn", metavar="N", type=int, default=1, help="steps in one turn (default: 1)")
+    parser.add_argument("--steps", metavar="N", type=positive, help="steps of each kind to count (default: 10)")
+    parser.add_argument(
+        "--warm-up", metavar="N", type=positive, help="steps of each kind before (default: 2, on a GPU 5)"
+    )
+    parser.add_argument("--turn", metavar="N", type=positive, default=1, help="steps in one turn (default: 1)")
     parser.add_argument("--compile-peer", action="store_true", help="add a row with the peer's own torch.compile")
     parser.add_argument("--peer-as-is", action="store_true", help="add a row as the peer's README starts it")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="append the table to this file")
+    arguments.add_out(parser)
     parser.add_argument(
         "--one-rank", action="store_true", help="add a row of ours on one rank with a thread for each core"
     )
@@ -240,13 +241,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+@answers_bad_input
+def main() -> int:
     args = _parser().parse_intermixed_args()
     if args.ours:
         run_rank(args)
         sys.stdout.flush()
         os._exit(0)  # as dist_train.main does
     settings = config.load(args.preset, None, args.settings)
+    scripts(args)  # raises UserError where one is missing
     device = "cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu"
     channels = prepare(settings.data).image_shape[2]  # writes the betons where they are missing
     for smaller in settings.data.smaller:  # raises UserError for images that the network cannot take
@@ -264,15 +267,12 @@ def main() -> None:
     line = one_line(started, args.preset, rate)
     if args.short:
         print(line)
-        return
+        return DONE
     clones = [commit_of(clone) for clone in (args.airbench, args.hiverge) if clone]
     conditions = measured_on(torch.device(device), cores, *clones)
     publish("benchmarks.speed", conditions, f"{table(_HEADER, rows(started))}\n\n{line}", args.out)
+    return DONE
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, data_prep.DataError) as error:
-        say(str(error))
-        sys.exit(2)
+    sys.exit(main())

@@ -19,6 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import arguments
+from dist_train.command_line import command as answers_bad_input
+from dist_train.command_line import positive
+from dist_train.config.arguments import parser as trainer_parser
+from dist_train.config.arguments import resolve
+from dist_train.errors import DONE
+
 PARTS = {
     "launcher": "until the rank's process starts: torchrun",
     "imports": "Python, torch, this package",
@@ -33,17 +40,19 @@ PARTS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+@answers_bad_input
+def main() -> int:
+    parser = arguments.parser("startup", __doc__)
+    parser.add_argument("--ranks", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--out", type=Path)
+    arguments.add_out(parser)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args, trainer = parser.parse_known_args()
     if args.child:
         _child(args.child, trainer)
-        return
+        return DONE
+    resolve(trainer_parser().parse_intermixed_args(trainer))  # raises UserError
     rows: list[dict[str, float]] = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +70,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = measured_on(device, os.cpu_count() or 1)
     publish("benchmarks.startup", f"{kind} caches, n = {args.rounds}; {conditions}", markdown, args.out)
+    return DONE
 
 
 def _start(folder: Path, ranks: int, cold: bool, trainer: list[str]) -> dict[str, float]:
@@ -148,4 +158,4 @@ def _child(out: Path, trainer: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

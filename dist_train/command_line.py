@@ -32,11 +32,11 @@ MOST = 100_000  # more than any count of a command: pictures in a batch, nodes, 
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of `dist-train NAME`. description: the module's docstring, shown unchanged."""
+    """The parser of `dist-train NAME`, or of `prog`. description: the module's docstring, shown unchanged."""
 
-    def __init__(self, name: str, description: str | None, **options: Any) -> None:
+    def __init__(self, name: str, description: str | None, prog: str | None = None, **options: Any) -> None:
         super().__init__(
-            prog=f"dist-train {name}",
+            prog=prog or f"dist-train {name}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -192,10 +192,11 @@ def _close_output() -> None:
     os.close(null)
 
 
-def count(text: str, least: int = 0) -> int:
-    """The type of an argument that is a whole number from `least` to MOST. Raises argparse.ArgumentTypeError."""
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {MOST}")
+def count(text: str, least: int = 0, most: int = MOST) -> int:
+    """The type of an argument that is a whole number from `least` to `most`, which has at most nine digits. Raises
+    argparse.ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {most}")
     return int(text)
 
 

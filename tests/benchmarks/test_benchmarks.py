@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment, trainer
@@ -103,3 +105,53 @@ def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:
     *_, line = (tmp_path / "gpu" / "report.md").read_text().splitlines()
     assert line.startswith("| block94 | out of time | ")
     assert (tmp_path / "gpu" / "block94.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("checkpoint --rounds 0", "argument --rounds: 0 is not a whole number from 1 to 100000"),
+        ("gpu --out {tmp}/gpu --limit nan", "argument --limit: nan is not a number above 0"),
+        ("gpu --out {tmp}/gpu --hiverge {tmp}/absent", "absent is not a folder; give one that exists"),
+        ("loading --rounds -1", "argument --rounds"),
+        ("loading --data {tmp}/absent", "absent/manifest.json is missing, so there is no data set there"),
+        ("loading --data {digits} --cifar10 {tmp}", "it has no folder cifar-10-batches-py"),
+        ("loading --data {digits}", "it has fewer training images than a batch, 2000; name another"),
+        ("mixing --rounds x", "argument --rounds: x is not a whole number"),
+        ("mixing --out {tmp}", "is a folder; name a file"),
+        ("operations --images 0", "argument --images: 0 is not"),
+        ("operations --size 3", "block 3: pool = 2 leaves nothing of an image of 1x1 pixels"),
+        ("operations --preset blok94", "--preset blok94: there is no such preset; did you mean block94?"),
+        ("operations --out {tmp}/absent/table.md", "absent is not a folder; make it, or name a file elsewhere"),
+        ("operations epochs=few", 'train.epochs = "few": input should be a valid number'),
+        ("peer", "the following arguments are required"),
+        ("recipe", "the following arguments are required: FILE"),
+        ("reduction --ranks 2 0", "argument --ranks: 0 is not"),
+        ("reduction --elements 0", "argument --elements: 0 is not a whole number from 1 to 999999999"),
+        ("reduction --preset blok94", "--preset blok94: there is no such preset"),
+        ("setup --rounds 0", "argument --rounds: 0 is not"),
+        ("speed --steps 0", "argument --steps: 0 is not"),
+        ("speed --turn 1.5", "argument --turn: 1.5 is not"),
+        ("speed --airbench {tmp}/absent", "airbench94_muon.py: there is no such file; give the folder of the clone"),
+        ("startup --ranks 0", "argument --ranks: 0 is not"),
+        ("startup epohcs=3", "epohcs: there is no such setting; did you mean train.epochs?"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_sentence(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    words: str,
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY)
+    name, *rest = arguments.format(tmp=tmp_path, digits=digits).split()
+    module: Any = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *rest])
+    assert module.main() == 2
+    printed, said = capsys.readouterr()
+    assert said.startswith("dist_train: ")
+    assert words in said
+    assert (printed, said.count("\n")) == ("", 1)
+    assert not any(tmp_path.iterdir())
