@@ -56,8 +56,7 @@ from dist_train import config
 from dist_train.command_line import Parser, positive
 from dist_train.command_line import command as answers_bad_input
 from dist_train.config.arguments import parser, resolve
-from dist_train.config.effects import check_effects, check_muon
-from dist_train.config.settings import check_batch
+from dist_train.config.effects import check_effects
 from dist_train.data import dataset
 from dist_train.distributed.launcher import without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, say, show
@@ -179,8 +178,6 @@ def _variant(name: str, arguments: list[str], own: list[str], width: float) -> V
     if not settings.data.holdout:
         raise UserError("data.holdout = 0: variants are compared on images that are held out; set it, such as to 5000")
     check_effects(settings, config.given(given.config, own))
-    check_muon(settings)
-    check_batch(settings.train.batch_size, settings.train.microbatches)
     scaled = {f"model.blocks.{number}": block.channels for number, block in enumerate(settings.model.blocks)}
     if settings.model.stem.kind == "conv":
         scaled["model.stem"] = settings.model.stem.channels

@@ -27,8 +27,7 @@ import psutil
 from dist_train import config, data_prep
 from dist_train.command_line import survive_output, use_utf8
 from dist_train.config.arguments import default_run_dir, parser, resolve
-from dist_train.config.effects import check_effects, check_muon
-from dist_train.config.settings import check_batch
+from dist_train.config.effects import check_effects
 from dist_train.data import dataset
 from dist_train.distributed.launcher import check_world_size, first_of_node, has_driver, launched_as
 from dist_train.errors import (
@@ -117,7 +116,6 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
     """The configuration and the run folder, after every check that needs only these. Raises UserError."""
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
-    check_batch(settings.train.batch_size, settings.train.microbatches)
     run_dir = args.run_dir or default_run_dir(name, settings)
     try:
         config.check_folder(run_dir, settings)
@@ -125,7 +123,6 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
     if not is_run(run_dir):
         check_effects(settings, config.given(args.config, args.settings))
-    check_muon(settings)
     dataset.check(settings.data)
     resolved(settings.record)  # raises UserError for what W&B does not accept
     return settings, run_dir

@@ -35,7 +35,7 @@ from dist_train import config
 from dist_train.command_line import Parser, command, count, positive
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
-from dist_train.config.effects import check_effects, check_muon
+from dist_train.config.effects import check_effects
 from dist_train.distributed.launcher import gpus_here
 from dist_train.errors import DONE, FAILED, UserError, say, show
 from dist_train.files import write_atomic
@@ -362,7 +362,6 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     for member, arguments in named:
         given = trainer_parser().parse_intermixed_args(arguments)
         _, settings = resolve(given)
-        check_muon(settings)
         if not layout.is_run(folder / member):
             check_effects(settings, config.given(given.config, given.settings))
         if (same := first.setdefault(repr(settings), member)) != member:

@@ -9,8 +9,6 @@ from typing import Any
 from dist_train.config.settings import Config, Group
 from dist_train.errors import UserError
 
-_GROUPS = ("norms", "mixing", "output", "stem")  # of parameters that are not kernels
-
 
 def check_effects(config: Config, given: Iterable[str]) -> None:
     """Raises UserError for a setting that was given, differs from its default, and has no effect beside the others.
@@ -24,16 +22,6 @@ def check_effects(config: Config, given: Iterable[str]) -> None:
             place, value = f"{key}.{name}", getattr(table, name)
             if value != defaults[name] and any(f"{place}.".startswith(f"{part}.") for part in given):
                 raise UserError(f"{place} = {value} has no effect, since {why}; {remedy}, or remove it")
-
-
-def check_muon(config: Config) -> None:
-    """Raises UserError where Muon would optimize other parameters than kernels, which it is not defined for."""
-    for kind in _GROUPS:
-        if config.optim.group(kind)["algorithm"] == "muon":
-            raise UserError(
-                f"optim.{kind}.algorithm = muon: it is for kernels only; set optim.kernels.algorithm=muon, and "
-                f"another one for optim.{kind} or optim.default"
-            )
 
 
 def _without_effect(config: Config) -> Iterator[tuple[Any, str, tuple[str, ...], str, str]]:

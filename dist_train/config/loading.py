@@ -50,7 +50,7 @@ def presets() -> list[str]:
 
 def load(preset: str | None, file: Path | None, settings: list[str]) -> Config:
     """Resolve a configuration. settings: `key=value` with dotted keys; a key's last part alone is enough where it is
-    unambiguous. Raises UserError for anything unknown, ill-typed or out of range."""
+    unambiguous. Raises UserError for anything unknown, ill-typed or out of range, or that does not fit together."""
     tree: dict[str, Any] = {}
     if preset is not None:
         if preset not in presets():
@@ -94,9 +94,27 @@ def _checked(tree: dict[str, Any]) -> Config:
     _check_values(tree)
     try:
         # as JSON: for Python objects, pydantic's strict validation does not accept a dict for a dataclass
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+        config = TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    """Raises UserError for settings that are valid one by one, but not together."""
+    batch_size, microbatches = config.train.batch_size, config.train.microbatches
+    if batch_size % microbatches:
+        raise UserError(
+            f"train.batch_size = {batch_size} does not split into train.microbatches = {microbatches} equal parts; "
+            f"use {batch_size // microbatches * microbatches or microbatches}"
+        )
+    for kind in ("norms", "mixing", "output", "stem"):  # all parameters but kernels
+        if config.optim.group(kind)["algorithm"] == "muon":
+            raise UserError(
+                f"optim.{kind}.algorithm = muon: it is for kernels only; set optim.kernels.algorithm=muon, and "
+                f"another one for optim.{kind} or optim.default"
+            )
 
 
 def _check_values(tree: dict[str, Any]) -> None:

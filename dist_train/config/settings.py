@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from dist_train.errors import UserError
-
 _STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 # Every number has a range. The limits are far beyond what makes sense, and within what the numbers are used for:
 # integers of 32 bits, images that a beton can hold (16 bits a side), timers, float32. Whether a network of such sizes
@@ -349,15 +347,6 @@ class TrainConfig:
 def steps_in(part: float, total_steps: int) -> int:
     """The steps in a part of a run, a fraction of it: the nearest whole number."""
     return round(part * total_steps)
-
-
-def check_batch(batch_size: int, microbatches: int) -> None:
-    """Raises UserError when a global batch does not split into equal microbatches."""
-    if batch_size % microbatches:
-        raise UserError(
-            f"train.batch_size = {batch_size} does not split into train.microbatches = {microbatches} "
-            f"equal parts; use {batch_size // microbatches * microbatches or microbatches}"
-        )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_train import data_prep
-from dist_train.config.settings import DataConfig, Smaller, TrainConfig, check_batch, steps_in
+from dist_train.config.settings import DataConfig, Smaller, TrainConfig, steps_in
 from dist_train.data.augment import augment, cut_out, resize
 from dist_train.data.dataset import check_images
 from dist_train.data.loaders import Resident, Stream
@@ -103,10 +103,9 @@ class Data(Evaluated):
         manifest: data_prep.Manifest,
         ranks: Ranks,
     ) -> None:
-        """train: has the batches, the seed and the length of the run. Raises UserError when a batch does not split
-        equally, or the training set or its images are too small for the settings."""
+        """train: has the batches, the seed and the length of the run. Raises UserError when the training set or its
+        images are too small for the settings."""
         batch_size, seed = train.batch_size, train.seed
-        check_batch(batch_size, train.microbatches)
         check_images(config, manifest, batch_size)
         self.images = count = manifest.splits["train"].count
         self.config, self.manifest, self.seed = config, manifest, seed

@@ -13,7 +13,7 @@ import tomli_w
 
 from dist_train import config
 from dist_train.config import loading
-from dist_train.config.effects import check_effects, check_muon
+from dist_train.config.effects import check_effects
 from dist_train.config.settings import Select
 from dist_train.config.trees import leaves
 from dist_train.errors import UserError
@@ -304,7 +304,14 @@ def test_presets_examples_and_a_runs_own_file_have_none(tmp_path: Path) -> None:
         check_effects(config.load("block94", mine, []), config.given(mine, []))
 
 
+@pytest.mark.parametrize(("batch_size", "use"), [(250, 248), (7, 8)])
+def test_a_batch_that_does_not_split_is_refused(batch_size: int, use: int) -> None:
+    words = f"train.batch_size = {batch_size} does not split into train.microbatches = 8 equal parts; use {use}"
+    with pytest.raises(UserError, match=words):
+        config.load("digits", None, [f"batch_size={batch_size}"])
+
+
 @pytest.mark.parametrize("group", ["norms", "mixing", "output", "stem"])
 def test_muon_is_for_kernels_alone(group: str) -> None:
     with pytest.raises(UserError, match=rf"optim\.{group}\.algorithm = muon: it is for kernels only"):
-        check_muon(config.load("block94", None, [f"optim.{group}.algorithm=muon"]))
+        config.load("block94", None, [f"optim.{group}.algorithm=muon"])

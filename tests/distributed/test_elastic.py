@@ -52,7 +52,7 @@ class Training:
         return self._start(host, [*launcher, "-m", "dist_train.main", *self.arguments])
 
     def train_on(self, ranks: int) -> tuple[int, int]:
-        """Wait until that many ranks train. Returns the last step before and the one that they went on after."""
+        """Wait until that many ranks train. Returns the last step before and the one that they resumed after."""
         before = len(self._starts())
         last = 0
 
@@ -78,7 +78,7 @@ class Training:
         return self.network.start(host, command, cwd=REPOSITORY, env=env, log=self.log)
 
     def _starts(self) -> list[tuple[int, int]]:
-        """The number of ranks and the step that they went on after, for each time that training was started."""
+        """The number of ranks and the step that they resumed after, for each time that training was started."""
         rows = map(json.loads, self._lines("history.jsonl"))
         return [(row["world_size"], row["step"]) for row in rows if row["event"] == "start"]
 

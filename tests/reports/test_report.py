@@ -360,7 +360,7 @@ def test_percent_is_written_in_one_way(browser: Browser, group_page: Path) -> No
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_tables_and_commands_are_whole(browser: Browser, group_page: Path, width: int) -> None:
-    """A table that goes on beyond the page says so; commands do not, and are copied by a button."""
+    """A table that is wider than the page says so; commands do not, and are copied by a button."""
     with Opened(browser, group_page, viewport={"width": width, "height": 800}) as opened:
         page = opened.page
         opened.context.grant_permissions(["clipboard-read", "clipboard-write"])

@@ -389,7 +389,7 @@ def test_the_machine_and_test_images_are_sent_unless_they_are_to_stay_here(tmp_p
 
 
 def test_sync_gives_the_online_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
-    """Of a run that was preempted, moved, and went on."""
+    """Of a run that was preempted, moved, and resumed."""
     for mode in ("online", "offline"):
         monkeypatch.setenv("WANDB_MODE", mode)
         before, run_dir = tmp_path / f"{mode} before", tmp_path / mode
