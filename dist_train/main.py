@@ -46,7 +46,7 @@ from dist_train.errors import (
     shortage,
     unusable,
 )
-from dist_train.model.shapes import check_training
+from dist_train.model.shapes import check_training, image_shapes
 from dist_train.runs.layout import is_run
 from dist_train.tracking.variables import resolved
 
@@ -117,15 +117,21 @@ def _checked(args: argparse.Namespace) -> tuple[config.Config, Path]:
     name, settings = resolve(args)
     check_world_size(settings.train.microbatches)
     run_dir = args.run_dir or default_run_dir(name, settings)
+    check_run(settings, run_dir, config.given(args.config, args.settings))
+    dataset.check(settings.data)
+    return settings, run_dir
+
+
+def check_run(settings: config.Config, run_dir: Path, given: list[str]) -> None:
+    """Raises UserError for settings that a run in this folder cannot have. given: those that were given, see
+    `config.given`."""
     try:
         config.check_folder(run_dir, settings)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another folder") from None
     if not is_run(run_dir):
-        check_effects(settings, config.given(args.config, args.settings))
-    dataset.check(settings.data)
+        check_effects(settings, given)
     resolved(settings.record)  # raises UserError for what W&B does not accept
-    return settings, run_dir
 
 
 def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]:
@@ -137,15 +143,12 @@ def _prepared(settings: config.Config) -> tuple[bool, data_prep.Manifest | None]
     if first_of_node():
         manifest = dataset.prepare(data)
         dataset.check_images(data, manifest, settings.train.batch_size)
-        height, width, channels = manifest.image_shape
         memory = psutil.virtual_memory().total
         # that of a GPU is known only to torch
         activations = math.inf if settings.train.device != "cpu" and has_driver() else memory
-        sizes = [(height, width), *((smaller.size, smaller.size) for smaller in data.smaller)]
-        sizes += {settings.train.select.image_size(*size) for size in sizes} - {*sizes}
-        for size in sizes:
-            images, classes = manifest.splits["test"].count, len(manifest.classes)
-            check_training(settings, (channels, *size), classes, images, memory, activations)
+        images, classes = manifest.splits["test"].count, len(manifest.classes)
+        for shape in image_shapes(settings, manifest.image_shape):
+            check_training(settings, shape, classes, images, memory, activations)
         return waited, manifest
     start, reported = time.monotonic(), os.environ["LOCAL_RANK"] != "1"
     while not dataset.is_written(data):

@@ -31,16 +31,18 @@ from typing import Any
 import submitit
 import yaml
 
-from dist_train import config
+from dist_train import config, data_prep
 from dist_train.command_line import Parser, command, count, positive
 from dist_train.config.arguments import parser as trainer_parser
 from dist_train.config.arguments import resolve
-from dist_train.config.effects import check_effects
+from dist_train.data import dataset
 from dist_train.distributed.launcher import gpus_here
 from dist_train.errors import DONE, FAILED, UserError, say, show
 from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
+from dist_train.main import check_run
+from dist_train.model.shapes import image_shapes, shapes
 from dist_train.reports import table
 from dist_train.runs import layout
 from dist_train.runs.run import Run
@@ -359,11 +361,12 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
     _check_names(folder, [member for member, _ in named])
     trainings = []
     first: dict[str, str] = {}  # the member that has given settings
+    manifests: dict[Any, data_prep.Manifest] = {}
     for member, arguments in named:
         given = trainer_parser().parse_intermixed_args(arguments)
         _, settings = resolve(given)
-        if not layout.is_run(folder / member):
-            check_effects(settings, config.given(given.config, given.settings))
+        check_run(settings, folder / member, config.given(given.config, given.settings))
+        _check_data(settings, local, manifests)
         if (same := first.setdefault(repr(settings), member)) != member:
             raise UserError(
                 f"--sweep, --grid, --seeds: {same} and {member} have the same settings; give each setting in one of "
@@ -387,6 +390,22 @@ def _plan(named: Sequence[tuple[str, list[str]]], options: Options, local: bool,
         candidates = cluster.check(str(sbatch.get("partition", "")), nodes, gpus, cpus, limit)
         cluster.check_shared(folder, candidates)
     return _Plan(trainings, (folder / "slurm").absolute(), sbatch, local, at_most)
+
+
+def _check_data(settings: config.Config, local: bool, manifests: dict[Any, data_prep.Manifest]) -> None:
+    """Raises UserError for settings that do not fit the data set, where its betons can be seen from here: a job on a
+    cluster may see another disk. manifests: those of the betons that have been checked, which takes time."""
+    data = settings.data
+    if local:
+        dataset.check(data)
+    if not dataset.is_written(data):
+        return
+    key = data.dataset, data.folder, data.source_folder, data.image_size, data.drop_equal
+    manifest = manifests.get(key) or dataset.manifest(data)
+    manifests[key] = manifest
+    dataset.check_images(data, manifest, settings.train.batch_size)
+    for shape in image_shapes(settings, manifest.image_shape):
+        shapes(settings.model, shape)
 
 
 def _check_names(folder: Path, members: Sequence[str]) -> None:

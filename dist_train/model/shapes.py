@@ -28,6 +28,16 @@ def padding_of(conv: Convolution, where: str = "convolution") -> int:
     return reach // 2
 
 
+def image_shapes(config: Config, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """The (C, H, W) of all images that a run gives its network: whole ones, smaller ones, and those that it selects by.
+
+    image_shape: (H, W, C) of the data set's images."""
+    height, width, channels = image_shape
+    sizes = [(height, width), *((smaller.size, smaller.size) for smaller in config.data.smaller)]
+    sizes += [config.train.select.image_size(*size) for size in sizes]
+    return [(channels, *size) for size in dict.fromkeys(sizes)]
+
+
 def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """The (C, H, W) of the input of block 1, and of the output of every block.
 

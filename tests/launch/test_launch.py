@@ -147,6 +147,11 @@ REFUSED_OPTIONS: list[tuple[list[str], str]] = [
     (["--job-name", "x" * 300], "is too long for a file's name"),
     (["--grid", f"project={'x' * 300},y"], "is too long for a file's name"),
     (["--partition", ""], "an empty argument"),
+    # what the training would refuse
+    (["batch_size=250"], "train.batch_size = 250 does not split into train.microbatches = 8"),
+    (["optim.norms.algorithm=muon"], "optim.norms.algorithm = muon: it is for kernels only"),
+    (["data.dataset=cats"], "data.dataset = cats: there is no such data set"),
+    (["wandb=offline", "project=a/b"], "record.project = a/b: a W&B project has"),
 ]
 
 
@@ -164,6 +169,46 @@ def test_options_are_checked_before_anything_begins(
     assert (out, told.count("\n")) == ("", 1)
     assert sentence in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("translate=40", "data.translate = 40 shifts images of 32x32 pixels out of sight"),
+        ("holdout=1400", "need more than the 1437 training images of digits"),
+        ("model.blocks.0.convolutions=[{},{padding=0}]", "block 1, convolution 2 gives images of 14x14 pixels"),
+        ("data.smaller=[{size=3,until=0.5}]", "leaves nothing of an image"),
+        ("data.dataset=cifar10", "holds digits, but data.dataset = cifar10"),
+    ],
+)
+@pytest.mark.parametrize("local", [["--local"], []])
+def test_what_does_not_fit_the_betons_is_refused_before_anything_begins(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    local: list[str],
+    settings: str,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([*local, "--preset", "digits", f"data.dir={digits}", settings]) == 2
+    out, told = capsys.readouterr()
+    assert (out, told.count("\n")) == ("", 1)
+    assert sentence in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_other_settings_and_a_folder_below_a_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(config.to_toml(config.load("digits", None, ["seed=1"])))
+    assert submit.main(["--local", "--preset", "digits", "--run-dir", "run"]) == 2
+    assert "--run-dir run belongs to a run with another train.seed" in capsys.readouterr().err
+    assert submit.main(["--local", "--preset", "digits", "--run-dir", "run/config.toml/below"]) == 2
+    assert "--run-dir run/config.toml/below: cannot be written" in capsys.readouterr().err
 
 
 def test_an_array_without_members() -> None:
