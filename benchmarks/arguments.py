@@ -32,14 +32,6 @@ def _table_file(text: str) -> Path:
     return path
 
 
-def folder(text: str) -> Path:
-    """The type of a folder that exists. Raises argparse.ArgumentTypeError."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder; give one that exists")
-    return path
-
-
 def positive_float(text: str) -> float:
     """The type of a number above zero. Raises argparse.ArgumentTypeError."""
     try:

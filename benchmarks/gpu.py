@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import arguments
 from benchmarks.table import append, row
 from dist_train.command_line import command as answers_bad_input
-from dist_train.errors import DONE
+from dist_train.errors import DONE, UserError
 from dist_train.runs.run import Run
 
 SEEDS = 3
@@ -62,10 +62,12 @@ def main() -> int:
     parser = arguments.parser("gpu", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
-    parser.add_argument("--airbench", type=arguments.folder)
-    parser.add_argument("--hiverge", type=arguments.folder)
+    parser.add_argument("--airbench", type=Path)
+    parser.add_argument("--hiverge", type=Path)
     parser.add_argument("--limit", type=arguments.positive_float, default=570, help="seconds in all (default: 570)")
     args = parser.parse_args()
+    if absent := [clone for clone in (args.airbench, args.hiverge) if clone and not clone.is_dir()]:
+        raise UserError(f"{absent[0]} is not a folder; give the folder of the clone")
     args.out.mkdir(parents=True, exist_ok=True)
     report, end = args.out / "report.md", time.monotonic() + args.limit
     header = ["what", "exit code", "seconds", "test accuracy", "with TTA", "training, s", "images/s", "MFU", "weights"]

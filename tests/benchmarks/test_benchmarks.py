@@ -112,7 +112,7 @@ def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:
     [
         ("checkpoint --rounds 0", "argument --rounds: 0 is not a whole number from 1 to 100000"),
         ("gpu --out {tmp}/gpu --limit nan", "argument --limit: nan is not a number above 0"),
-        ("gpu --out {tmp}/gpu --hiverge {tmp}/absent", "absent is not a folder; give one that exists"),
+        ("gpu --out {tmp}/gpu --hiverge {tmp}/absent", "absent is not a folder; give the folder of the clone"),
         ("loading --rounds -1", "argument --rounds"),
         ("loading --data {tmp}/absent", "absent/manifest.json is missing, so there is no data set there"),
         ("loading --data {digits} --cifar10 {tmp}", "it has no folder cifar-10-batches-py"),
