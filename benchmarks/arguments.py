@@ -16,10 +16,10 @@ def parser(name: str, description: str | None) -> Parser:
 
 def add_out(to: argparse.ArgumentParser) -> None:
     """Add the argument --out."""
-    to.add_argument("--out", metavar="FILE", type=_table_file, help="append the table to this file")
+    to.add_argument("--out", metavar="FILE", type=table_file, help="append the table to this file")
 
 
-def _table_file(text: str) -> Path:
+def table_file(text: str) -> Path:
     """The type of a file to append to, which is checked before hours of measuring. Raises
     argparse.ArgumentTypeError."""
     path = Path(text)

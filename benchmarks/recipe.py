@@ -341,7 +341,9 @@ def _parser() -> Parser:
     parser.add_argument("file", metavar="FILE", type=Path, help="the recipe, a TOML file")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the runs (default: runs/NAME_OF_FILE)")
     parser.add_argument("--ranks", metavar="N", type=positive, help="ranks of a run (default: all GPUs, or else cores)")
-    parser.add_argument("--results", metavar="FILE", type=Path, help="append the table here (default: DIR/results.md)")
+    parser.add_argument(
+        "--results", metavar="FILE", type=arguments.table_file, help="append the table here (default: DIR/results.md)"
+    )
     parser.add_argument("settings", metavar="key=value", nargs="*", help="settings of all variants over those of FILE")
     return parser
 

@@ -126,6 +126,7 @@ def test_gpu_reports_a_command_that_ran_out_of_time(tmp_path: Path) -> None:
         ("operations epochs=few", 'train.epochs = "few": input should be a valid number'),
         ("peer", "the following arguments are required"),
         ("recipe", "the following arguments are required: FILE"),
+        ("recipe mine.toml --results {tmp}/absent/table.md", "absent is not a folder; make it"),
         ("reduction --ranks 2 0", "argument --ranks: 0 is not"),
         ("reduction --elements 0", "argument --elements: 0 is not a whole number from 1 to 999999999"),
         ("reduction --preset blok94", "--preset blok94: there is no such preset"),
