@@ -38,6 +38,7 @@ from dist_train.distributed.device import DTYPES, keep_memory
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import DONE
 from dist_train.model.network import BlockNetwork
+from dist_train.model.shapes import shapes
 from dist_train.training.loop import State, TrainStep
 
 _ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty_strided")
@@ -197,6 +198,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     settings = config.load(args.preset, None, args.settings)
+    shapes(settings.model, (3, args.size, args.size))  # raises UserError
     conditions = f"{args.preset}; {measured_on(torch.device('cpu'), 1)}"
     if args.seconds:
         parts = seconds(settings, args.images, args.size, args.seconds)

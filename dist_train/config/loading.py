@@ -225,15 +225,28 @@ def difference(first: Config, second: Config) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
 
 
+def _of_run(path: Path) -> Config:
+    """The configuration in the file of a run. Raises UserError."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or name another --run-dir"
+        ) from None
+    except ValueError as error:  # of a UserError too, the remedy is dropped: nobody wrote this file by hand
+        raise UserError(
+            f"{path} is damaged, or of another version ({str(error).partition(';')[0]}); restore the original file, or "
+            f"name another --run-dir"
+        ) from None
+
+
 def check_folder(run_dir: Path, settings: Config) -> None:
     """Raises UserError when a run folder belongs to a run with other settings that the final weights depend on, and
     OSError when the folder cannot be read or created."""
     check_path("--run-dir", run_dir)
     path = run_dir / FILE
     if path.exists():
-        if differing := [
-            key for key in difference(settings, _checked(of_this_version(read_toml(path)))) if key not in _EFFECTS
-        ]:
+        if differing := [key for key in difference(settings, _of_run(path)) if key not in _EFFECTS]:
             raise UserError(
                 f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
                 f"give the settings it was started with, or another folder"

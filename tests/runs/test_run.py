@@ -16,6 +16,7 @@ from dist_train import config, errors
 from dist_train.__main__ import main
 from dist_train.errors import UserError
 from dist_train.launch import submit
+from dist_train.main import main as train
 from dist_train.model.network import BlockNetwork, weights_digest
 from dist_train.runs import checkpoint, layout
 from dist_train.runs.checkpoint import Checkpoint, DataDescription
@@ -199,7 +200,19 @@ def test_a_damaged_file_is_one_sentence(
     assert main(arguments) == errors.BAD_INPUT
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith(f"dist_train: {path}")
-    assert sentence.endswith(", or omit this run")
+    assert sentence.endswith((", or omit this run", ", or name another --run-dir"))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_run_whose_configuration_is_damaged_is_not_resumed(
+    group: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    path = group / "seed0" / layout.SETTINGS
+    damage(path, how)
+    assert train(["--preset", "digits", "--run-dir", str(path.parent)]) == errors.BAD_INPUT
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"dist_train: {path}")
+    assert sentence.endswith(", or name another --run-dir")
 
 
 @pytest.mark.parametrize(
