@@ -61,7 +61,7 @@ from dist_train.data import dataset
 from dist_train.distributed.launcher import without_launcher
 from dist_train.errors import BAD_INPUT, DONE, FAILED, PREEMPTED, UserError, say, show
 from dist_train.launch.node import JobNode, as_name, local_ranks, start_ranks
-from dist_train.model.shapes import image_shapes, shapes
+from dist_train.model.shapes import check_shapes
 from dist_train.reports.markdown import literal, table
 from dist_train.reports.statistics import interval, spread
 from dist_train.runs.run import Run
@@ -204,11 +204,10 @@ def _check(path: Path, variants: list[Variant]) -> None:
             )
         manifest = dataset.prepare(data)
         dataset.check_images(data, manifest, settings.train.batch_size)
-        for shape in image_shapes(settings, manifest.image_shape):
-            try:
-                shapes(settings.model, shape)
-            except UserError as error:
-                raise UserError(f"{path}: variant {variant.name}: {error}") from None
+        try:
+            check_shapes(settings, manifest.image_shape)
+        except UserError as error:
+            raise UserError(f"{path}: variant {variant.name}: {error}") from None
         for seed, folder in variant.folders.items():
             _, of_seed = resolve(parser().parse_intermixed_args([*variant.arguments, f"seed={seed}"]))
             config.check_folder(folder, of_seed)

@@ -53,7 +53,7 @@ from dist_train.distributed.device import DTYPES, matrix_rate
 from dist_train.distributed.launcher import ranks_per_node
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import DONE, UserError
-from dist_train.model.shapes import image_shapes, shapes
+from dist_train.model.shapes import check_shapes
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
 from dist_train.training.run_writer import Writer
@@ -251,9 +251,7 @@ def main() -> int:
     settings = config.load(args.preset, None, args.settings)
     scripts(args)  # raises UserError where one is missing
     device = "cuda" if settings.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    betons = prepare(settings.data)  # writes them where they are missing
-    for shape in image_shapes(settings, betons.image_shape):  # raises UserError for those that the network cannot take
-        shapes(settings.model, shape)
+    check_shapes(settings, prepare(settings.data).image_shape)  # writes the betons where they are missing
     args.steps = args.steps or (2 if args.short else 10)
     args.warm_up = args.warm_up or (5 if device == "cuda" else 1 if args.short else 2)
     cores = len(os.sched_getaffinity(0))

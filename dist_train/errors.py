@@ -8,6 +8,7 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
 # Exit codes. PREEMPTED is EX_TEMPFAIL of sysexits.h: the same command resumes the run.
@@ -74,6 +75,16 @@ class LostPeerError(ConnectionError):
 
 class DeviceError(Exception):
     """The GPU of a rank failed. The message names the rank and the GPU."""
+
+
+def damaged(path: Path, why: str, remedy: str = "omit this run") -> UserError:
+    """The error for a file of a run whose contents are not valid. why: the reason, in words."""
+    return UserError(f"{path} is damaged, or of another version ({why}); restore the original file, or {remedy}")
+
+
+def unreadable(path: Path, error: OSError, remedy: str = "omit this run") -> UserError:
+    """The error for a file of a run that cannot be read."""
+    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or {remedy}")
 
 
 def needs_memory(error: BaseException) -> bool:

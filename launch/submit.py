@@ -42,7 +42,7 @@ from dist_train.files import write_atomic
 from dist_train.launch import cluster
 from dist_train.launch.node import Training, as_name
 from dist_train.main import check_run
-from dist_train.model.shapes import image_shapes, shapes
+from dist_train.model.shapes import check_shapes
 from dist_train.reports import table
 from dist_train.runs import layout
 from dist_train.runs.run import Run
@@ -404,8 +404,7 @@ def _check_data(settings: config.Config, local: bool, manifests: dict[Any, data_
     manifest = manifests.get(key) or dataset.manifest(data)
     manifests[key] = manifest
     dataset.check_images(data, manifest, settings.train.batch_size)
-    for shape in image_shapes(settings, manifest.image_shape):
-        shapes(settings.model, shape)
+    check_shapes(settings, manifest.image_shape)
 
 
 def _check_names(folder: Path, members: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from dist_train.command_line import check_path, is_text
 from dist_train.config.earlier import of_this_version
 from dist_train.config.settings import Config, Effect, OptimConfig
 from dist_train.config.trees import leaves
-from dist_train.errors import UserError
+from dist_train.errors import UserError, damaged, unreadable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -225,19 +225,14 @@ def difference(first: Config, second: Config) -> list[str]:
     return sorted(key for key in a.keys() | b.keys() if a.get(key, ...) != b.get(key, ...))
 
 
-def _of_run(path: Path) -> Config:
-    """The configuration in the file of a run. Raises UserError."""
+def read_run(path: Path, remedy: str) -> Config:
+    """The configuration in the file of a run. remedy: what to do but restore the file. Raises UserError."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); make it readable, or name another --run-dir"
-        ) from None
+        raise unreadable(path, error, remedy) from None
     except ValueError as error:  # of a UserError too, the remedy is dropped: nobody wrote this file by hand
-        raise UserError(
-            f"{path} is damaged, or of another version ({str(error).partition(';')[0]}); restore the original file, or "
-            f"name another --run-dir"
-        ) from None
+        raise damaged(path, str(error).partition(";")[0], remedy) from None
 
 
 def check_folder(run_dir: Path, settings: Config) -> None:
@@ -246,7 +241,9 @@ def check_folder(run_dir: Path, settings: Config) -> None:
     check_path("--run-dir", run_dir)
     path = run_dir / FILE
     if path.exists():
-        if differing := [key for key in difference(settings, _of_run(path)) if key not in _EFFECTS]:
+        if differing := [
+            key for key in difference(settings, read_run(path, "name another --run-dir")) if key not in _EFFECTS
+        ]:
             raise UserError(
                 f"--run-dir {run_dir} belongs to a run with another {', '.join(differing)}; "
                 f"give the settings it was started with, or another folder"

@@ -38,6 +38,13 @@ def image_shapes(config: Config, image_shape: tuple[int, int, int]) -> list[tupl
     return [(channels, *size) for size in dict.fromkeys(sizes)]
 
 
+def check_shapes(config: Config, image_shape: tuple[int, int, int]) -> None:
+    """Raises UserError for an architecture that cannot be built for all images of a run. image_shape: (H, W, C) of the
+    data set's."""
+    for shape in image_shapes(config, image_shape):
+        shapes(config.model, shape)
+
+
 def shapes(config: ModelConfig, image_shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """The (C, H, W) of the input of block 1, and of the output of every block.
 

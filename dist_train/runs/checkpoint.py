@@ -18,10 +18,10 @@ from torch import Tensor
 from dist_train.config.trees import leaves
 from dist_train.data_prep import Manifest
 from dist_train.data_prep.files import sha256_of
-from dist_train.errors import UserError, first_line, reason, say
+from dist_train.errors import UserError, first_line, reason, say, unreadable
 from dist_train.files import remove_partial, write_atomic
 from dist_train.runs import layout
-from dist_train.runs.contents import read_checksum, unreadable
+from dist_train.runs.contents import read_checksum
 from dist_train.runs.environment import Environment
 
 REMEDY = "name a checkpoint, a run folder or an exported model.safetensors"

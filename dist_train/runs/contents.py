@@ -12,11 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, ValidationError, model_validator
 
-from dist_train.errors import UserError
+from dist_train.errors import damaged, unreadable
 from dist_train.runs.layout import EVALUATION, MEMBERS, SUMMARY, checksum_path
-
-_REMEDY = "restore the original file, or omit this run"
-
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Amount = Annotated[float, Field(ge=0)]
@@ -177,16 +174,6 @@ class _Event(_Checked):
 
 _LINES: TypeAdapter[Any] = TypeAdapter(Annotated[_StepLine | _EvalLine | _WeightsLine, Field(discriminator="kind")])
 _EVENTS: TypeAdapter[Any] = TypeAdapter(_Event)
-
-
-def damaged(path: Path, why: str) -> UserError:
-    """The error for a file of a run whose contents are not valid. why: the reason, in words."""
-    return UserError(f"{path} is damaged, or of another version ({why}); {_REMEDY}")
-
-
-def unreadable(path: Path, error: OSError) -> UserError:
-    """The error for a file of a run that cannot be read."""
-    return UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or omit this run")
 
 
 def exists(path: Path) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 from dist_train import config
 from dist_train.config.settings import Config
 from dist_train.config.trees import leaves
-from dist_train.errors import UserError
+from dist_train.errors import UserError, damaged, unreadable
 from dist_train.runs import layout
-from dist_train.runs.contents import damaged, exists, read_evaluation, read_members, read_summary, unreadable
+from dist_train.runs.contents import exists, read_evaluation, read_members, read_summary
 from dist_train.runs.history import read_history
 from dist_train.runs.metrics import Row, read_digests, read_metrics
 
@@ -59,13 +59,7 @@ class Run:
     @cached_property
     def settings(self) -> Config:
         """The configuration. The run must have begun."""
-        path = self.folder / layout.SETTINGS
-        try:
-            return config.parse(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except ValueError as error:  # of a UserError too, the remedy is dropped: nobody wrote this file by hand
-            raise damaged(path, str(error).partition(";")[0]) from None
+        return config.read_run(self.folder / layout.SETTINGS, "omit this run")
 
     @property
     def name(self) -> str:
