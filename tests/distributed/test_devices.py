@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 from conftest import TINY, trainer
 from peers import run_ranks
 
-from dist_train.distributed.device import Place, check_places, choose_place, of_device
+from dist_train.distributed.device import Place, check_places, choose_place, matrix_rate, of_device
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import UserError, needs_memory, shortage
 from dist_train.main import main
@@ -155,3 +157,18 @@ def test_errors_of_memory_and_of_devices() -> None:
         assert of_device(error)
         assert not needs_memory(error)
     assert not of_device(RuntimeError("NCCL error in: x.cpp:7, unhandled cuda error"))  # perhaps of a peer
+
+
+def test_other_work_on_a_core_does_not_lower_the_rate_of_its_matrix_products() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of this thread and the process that it starts
+    try:
+        alone = matrix_rate(torch.device("cpu"), torch.float32)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                shared = matrix_rate(torch.device("cpu"), torch.float32)
+            finally:
+                other.kill()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert shared > 0.7 * alone
