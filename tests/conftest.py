@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests/run.sh runs two files at a time
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests/run.sh runs several files at a time
 import forked
 
 REPOSITORY = Path(__file__).parent.parent
@@ -31,8 +31,8 @@ SUMMARY: dict[str, Any] = {
 }
 needs_ffcv = pytest.mark.skipif(not find_spec("ffcv"), reason="ffcv is not installed")
 # the test files that take longest run first, so that the workers of tests/run.sh end at about the same time
-LONGEST = ["slurm", "interruption", "output", "train", "first_contact", "heartbeat", "elastic", "faults", "cifar10"]
-LONGEST += ["wandb", "recipe", "selection"]
+LONGEST = ["slurm", "interruption", "train", "output", "golden", "elastic", "first_contact", "heartbeat", "faults"]
+LONGEST += ["wandb", "selection", "benchmarks", "image_folder", "report", "cifar10", "recipe", "sweep", "install"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,4 +10,5 @@ unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile this projec
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # much of the time is waiting, for Slurm above all
+# more workers than the two cores that the tests are made for: much of their time is waiting, for Slurm above all
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
