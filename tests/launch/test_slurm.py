@@ -66,12 +66,35 @@ class Lab:
         assert diff([str(run_dir), str(self.undisturbed)]) == 0
 
 
+# Read by every Python that is started with its folder in PYTHONPATH. The ranks of a small network then take a time for
+# a training that depends little on the machine, and hardly any of the processor's.
+SLOW = """
+import sys
+if "dist_train.main" in sys.orig_argv[:5] and "torch.distributed.run" not in sys.orig_argv:
+    import time
+    from dist_train.training.optimizers import Optimizers
+    step = Optimizers.step
+    def slow(self, scaler):
+        time.sleep({seconds})
+        return step(self, scaler)
+    Optimizers.step = slow
+"""
+
+
+def slowed(folder: Path, seconds: float) -> str:
+    """PYTHONPATH with a new folder, whose `sitecustomize.py` makes each step of a rank so much longer."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.fixture(scope="module")
 def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("slurm")
     (folder / ".venv").symlink_to(Path(sys.prefix))
     common = ["--preset", "digits", f"data.dir={digits}", "record.wandb=disabled", "record.quiet=true"]
     common += ["train.device=cpu", "batch_size=128", "precision=fp32"]
+    common += [f"model.{part}.channels=8" for part in ("stem", "blocks.0", "blocks.1")]
     long = [*common, "train.epochs=15", "every_steps=20"]
     undisturbed = folder / "undisturbed"
     assert trainer(*long, "--run-dir", undisturbed).returncode == 0
@@ -80,6 +103,7 @@ def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
             patch.delenv(name, raising=False)
         for name, value in (cluster.environment | {"OMP_NUM_THREADS": "1"}).items():
             patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", slowed(folder / "slow", 0.07))
         patch.chdir(folder)
         yield Lab(cluster, folder, common, long, undisturbed)
 
@@ -100,17 +124,6 @@ def left_behind(run_dir: Path) -> list[str]:
 
 
 # read by every Python that is started with its folder in PYTHONPATH
-SLOW = """
-import sys
-if sys.orig_argv[1:3] == ["-m", "dist_train.main"]:  # the only rank of a job, which has no launcher
-    import time
-    from dist_train.training.optimizers import Optimizers
-    step = Optimizers.step
-    def slow(self, scaler):
-        time.sleep(0.3)
-        return step(self, scaler)
-    Optimizers.step = slow
-"""
 FAILING = """
 import os
 if os.environ.get("RANK") == "1":
@@ -126,11 +139,9 @@ if os.environ.get("RANK") == "1":
 
 
 @pytest.fixture(scope="module")
-def limited(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
+def limited(lab: Lab) -> str:
     """A job that meets its time limit, while the other tests run: Slurm's limits are whole minutes."""
-    slow = tmp_path_factory.mktemp("slow")
-    (slow / "sitecustomize.py").write_text(SLOW)
-    return lab.sbatch(["--time=2", "--signal=USR1@75"], lab.long, PYTHONPATH=str(slow))
+    return lab.sbatch(["--time=2", "--signal=USR1@75"], lab.long, PYTHONPATH=slowed(lab.folder / "slower", 0.35))
 
 
 def test_sbatch_on_two_nodes(lab: Lab, limited: str) -> None:
