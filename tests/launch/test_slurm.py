@@ -66,8 +66,8 @@ class Lab:
         assert diff([str(run_dir), str(self.undisturbed)]) == 0
 
 
-# Read by every Python that is started with its folder in PYTHONPATH. The ranks of a small network then take a time for
-# a training that depends little on the machine, and hardly any of the processor's.
+# Read by every Python that is started with its folder in PYTHONPATH. Makes the steps of a rank wait: a training of a
+# small network then lasts about as long on every machine, and uses little processor time.
 SLOW = """
 import sys
 if "dist_train.main" in sys.orig_argv[:5] and "torch.distributed.run" not in sys.orig_argv:
