@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import re
@@ -158,7 +157,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of two square matrices of `dtype` on this rank: the fastest of ten products.
 
     On a CPU the time is that of the processor, which other work on the machine hardly changes."""
-    seconds = math.inf
     for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
         a = torch.randn(size, size, device=device, dtype=dtype)
         product = torch.empty_like(a)

@@ -66,28 +66,6 @@ class Lab:
         assert diff([str(run_dir), str(self.undisturbed)]) == 0
 
 
-# Read by every Python that is started with its folder in PYTHONPATH. Makes the steps of a rank wait: a training of a
-# small network then lasts about as long on every machine, and uses little processor time.
-SLOW = """
-import sys
-if "dist_train.main" in sys.orig_argv[:5] and "torch.distributed.run" not in sys.orig_argv:
-    import time
-    from dist_train.training.optimizers import Optimizers
-    step = Optimizers.step
-    def slow(self, scaler):
-        time.sleep({seconds})
-        return step(self, scaler)
-    Optimizers.step = slow
-"""
-
-
-def slowed(folder: Path, seconds: float) -> str:
-    """PYTHONPATH with a new folder, whose `sitecustomize.py` makes each step of a rank so much longer."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
-    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 @pytest.fixture(scope="module")
 def lab(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("slurm")
@@ -123,7 +101,19 @@ def left_behind(run_dir: Path) -> list[str]:
     return [line for line in shown.splitlines() if str(run_dir) in line and "dist_train" in line]
 
 
-# read by every Python that is started with its folder in PYTHONPATH
+# Both are read by every Python that is started with their folder in PYTHONPATH. The first makes the steps of a rank
+# wait: a training of a small network then lasts about as long on every machine, and uses little processor time.
+SLOW = """
+import sys
+if "dist_train.main" in sys.orig_argv[:5] and "torch.distributed.run" not in sys.orig_argv:
+    import time
+    from dist_train.training.optimizers import Optimizers
+    step = Optimizers.step
+    def slow(self, scaler):
+        time.sleep({seconds})
+        return step(self, scaler)
+    Optimizers.step = slow
+"""
 FAILING = """
 import os
 if os.environ.get("RANK") == "1":
@@ -136,6 +126,13 @@ if os.environ.get("RANK") == "1":
         return step(self, scaler)
     Optimizers.step = fail
 """
+
+
+def slowed(folder: Path, seconds: float) -> str:
+    """PYTHONPATH with a new folder, whose `sitecustomize.py` makes each step of a rank so much longer."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SLOW.format(seconds=seconds))
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="module")
