@@ -40,6 +40,7 @@ from dist_train.errors import DONE
 from dist_train.model.network import BlockNetwork
 from dist_train.model.shapes import shapes
 from dist_train.training.loop import State, TrainStep
+from dist_train.training.schedule import Kind
 
 _ALLOCATIONS = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty_strided")
 # these are views wherever the layout allows it, without being marked so
@@ -111,7 +112,8 @@ def _microbatch(step: TrainStep) -> Iterator[tuple[BlockNetwork, Operations]]:
     """A copy of a step's network, which DDP does not wrap, and the operations in this context."""
     network = copy.deepcopy(step.state.model)
     network.zero_grad(set_to_none=True)
-    with step.autocast, network.kernels_cast(DTYPES[step.settings.precision]), Operations() as operations:
+    dtype = DTYPES[step.settings.precision]
+    with step.autocast, network.kernels_cast([k.to(dtype) for k in network.kernels]), Operations() as operations:
         yield network, operations
 
 
@@ -124,7 +126,7 @@ def count(settings: Config, images: int = 4, size: int = 32, classes: int = 10) 
         with Operations() as whole:
             step(batches)
         with _microbatch(step) as (network, pass_):
-            step.forward_backward(network, batches[0], images, stem_learns=False)
+            step.forward_backward(network, batches[0], Kind(size, size, False, images, images))
         parts["forward and backward pass of a microbatch"] = pass_.by_name
         with Operations() as update:
             step.state.optimizers.step(step.state.scaler)
@@ -149,7 +151,7 @@ def seconds(settings: Config, images: int, size: int, rounds: int, classes: int 
             whole = time.perf_counter() - begin
             with _microbatch(step) as (network, pass_):
                 for batch in batches:
-                    step.forward_backward(network, batch, images, stem_learns=False)
+                    step.forward_backward(network, batch, Kind(size, size, False, images, images))
             begin = time.perf_counter()
             step.state.optimizers.step(step.state.scaler)
             update = time.perf_counter() - begin
@@ -180,7 +182,8 @@ def _forward_on_gpu(settings: Config, images: int, shape: tuple[int, int, int], 
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
-            with torch.no_grad(), model.kernels_cast(dtype), forward:
+            casts = [kernel.to(dtype) for kernel in model.kernels]
+            with torch.no_grad(), model.kernels_cast(casts), forward:
                 model(batch, stem_learns=False)
         finally:
             torch.set_autocast_enabled("cuda", False)

@@ -57,9 +57,9 @@ from dist_train.model.shapes import check_shapes
 from dist_train.signals import StopRequest
 from dist_train.training.loop import State, train
 from dist_train.training.run_writer import Writer
+from dist_train.training.schedule import kinds
 from dist_train.training.selection import Selection
 from dist_train.training.train import build_model
-from dist_train.training.warm_up import Kind, kinds
 
 PEERS = {"block96": "airbench96_faster.py"}  # for all other presets: airbench94_muon.py
 _ROOT = Path(__file__).resolve().parent.parent
@@ -71,14 +71,14 @@ class PacedData(Data):
     numbers of steps before and while they are counted."""
 
     pacer: Pacer
-    kind: Kind
+    label: str
     warm_up: int
     counted: int
 
     def steps(self, first: int) -> Iterator[list[Microbatch]]:
         steps = super().steps(first)
         for number in range(self.warm_up + self.counted):
-            self.pacer.step(self.kind.label if number >= self.warm_up else None)
+            self.pacer.step(self.label if number >= self.warm_up else None)
             yield next(steps)
         self.pacer.close()
         raise EnoughError
@@ -103,17 +103,16 @@ def run_rank(args: argparse.Namespace) -> None:
         data.pacer, data.warm_up = Pacer(args.ours, args.name, ranks.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)
         flops = 0
-        for kind in schedule:
-            image_flops = model.training_flops(*data.image_size(kind.first), optimizers.learns("stem", kind.first))
-            images = selection.kept(kind.first) * t.microbatches
-            flops += kind.count * (images * image_flops + selection.flops(kind.first))
-        data.pacer.plan({kind.label: kind.count for kind in schedule}, turns * len(schedule), flops)
-        for kind in schedule:
-            data.kind, data.counted = kind, min(args.steps, kind.count - args.warm_up - 1)
+        for kind, steps in schedule:
+            image_flops = model.training_flops(kind.height, kind.width, kind.stem_learns)
+            flops += len(steps) * (kind.kept * t.microbatches * image_flops + selection.flops(steps.start))
+        data.pacer.plan({kind.label: len(steps) for kind, steps in schedule}, turns * len(schedule), flops)
+        for kind, steps in schedule:
+            data.label, data.counted = kind.label, min(args.steps, len(steps) - args.warm_up - 1)
             if data.counted < 1:
-                raise UserError(f"{kind.count} steps of the kind {kind.label} are too few to be measured")
+                raise UserError(f"{len(steps)} steps of the kind {kind.label} are too few to be measured")
             state = new()
-            state.step = kind.first
+            state.step = steps.start
             with contextlib.suppress(EnoughError):
                 train(settings, data, ranks, state, Writer(), StopRequest())
         data.pacer.done()

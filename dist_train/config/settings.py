@@ -329,6 +329,9 @@ class TrainConfig:
     """`bf16` or `fp16` autocast, with weights in fp32; or `fp32` throughout."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    cuda_graphs: Annotated[bool, FREE] = True
+    """On a GPU record the kernels of a microbatch once, as CUDA graphs, and replay them: the same bits in a fraction of
+    the time. Takes the memory of up to four microbatches at a time."""
     deterministic: bool = True
     """Deterministic kernels, and fixed choices of cuDNN and cuBLAS, as bit-identity requires. TF32 is always off."""
     threads: Annotated[int, Field(ge=1, le=1024), DRIFTING] = 1

@@ -9,7 +9,7 @@ ranks (the idea of EasyScale, SC 2023, and VirtualFlow, 2022, made exact).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -134,6 +134,7 @@ class FixedOrderSum:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.sums = self._subtrees()
+        self.flat: Tensor | None = None  # the sum of gradients that were computed without DDP
 
     @contextmanager
     def microbatch(self, index: int) -> Iterator[MicrobatchGradient]:
@@ -153,15 +154,38 @@ class FixedOrderSum:
                     raise RuntimeError("a parameter took no part in the loss")
                 grads.append(parameter.grad)
                 parameter.grad = None
-            gradient.add(_largest(grads))
+            gradient.add(largest(grads))
             self.sums.push(0, self.slots[index], grads)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a gradient, (numbers of all parameters,), in the shapes and strides of the parameters."""
+        return _views(flat, self.parameters)
+
+    def add(self, index: int, gradient: Tensor) -> None:
+        """Add the gradient of this rank's microbatch number `index`, (numbers of all parameters,) float32, which was
+        computed without DDP, and which this overwrites. After that of the last microbatch the sum is complete."""
+        if index == 0:
+            self.sums = self._subtrees()
+        self.sums.push(0, self.slots[index], [gradient])
+        if index < len(self.slots) - 1:
+            return
+        rows = [row for _, _, (row,) in self.sums.nodes]
+        if self.ranks.world_size > 1:
+            total: torch.futures.Future[Tensor] = torch.futures.Future(devices=_devices(gradient))
+            self.exchanges.append(_BucketExchange(self.ranks, self.pieces, rows, total))
+            self._finish()
+        if self.flat is None:
+            self.flat = torch.empty_like(gradient)
+            for parameter, part in zip(self.parameters, self.views(self.flat), strict=True):
+                parameter.grad = part
+        self.flat.copy_(rows[-1])
 
     def _subtrees(self) -> Subtrees[list[Tensor]]:
         return Subtrees(self.microbatches, _add_to_right)
 
     def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         flat, parameters = bucket.buffer(), bucket.parameters()
-        self.gradient.add(_largest([flat]))
+        self.gradient.add(largest([flat]))
         positions = [self.position[id(parameter)] for parameter in parameters]
         subtrees = self._subtrees()
         subtrees.nodes = [(level, node, [sums[i] for i in positions]) for level, node, sums in self.sums.nodes]
@@ -169,8 +193,7 @@ class FixedOrderSum:
         rows = [torch.empty_like(flat) for _ in subtrees.nodes[:-1]]
         for row, (_, _, sums) in zip(rows, subtrees.nodes, strict=False):
             torch._foreach_copy_(_views(row, parameters), sums)
-        devices = [flat.device] if flat.is_cuda else None
-        total: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        total: torch.futures.Future[Tensor] = torch.futures.Future(devices=_devices(flat))
         if self.ranks.world_size == 1:
             total.set_result(flat)
             return total
@@ -247,7 +270,12 @@ def _swap(outgoing: list[tuple[int, Tensor]], incoming: list[tuple[int, Tensor]]
     return works
 
 
-def _largest(gradients: list[Tensor]) -> Tensor:
+def _devices(tensor: Tensor) -> list[int | str | torch.device] | None:
+    """The devices of a future of a tensor."""
+    return [tensor.device] if tensor.is_cuda else None
+
+
+def largest(gradients: list[Tensor]) -> Tensor:
     """The largest magnitude, a scalar on the device; NaN if there is one."""
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(gradients, torch.inf)).max()
@@ -261,7 +289,7 @@ def _add_to_right(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
     return right
 
 
-def _views(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def _views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """A bucket's content as tensors of its parameters' shapes and strides; bucket.gradients() would wrongly treat
     every gradient as contiguous."""
     slices = flat.split([parameter.numel() for parameter in parameters])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -247,18 +247,26 @@ class BlockNetwork(nn.Module):
             if isinstance(module, BatchNorm):
                 module.train()
 
+    @property
+    def kernels(self) -> list[Tensor]:
+        """The weights of the convolutions of all blocks."""
+        return [kernel for block in self._mixed() for kernel in block.kernels]
+
     @contextmanager
-    def kernels_cast(self, dtype: torch.dtype) -> Iterator[None]:
-        """A context in which the blocks' kernels are cast to `dtype`, that of the autocast, once instead of in every
-        forward pass. The weights must not change in it."""
-        blocks = [block for block in self.blocks if isinstance(block, MixedBlock)]
-        for block in blocks:
-            block.cast_kernels = [weight.to(dtype) for weight in block.kernels]
+    def kernels_cast(self, kernels: Sequence[Tensor]) -> Iterator[None]:
+        """A context in which the blocks take `kernels`, those of the property `kernels` cast to the autocast's dtype,
+        and so need not cast them in every forward pass. The weights must not change in it."""
+        remaining = iter(kernels)
+        for block in self._mixed():
+            block.cast_kernels = [*itertools.islice(remaining, len(block.kernels))]
         try:
             yield
         finally:
-            for block in blocks:
+            for block in self._mixed():
                 block.cast_kernels = None
+
+    def _mixed(self) -> list[MixedBlock]:
+        return [block for block in self.blocks if isinstance(block, MixedBlock)]
 
     def training_flops(self, height: int, width: int, stem_learns: bool) -> int:
         """Floating-point operations of the forward and backward pass of one image of that size in pixels."""

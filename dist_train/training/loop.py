@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from dist_train.config.settings import Config, TrainConfig
 from dist_train.data.batches import Data, Microbatch
 from dist_train.distributed.device import DTYPES, autocast
-from dist_train.distributed.gradient_sum import FixedOrderSum
+from dist_train.distributed.gradient_sum import FixedOrderSum, largest
 from dist_train.distributed.ranks import Ranks
 from dist_train.model.network import BlockNetwork
 from dist_train.randomness import derive
 from dist_train.runs.checkpoint import Checkpoint
 from dist_train.signals import StopRequest
 from dist_train.training.batch_norm import measure_statistics
+from dist_train.training.cuda_graphs import MicrobatchGraphs
 from dist_train.training.evaluation import evaluate
 from dist_train.training.optimizers import Optimizers
 from dist_train.training.run_writer import Writer
-from dist_train.training.schedule import Schedule
+from dist_train.training.schedule import Kind, Schedule, kind_of, kinds
 from dist_train.training.selection import LastLosses, Selection
 from dist_train.training.step_log import StepLog, StepMetrics
 
@@ -46,8 +47,9 @@ class State:
     @classmethod
     def start(cls, config: Config, model: BlockNetwork, total_steps: int, images: int) -> State:
         """The state before the first step. model: on this rank's device. images: in the training set."""
-        optimizers, select = Optimizers(model, config.optim, total_steps), config.train.select
-        device = next(model.parameters()).device
+        device, select = next(model.parameters()).device, config.train.select
+        graphs = config.train.cuda_graphs and device.type == "cuda"
+        optimizers = Optimizers(model, config.optim, total_steps, graphs)
         scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         losses = LastLosses(images, device) if select.fraction < 1 and select.losses == "last" else None
         return cls(model, optimizers, scaler, losses=losses)
@@ -126,46 +128,84 @@ class TrainStep:
     """One optimizer step: this rank's microbatches forward and backward, the sum of all gradients, the update."""
 
     def __init__(self, settings: TrainConfig, data: Data, ranks: Ranks, state: State) -> None:
+        """On a GPU, with `train.cuda_graphs`, the kinds of steps from `state.step` on are recorded."""
         self.settings, self.data, self.state = settings, data, state
         sizes = 1 + len(data.config.smaller)  # of images
         # each with and without the stem's gradient, on all images or selected ones, trained on or selected from
-        network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
-        self.gradients = FixedOrderSum(ranks, network, settings.microbatches)
+        self.network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
+        self.gradients = FixedOrderSum(ranks, self.network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
-        # compiled code casts weights where it reads them
-        cast = partial(state.model.kernels_cast, DTYPES[settings.precision])
-        self.kernels_cast: Callable[[], AbstractContextManager[None]] = nullcontext if settings.compile else cast
         self.flops = cache(state.model.training_flops)
-        self.selection = Selection(settings, data, state.model, network, state.losses)
+        self.selection = Selection(settings, data, state.model, self.network, state.losses)
+        self.casts: list[Tensor] = []  # the kernels in the autocast's dtype, as graphs read them
+        self.graphs: MicrobatchGraphs | None = None
+        if settings.cuda_graphs and ranks.on_gpu:
+            if settings.precision != "fp32" and not settings.compile:
+                dtype = DTYPES[settings.precision]
+                self.casts = [kernel.detach().to(dtype).requires_grad_() for kernel in state.model.kernels]
+            self.graphs = self._recorded(ranks.device)
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
         """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
         settings, state = self.settings, self.state
         rate = state.optimizers.set_rates(state.step)
-        stem_learns = state.optimizers.learns("stem", state.step)
-        images = self.selection.kept(state.step) * settings.microbatches
-        parts = []
-        with self.autocast, self.kernels_cast():  # around all microbatches, so that weights are cast once a step
-            for index, whole in enumerate(microbatches):
-                batch = self.selection(whole, state.step)
-                # dropout draws from torch's global generator, so this makes it independent of the ranks
-                torch.manual_seed(derive(settings.seed, "microbatch", state.step, batch.slot))
-                with self.gradients.microbatch(index) as gradient:
-                    loss, correct = self.forward_backward(self.gradients.ddp, batch, images, stem_learns)
-                parts.append(torch.stack((loss.double(), correct.double(), gradient.largest.double())))
+        kind = kind_of(state.step, self.data, state.optimizers, self.selection)
+        parts = self._replayed(microbatches, kind) if self.graphs else self._launched(microbatches, kind)
         norm = state.optimizers.step(state.scaler)
-        flops = images * self.flops(*self.data.image_size(state.step), stem_learns)
-        flops += self.selection.flops(state.step)
+        images = kind.kept * settings.microbatches
+        flops = images * self.flops(kind.height, kind.width, kind.stem_learns) + self.selection.flops(state.step)
         state.step += 1
         return StepMetrics(torch.stack(parts), norm, rate, images, flops)
 
+    def _launched(self, microbatches: list[Microbatch], kind: Kind) -> list[Tensor]:
+        """Run the microbatches through DDP. Returns the metrics of each, as StepMetrics has them, and leaves the sum of
+        all gradients in every parameter's `grad`."""
+        parts = []
+        with self.autocast, self._kernels_cast():  # around all microbatches, so that weights are cast once a step
+            for index, whole in enumerate(microbatches):
+                batch = self.selection(whole, self.state.step)
+                self._seed_dropout(batch)
+                with self.gradients.microbatch(index) as gradient:
+                    loss, correct = self.forward_backward(self.gradients.ddp, batch, kind)
+                parts.append(torch.stack((loss.double(), correct.double(), gradient.largest.double())))
+        return parts
+
+    def _replayed(self, microbatches: list[Microbatch], kind: Kind) -> list[Tensor]:
+        """The same as `_launched`, by CUDA graphs."""
+        assert self.graphs is not None
+        parts = []
+        if self.casts:
+            with torch.no_grad():
+                torch._foreach_copy_(self.casts, self.state.model.kernels)
+        self.graphs.begin()
+        for index, batch in enumerate(microbatches):
+            self._seed_dropout(batch)
+            gradient, metrics = self.graphs(index, kind, batch)
+            self.gradients.add(index, gradient)
+            parts.append(metrics)
+        return parts
+
+    def _seed_dropout(self, batch: Microbatch) -> None:
+        # dropout draws from torch's global generator, so this makes it independent of the ranks
+        torch.manual_seed(derive(self.settings.seed, "microbatch", self.state.step, batch.slot))
+
+    def _kernels_cast(self) -> AbstractContextManager[None]:
+        if self.settings.compile:  # compiled code casts weights where it reads them
+            return nullcontext()
+        dtype = DTYPES[self.settings.precision]
+        return self.state.model.kernels_cast([kernel.to(dtype) for kernel in self.state.model.kernels])
+
     def forward_backward(
-        self, network: nn.Module, batch: Microbatch, images: int, stem_learns: bool
+        self,
+        network: nn.Module,
+        batch: Microbatch,
+        kind: Kind,
+        backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> tuple[Tensor, Tensor]:
-        """One microbatch forward and backward, inside the step's autocast. images: of the global batch, by which the
-        loss is divided. Returns its summed loss, float32, and the number of correct images, int64: scalars on the
-        device."""
-        logits: Tensor = network(batch.images, stem_learns)
+        """One microbatch forward and backward, inside the step's autocast. backward: given the objective, a scalar,
+        computes its gradients. Returns the summed loss, float32, and the number of correct images, int64: scalars on
+        the device."""
+        logits: Tensor = network(batch.images, kind.stem_learns)
         with torch.autocast(logits.device.type, enabled=False):
             cross_entropy = partial(F.cross_entropy, label_smoothing=self.settings.label_smoothing)
             if self.state.losses:
@@ -174,8 +214,40 @@ class TrainStep:
                 loss = losses.sum()
             else:
                 loss = cross_entropy(logits.float(), batch.labels, reduction="sum")
-            self.state.scaler.scale(loss / images).backward()
+            backward(self.state.scaler.scale(loss / (kind.kept * self.settings.microbatches)))
         return loss.detach(), (logits.argmax(1) == batch.labels).sum()
+
+    def _recorded(self, device: torch.device) -> MicrobatchGraphs:
+        """The microbatches of all kinds of steps that are left, as CUDA graphs. Leaves the state as it is."""
+        state, data, config = self.state, self.data, self.state.model.config
+        # graphs that run at the same time would read the same seed
+        dropout = config.output.dropout or any(block.dropout for block in config.blocks)
+        numbers = sum(parameter.numel() for parameter in self.gradients.parameters)
+        graphs = MicrobatchGraphs(device, numbers, at_once=1 if dropout else len(self.gradients.slots))
+        kept = [tensor.clone() for tensor in state.losses.tensors] if state.losses else []
+        for kind, steps in kinds(data, state.optimizers, self.selection, state.step):
+            images = torch.zeros(kind.size, state.model.channels, kind.height, kind.width, device=device)
+            labels = torch.arange(kind.size, device=device)
+            batch = Microbatch(0, images.to(memory_format=torch.channels_last), torch.zeros_like(labels), labels)
+            graphs.record(kind, batch, partial(self._without_ddp, kind, steps.start))
+        if state.losses:
+            torch._foreach_copy_(state.losses.tensors, kept)
+        return graphs
+
+    def _without_ddp(self, kind: Kind, step: int, batch: Microbatch, gradient: Tensor, metrics: Tensor) -> None:
+        """One microbatch of a step, whose flat gradient and metrics are written into the last two arguments."""
+        model, parameters = self.state.model, self.gradients.parameters
+
+        def backward(objective: Tensor) -> None:
+            grads = torch.autograd.grad(objective, [*parameters, *self.casts], allow_unused=True)
+            of_casts = dict(zip(map(id, model.kernels), grads[len(parameters) :], strict=False))
+            pairs = zip(parameters, grads, strict=False)
+            whole = [of_casts[id(parameter)] if grad is None else grad for parameter, grad in pairs]
+            torch._foreach_copy_(self.gradients.views(gradient), whole)
+
+        with self.autocast, model.kernels_cast(self.casts) if self.casts else nullcontext():
+            loss, correct = self.forward_backward(self.network, self.selection(batch, step), kind, backward)
+        metrics.copy_(torch.stack((loss.double(), correct.double(), largest([gradient]).double())))
 
 
 def _compiled(model: BlockNetwork, settings: TrainConfig, variants: int) -> nn.Module:

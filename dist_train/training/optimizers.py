@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import OptimConfig, steps_in
 from dist_train.model.network import parameter_kind
+from dist_train.training.cuda_graphs import Replayed
 
 
 def factor(config: OptimConfig, progress: float) -> float:
@@ -51,8 +52,10 @@ class Muon(torch.optim.Optimizer):
     layer. Kernels of one shape are orthogonalised together, since a step of a GPU is bound by the number of operations.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float, cuda_graphs: bool = False) -> None:
+        """cuda_graphs: replay the orthogonalisation of parameters on a GPU, two thirds of a step's operations."""
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.orthogonalise = Replayed(_orthogonalised) if cuda_graphs else _orthogonalised
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -69,7 +72,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, gradients)
             nesterov = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
-            updates = _orthogonalised(nesterov)
+            updates = self.orthogonalise(nesterov)
             norms = torch._foreach_norm(kernels)
             torch._foreach_div_(norms, [len(kernel) ** 0.5 for kernel in kernels])
             torch._foreach_div_(kernels, norms)
@@ -96,7 +99,7 @@ def _as_kernels(stacks: list[Tensor]) -> list[Tensor]:
 class Optimizers:
     """The optimizers of one network, with learning rates that are a function of the step alone."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, cuda_graphs: bool = False) -> None:
         self.config, self.total_steps = config, total_steps
         kinds: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
@@ -107,7 +110,7 @@ class Optimizers:
             settings = config.group(kind)
             settings |= {"params": parameters, "peak": settings["lr"], "kind": kind}
             algorithms.setdefault(settings.pop("algorithm"), []).append(settings)
-        self.all = [_build(algorithm, groups) for algorithm, groups in sorted(algorithms.items())]
+        self.all = [_build(algorithm, groups, cuda_graphs) for algorithm, groups in sorted(algorithms.items())]
 
     def set_rates(self, step: int) -> float:
         """Set every group's learning rate for the step after `step` finished ones. Returns that of the kernels."""
@@ -156,9 +159,9 @@ class Optimizers:
                     raise ValueError("the state of an optimizer has other shapes than the weights")
 
 
-def _build(algorithm: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _build(algorithm: str, groups: list[dict[str, Any]], cuda_graphs: bool) -> torch.optim.Optimizer:
     if algorithm == "muon":
-        return Muon(groups, lr=0.0, momentum=0.0)
+        return Muon(groups, lr=0.0, momentum=0.0, cuda_graphs=cuda_graphs)
     if algorithm == "sgd":
         for group in groups:
             group["nesterov"] = group["momentum"] > 0

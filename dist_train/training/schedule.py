@@ -1,11 +1,15 @@
-"""What is due after each step (exchange, digest, evaluation, checkpoint): a function of configuration and step."""
+"""The kind of each step, and what is due after it (exchange, digest, evaluation, checkpoint): functions of the
+configuration and the step."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from dist_train.config.settings import Config
 from dist_train.data.batches import Data
+from dist_train.training.optimizers import Optimizers
+from dist_train.training.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -53,3 +57,37 @@ class Schedule:
 def _every(interval: int, step: int) -> bool:
     """Whether something is due after `step` that happens every `interval` steps; 0 is never."""
     return interval > 0 and step % interval == 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the operations of a step depend on. height, width: of the images in pixels. kept, size: the images of a
+    microbatch that are trained on, and all of them."""
+
+    height: int
+    width: int
+    stem_learns: bool
+    kept: int
+    size: int
+
+    @property
+    def label(self) -> str:
+        """The kind in words."""
+        stem = "learns" if self.stem_learns else "fixed"
+        return f"{self.height}x{self.width}, stem {stem}" + f", {self.kept} of {self.size}" * (self.kept < self.size)
+
+
+def kind_of(step: int, data: Data, optimizers: Optimizers, selection: Selection) -> Kind:
+    """The kind of the step after `step` finished ones."""
+    return Kind(*data.image_size(step), optimizers.learns("stem", step), selection.kept(step), data.size)
+
+
+def kinds(data: Data, optimizers: Optimizers, selection: Selection, start: int = 0) -> list[tuple[Kind, range]]:
+    """The kinds of the steps from `start` to the last, counted from 0, in order, and which steps those are."""
+    result: list[tuple[Kind, range]] = []
+    for kind, steps in itertools.groupby(
+        range(start, data.total_steps), lambda step: kind_of(step, data, optimizers, selection)
+    ):
+        first, *rest = steps
+        result.append((kind, range(first, first + 1 + len(rest))))
+    return result

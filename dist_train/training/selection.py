@@ -38,9 +38,15 @@ class LastLosses:
         self.values = torch.full((count,), torch.inf, device=device)
         self.own = torch.zeros(count, dtype=torch.bool, device=device)  # of this rank since the last exchange
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that `record` changes."""
+        return [self.values, self.own]
+
     def record(self, indices: Tensor, losses: Tensor) -> None:
         """Set the losses, (n,), of the images of a microbatch."""
-        self.values[indices], self.own[indices] = losses.float(), True
+        self.values[indices] = losses.float()
+        self.own.index_fill_(0, indices, True)
 
     def exchange(self, ranks: Ranks) -> None:
         """Give every rank the losses that others have recorded since the last exchange. All ranks must call it."""

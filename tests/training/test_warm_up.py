@@ -17,6 +17,7 @@ from dist_train.model.network import weights_digest
 from dist_train.training import warm_up
 from dist_train.training.loop import State, TrainStep
 from dist_train.training.optimizers import Optimizers
+from dist_train.training.schedule import Kind, kinds
 from dist_train.training.selection import Selection
 from dist_train.training.train import build_model
 
@@ -31,9 +32,9 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
     t = loaded.train
     ran: list[tuple[int, int, bool]] = []
 
-    def forward_backward(self: TrainStep, network: torch.nn.Module, batch: Microbatch, n: int, learns: bool) -> object:
-        ran.append((*batch.images.shape[::2], learns))
-        return original(self, network, batch, n, learns)
+    def forward_backward(self: TrainStep, network: torch.nn.Module, batch: Microbatch, kind: Kind) -> object:
+        ran.append((*batch.images.shape[::2], kind.stem_learns))
+        return original(self, network, batch, kind)
 
     original, TrainStep.forward_backward = TrainStep.forward_backward, forward_backward  # type: ignore
     with join_ranks("cpu", 1, True, 60) as ranks:
@@ -43,7 +44,7 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
         state = State(model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         before = weights_digest(model)
         selection = Selection(t, data, model, model, None)
-        labels = [kind.label for kind in warm_up.kinds(data, optimizers, selection, start=4)]
+        labels = [kind.label for kind, _ in kinds(data, optimizers, selection, start=4)]
         state.step = 4
         assert warm_up.warm_up(loaded, data, ranks, state) > 0
         kept = [tensor for o in optimizers.all for values in o.state.values() for tensor in values]
