@@ -150,6 +150,18 @@ def set_arithmetic(deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+@contextmanager
+def written_once() -> Iterator[None]:
+    """A context for writes to indices of which none occurs twice: they are exact without the sorting of deterministic
+    kernels, which launches thirteen on a GPU."""
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
 _LONG_ENOUGH = 0.01  # seconds of one matrix product; larger ones have about the same rate
 
 

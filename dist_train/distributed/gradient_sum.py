@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -115,26 +116,31 @@ class FixedOrderSum:
 
     def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
         """microbatches: K, the number in a global batch."""
-        self.ranks, self.microbatches = ranks, microbatches
+        self.ranks, self.model, self.microbatches = ranks, model, microbatches
         self.slots = ranks.share(microbatches)
         self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
         self.gradient = MicrobatchGradient()
         self.exchanges: list[_BucketExchange] = []
-        # no broadcast of buffers: each rank owns the BatchNorm rows of its microbatches; later torch renamed the option
-        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        with ranks.exchange():
-            self.ddp = DistributedDataParallel(
-                model,
-                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                **no_broadcast,
-            )
-        self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.sums = self._subtrees()
         self.flat: Tensor | None = None  # the sum of gradients that were computed without DDP
+
+    @cached_property
+    def ddp(self) -> DistributedDataParallel:
+        """The network in DDP, which exists once it is used: CUDA graphs cannot be recorded beside it."""
+        # no broadcast of buffers: each rank owns the BatchNorm rows of its microbatches; later torch renamed the option
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        with self.ranks.exchange():
+            ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[self.ranks.device] if self.ranks.on_gpu else None,
+                gradient_as_bucket_view=True,
+                **no_broadcast,
+            )
+        ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
+        return ddp
 
     @contextmanager
     def microbatch(self, index: int) -> Iterator[MicrobatchGradient]:

@@ -168,7 +168,12 @@ class MixedBlock(nn.Module):
         if self.config.pool == 1:
             return x
         if self.config.pool == "all":
-            return x.amax((2, 3), True) if self.config.pool_kind == "max" else x.mean((2, 3), keepdim=True)
+            if self.config.pool_kind == "avg":
+                return x.mean((2, 3), keepdim=True)
+            # The gradient of amax compares x with its maximum, and compiled code computes x anew without rounding it to
+            # bf16: none would be equal, and the gradient NaN. A pooling window keeps the position.
+            compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            return F.max_pool2d(x, x.shape[2:]) if compiled else x.amax((2, 3), True)
         pool = F.max_pool2d if self.config.pool_kind == "max" else F.avg_pool2d
         return pool(x, self.config.pool)
 

@@ -136,6 +136,8 @@ class TrainStep:
         self.gradients = FixedOrderSum(ranks, self.network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
         self.flops = cache(state.model.training_flops)
+        model = state.model.config
+        self.dropout = model.output.dropout > 0 or any(block.dropout > 0 for block in model.blocks)
         self.selection = Selection(settings, data, state.model, self.network, state.losses)
         self.casts: list[Tensor] = []  # the kernels in the autocast's dtype, as graphs read them
         self.graphs: MicrobatchGraphs | None = None
@@ -187,7 +189,8 @@ class TrainStep:
 
     def _seed_dropout(self, batch: Microbatch) -> None:
         # dropout draws from torch's global generator, so this makes it independent of the ranks
-        torch.manual_seed(derive(self.settings.seed, "microbatch", self.state.step, batch.slot))
+        if self.dropout:
+            torch.manual_seed(derive(self.settings.seed, "microbatch", self.state.step, batch.slot))
 
     def _kernels_cast(self) -> AbstractContextManager[None]:
         if self.settings.compile:  # compiled code casts weights where it reads them
@@ -219,11 +222,10 @@ class TrainStep:
 
     def _recorded(self, device: torch.device) -> MicrobatchGraphs:
         """The microbatches of all kinds of steps that are left, as CUDA graphs. Leaves the state as it is."""
-        state, data, config = self.state, self.data, self.state.model.config
-        # graphs that run at the same time would read the same seed
-        dropout = config.output.dropout or any(block.dropout for block in config.blocks)
+        state, data = self.state, self.data
         numbers = sum(parameter.numel() for parameter in self.gradients.parameters)
-        graphs = MicrobatchGraphs(device, numbers, at_once=1 if dropout else len(self.gradients.slots))
+        # graphs that run at the same time would read the same seed
+        graphs = MicrobatchGraphs(device, numbers, at_once=1 if self.dropout else len(self.gradients.slots))
         kept = [tensor.clone() for tensor in state.losses.tensors] if state.losses else []
         for kind, steps in kinds(data, state.optimizers, self.selection, state.step):
             images = torch.zeros(kind.size, state.model.channels, kind.height, kind.width, device=device)
@@ -241,9 +243,13 @@ class TrainStep:
         def backward(objective: Tensor) -> None:
             grads = torch.autograd.grad(objective, [*parameters, *self.casts], allow_unused=True)
             of_casts = dict(zip(map(id, model.kernels), grads[len(parameters) :], strict=False))
-            pairs = zip(parameters, grads, strict=False)
-            whole = [of_casts[id(parameter)] if grad is None else grad for parameter, grad in pairs]
-            torch._foreach_copy_(self.gradients.views(gradient), whole)
+            by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}  # of one dtype they are copied together
+            for view, parameter, own in zip(self.gradients.views(gradient), parameters, grads, strict=False):
+                grad = of_casts[id(parameter)] if own is None else own
+                by_dtype.setdefault(grad.dtype, []).append((view, grad))
+            for pairs in by_dtype.values():
+                views, whole = zip(*pairs, strict=True)
+                torch._foreach_copy_(views, whole)
 
         with self.autocast, model.kernels_cast(self.casts) if self.casts else nullcontext():
             loss, correct = self.forward_backward(self.network, self.selection(batch, step), kind, backward)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data, Microbatch
-from dist_train.distributed.device import autocast
+from dist_train.distributed.device import autocast, written_once
 from dist_train.distributed.ranks import Ranks, sum_integers
 from dist_train.model.network import BlockNetwork
 
@@ -45,8 +45,9 @@ class LastLosses:
 
     def record(self, indices: Tensor, losses: Tensor) -> None:
         """Set the losses, (n,), of the images of a microbatch."""
-        self.values[indices] = losses.float()
-        self.own.index_fill_(0, indices, True)
+        with written_once():
+            self.values[indices] = losses.float()
+            self.own.index_fill_(0, indices, True)
 
     def exchange(self, ranks: Ranks) -> None:
         """Give every rank the losses that others have recorded since the last exchange. All ranks must call it."""

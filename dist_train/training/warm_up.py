@@ -24,9 +24,13 @@ def warm_up(config: Config, data: Data, ranks: Ranks, state: State) -> float:
     that it took. Changes nothing: the state that is trained is the same bits with and without it."""
     begin = time.perf_counter()
     throwaway = State.start(config, copy.deepcopy(state.model), data.total_steps, data.images)
-    # CUDA graphs belong to the state that is trained; recording them begins with a first run too
+    recorded = ranks.on_gpu and config.train.cuda_graphs  # in the state that is trained, with a first run and compiled
     settings = dataclasses.replace(
-        config.train, batch_size=ranks.world_size * data.size, microbatches=ranks.world_size, cuda_graphs=False
+        config.train,
+        batch_size=ranks.world_size * data.size,
+        microbatches=ranks.world_size,
+        cuda_graphs=False,
+        compile=config.train.compile and not recorded,
     )
     step = TrainStep(settings, data, ranks, throwaway)
     generator = torch.Generator().manual_seed(0)

@@ -36,6 +36,7 @@ CASES = {
     "branches": ["model.blocks.0.norm=branch", "model.blocks.1.activate=branch", "precision=bf16"],
     "dropout": ["model.blocks.0.dropout=0.2", "model.output.hidden=[16]", "model.output.dropout=0.1"],
     "fp16": ["precision=fp16"],
+    "compiled": ["compile=true", "precision=bf16"],
 }
 
 
