@@ -88,6 +88,11 @@ def choose(
     return "kernels" if wins and _one_geometry(convolutions) else form
 
 
+def exporting() -> bool:
+    """Whether torch exports a graph. Up to torch 2.11 at least `is_exporting` is true of code that is compiled, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def gradient_needed(x: Tensor) -> bool:
     """Whether to choose a form that has the gradient of x. True in evaluation, so that it has the form of training."""
     return x.requires_grad or not torch.is_grad_enabled()
@@ -109,7 +114,7 @@ def mix(
     Raises ValueError when form is `kernels` and the kernels cannot be summed.
     """
     device = x.device.type
-    if torch.compiler.is_exporting():
+    if exporting():
         form = "outputs"
     elif form is None:
         form = choose(x.shape, convolutions, device, gradient_needed(x))
@@ -147,7 +152,7 @@ def weighted_sum(coefficients: Tensor, branches: Sequence[Tensor]) -> Tensor:
     Returns (N, C, H, W) in the branches' dtype, in channels_last.
     """
     total: Tensor
-    if torch.compiler.is_exporting():
+    if exporting():
         first, *rest = map(torch.mul, coefficients[:, :, None, None].split(1, 1), branches)
         total = sum(rest, first)
     else:
@@ -160,7 +165,7 @@ def average(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Use the returned x in place of the argument: both gradients are then added in one pass.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return x.mean((2, 3), dtype=dtype), x
     result: tuple[Tensor, Tensor] = _Average.apply(x, dtype)
     return result

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dist_train.config.settings import BatchNormConfig, Block, ModelConfig, Output
 from dist_train.errors import NotFiniteError, UserError
-from dist_train.model.mixing import Form, average, choose, gradient_needed, mix, weighted_sum
+from dist_train.model.mixing import Form, average, choose, exporting, gradient_needed, mix, weighted_sum
 from dist_train.model.shapes import flops, padding_of, shapes, training_flops
 
 _NO_VARIANCE = 1e-5  # of patches of normalised pixels: less than that of the rounding of pixels to 256 levels
@@ -80,7 +80,7 @@ class Mixing(nn.Module):
         """averages: (N, C), of the weights' dtype; where coefficients are not per image, anything of N images. Returns
         the coefficients, (N, L), of the weights' dtype."""
         # an exported graph is run without autocast, so that it needs no context to disable it
-        fp32 = nullcontext() if torch.compiler.is_exporting() else torch.autocast(averages.device.type, enabled=False)
+        fp32 = nullcontext() if exporting() else torch.autocast(averages.device.type, enabled=False)
         with fp32:
             a: Tensor = self.fc(averages) if self.per_image else self.bias.repeat(averages.shape[0], 1)
             if self.kind == "softmax":
@@ -156,7 +156,7 @@ class MixedBlock(nn.Module):
 
     def _form(self, x: Tensor) -> Form | None:
         """The form in which to mix for an input like x, chosen once; None while torch compiles or exports."""
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_compiling() or exporting():
             return None
         key = x.shape, x.device.type, gradient_needed(x)
         if key not in self._forms:
@@ -172,7 +172,7 @@ class MixedBlock(nn.Module):
                 return x.mean((2, 3), keepdim=True)
             # The gradient of amax compares x with its maximum, and compiled code computes x anew without rounding it to
             # bf16: none would be equal, and the gradient NaN. A pooling window keeps the position.
-            compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            compiled = torch.compiler.is_compiling() and not exporting()
             return F.max_pool2d(x, x.shape[2:]) if compiled else x.amax((2, 3), True)
         pool = F.max_pool2d if self.config.pool_kind == "max" else F.avg_pool2d
         return pool(x, self.config.pool)
