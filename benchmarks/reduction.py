@@ -163,7 +163,7 @@ def fixed(ranks: Ranks, work: Work, microbatches: int) -> Way:
     def step() -> None:
         for index, slot in enumerate(summed.slots):
             with summed.microbatch(index):
-                loss(summed.ddp, slot).backward()
+                loss(summed.wrap(), slot).backward()
         update()
 
     return step

@@ -33,8 +33,8 @@ PARTS = {
     "data": "betons checked and read onto the device",
     "model": "network, whitening, optimizers",
     "record": "run folder, W&B's process",
-    "DDP": "wrapping the network",
-    "warm-up": "each kind of step once, on a copy; compilation included",
+    "DDP": "wrapping the network; on a GPU recording CUDA graphs, with their compilation",
+    "warm-up": "each kind of step once, on a copy; on a CPU with its compilation",
     "first step": "its computing",
     "rest": "configuration, checks, the matrix product for MFU, exchange between ranks",
 }
@@ -136,7 +136,7 @@ def _child(out: Path, trainer: list[str]) -> None:
     for name in ("open_folder", "RunWriter"):
         timed(train, name, "record")
     timed(train, "warm_up", "warm-up")
-    timed(loop, "FixedOrderSum", "DDP")
+    timed(loop, "TrainStep", "DDP")
 
     step = recorder.Recorder.step
     begin = step_log.StepLog.__init__

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -110,8 +109,9 @@ class MicrobatchGradient:
 class FixedOrderSum:
     """Leaves in every parameter's `grad` the sum over all microbatches of all ranks, in the fixed tree.
 
-    Wraps the network in DDP. Run each of this rank's microbatches under `microbatch`; after the last one the sum is
-    complete. Each rank sums one slice of the gradient over all ranks, and sends that sum to its peers.
+    Run each of this rank's microbatches on `wrap()`, the network in DDP, under `microbatch`; or compute their gradients
+    in another way, and `add` them. After the last one the sum is complete. Each rank sums one slice of the gradient over
+    all ranks, and sends that sum to its peers.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
@@ -124,34 +124,37 @@ class FixedOrderSum:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.position = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         self.sums = self._subtrees()
+        self.ddp: DistributedDataParallel | None = None
         self.flat: Tensor | None = None  # the sum of gradients that were computed without DDP
 
-    @cached_property
-    def ddp(self) -> DistributedDataParallel:
-        """The network in DDP, which exists once it is used: CUDA graphs cannot be recorded beside it."""
-        # no broadcast of buffers: each rank owns the BatchNorm rows of its microbatches; later torch renamed the option
-        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-        no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        with self.ranks.exchange():
-            ddp = DistributedDataParallel(
-                self.model,
-                device_ids=[self.ranks.device] if self.ranks.on_gpu else None,
-                gradient_as_bucket_view=True,
-                **no_broadcast,
-            )
-        ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
-        return ddp
+    def wrap(self) -> DistributedDataParallel:
+        """The network in DDP, made at the first call. CUDA graphs of its backward pass cannot be recorded after that:
+        DDP keeps nodes of autograd, whose stream is that in which it was made."""
+        if self.ddp is None:
+            # no broadcast of buffers: each rank owns the BatchNorm rows of its microbatches; later torch renamed the
+            # option
+            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            with self.ranks.exchange():
+                self.ddp = DistributedDataParallel(
+                    self.model,
+                    device_ids=[self.ranks.device] if self.ranks.on_gpu else None,
+                    gradient_as_bucket_view=True,
+                    **no_broadcast,
+                )
+            self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
+        return self.ddp
 
     @contextmanager
     def microbatch(self, index: int) -> Iterator[MicrobatchGradient]:
         """A context around the forward and backward pass of this rank's microbatch number `index`, counted from 0.
         The MicrobatchGradient that it yields is complete after the backward pass."""
-        last = index == len(self.slots) - 1
+        ddp, last = self.wrap(), index == len(self.slots) - 1
         if index == 0:
             self.sums = self._subtrees()
-            self.ddp.zero_grad(set_to_none=True)
+            ddp.zero_grad(set_to_none=True)
         self.gradient = gradient = MicrobatchGradient()
-        with nullcontext() if last else self.ddp.no_sync():
+        with nullcontext() if last else ddp.no_sync():
             yield gradient
         if not last:
             grads = []

@@ -146,6 +146,8 @@ class TrainStep:
                 dtype = DTYPES[settings.precision]
                 self.casts = [kernel.detach().to(dtype).requires_grad_() for kernel in state.model.kernels]
             self.graphs = self._recorded(ranks.device)
+        else:
+            self.gradients.wrap()
 
     def __call__(self, microbatches: list[Microbatch]) -> StepMetrics:
         """Run the step after `state.step`, and increment that. microbatches: those of this rank, in order."""
@@ -168,7 +170,7 @@ class TrainStep:
                 batch = self.selection(whole, self.state.step)
                 self._seed_dropout(batch)
                 with self.gradients.microbatch(index) as gradient:
-                    loss, correct = self.forward_backward(self.gradients.ddp, batch, kind)
+                    loss, correct = self.forward_backward(self.gradients.wrap(), batch, kind)
                 parts.append(torch.stack((loss.double(), correct.double(), gradient.largest.double())))
         return parts
 

@@ -103,7 +103,7 @@ def sums_of_cases(seeds: list[int]) -> list[str]:
                 leaves = random_leaves(microbatches, size, seed + step)
                 for index, slot in enumerate(mine):
                     with summed.microbatch(index) as gradient:
-                        summed.ddp(leaves[slot]).backward()
+                        summed.wrap()(leaves[slot]).backward()
                     assert gradient.largest == leaves[slot].abs().max()
                 expected = by_hand(leaves).split([p.numel() for p in model.all])
                 for parameter, total in zip(model.all, expected, strict=True):
@@ -146,7 +146,7 @@ def test_gradients_of_one_rank_are_the_tree_over_its_microbatches(microbatches: 
                 expected.append(by_hand(leaves))
             for index, x in enumerate(inputs):
                 with summed.microbatch(index):
-                    summed.ddp(x).square().sum().backward()
+                    summed.wrap()(x).square().sum().backward()
             for parameter, total in zip(model.parameters(), expected, strict=True):
                 assert parameter.grad is not None
                 assert torch.equal(parameter.grad, total)
@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_own_microbatch() -> None:
         summed = FixedOrderSum(here, Given([(3,), (2, 2)]), 3)
         for index, value in enumerate((1.0, math.nan, -math.inf)):
             with summed.microbatch(index) as gradient:
-                summed.ddp(torch.full((7,), value)).backward()
+                summed.wrap()(torch.full((7,), value)).backward()
             assert str(float(gradient.largest)) == ("1.0", "nan", "inf")[index]
     torch.use_deterministic_algorithms(False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.config.settings import BatchNormConfig, Block, Convolution, ModelConfig, Output, Stem, Where
 from dist_train.errors import UserError
+from dist_train.model.mixing import exporting
 from dist_train.model.network import BatchNorm, BlockNetwork, MixedBlock, parameter_kind, whiten
 from dist_train.model.shapes import flops, shapes, training_flops
 
@@ -324,3 +325,22 @@ def test_shapes_flops_and_parameter_kinds() -> None:
 def test_impossible_architectures_are_refused_by_name(blocks: list[Block], words: str) -> None:
     with pytest.raises(UserError, match=words):
         shapes(ModelConfig(blocks=blocks), (3, 8, 8))
+
+
+def test_compiled_code_is_not_taken_for_exported_code() -> None:
+    """torch 2.11 and earlier versions say that code which they compile is exported."""
+    compiled = torch.compile(lambda x: x + exporting(), backend="eager")
+    assert compiled(torch.zeros(1)).item() == 0
+    torch.export.export(Asking(), (torch.zeros(1),))
+    assert Asking.answers[-1]
+    assert not exporting()
+
+
+class Asking(torch.nn.Module):
+    """Asks whether it is exported."""
+
+    answers: ClassVar[list[bool]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.answers.append(exporting())
+        return x + 1

@@ -84,7 +84,7 @@ def test_no_kind_falls_back_to_uncompiled_code(digits: Path, monkeypatch: pytest
             optimizers = Optimizers(model, loaded.optim, 100)
             step = TrainStep(settings, data, ranks, State(model, optimizers, torch.amp.GradScaler(enabled=False)))
             for size in sizes:
-                step.gradients.ddp(torch.zeros(4, 3, size, size), True)
+                step.gradients.wrap()(torch.zeros(4, 3, size, size), True)
     finally:
         torch._dynamo.reset()
         torch.use_deterministic_algorithms(False)
