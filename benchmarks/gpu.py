@@ -36,7 +36,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     def run(name: str, *settings: str, start: list[str] = main) -> dict[str, list[str]]:
         return {name: [*start, *quiet, *settings, "--run-dir", str(args.out / "runs" / name)]}
 
-    by_name = run("block94") | run("compiled", "compile=true")
+    by_name = run("block94") | run("launched", "cuda_graphs=false") | run("compiled", "compile=true")
     # several ranks share the GPU, and must give the same weights as one
     for ranks in (2, 3):
         for name, settings in (("", []), ("-compiled", ["compile=true"])):

@@ -110,8 +110,8 @@ class FixedOrderSum:
     """Leaves in every parameter's `grad` the sum over all microbatches of all ranks, in the fixed tree.
 
     Run each of this rank's microbatches on `wrap()`, the network in DDP, under `microbatch`; or compute their gradients
-    in another way, and `add` them. After the last one the sum is complete. Each rank sums one slice of the gradient over
-    all ranks, and sends that sum to its peers.
+    in another way, and `add` them. After the last one the sum is complete. Each rank sums one slice of the gradient
+    over all ranks, and sends that sum to its peers.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
