@@ -138,7 +138,7 @@ class FixedOrderSum:
             with self.ranks.exchange():
                 self.ddp = DistributedDataParallel(
                     self.model,
-                    device_ids=[self.ranks.device] if self.ranks.on_gpu else None,
+                    device_ids=[self.ranks.device] if self.ranks.device.type == "cuda" else None,
                     gradient_as_bucket_view=True,
                     **no_broadcast,
                 )

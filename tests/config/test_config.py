@@ -249,7 +249,7 @@ def test_help_says_what_a_resumed_run_may_change() -> None:
         return {re.sub(r"=.*|[][]", "", name) for name, part in marked.items() if part.endswith(words)}
 
     data = ("data.dir", "data.source", "data.drop_equal", "data.loader")
-    train = ("train.backend", "train.timeout", "train.log_every")
+    train = ("train.backend", "train.cuda_graphs", "train.timeout", "train.log_every")
     assert ending("Does not change the weights.") == {*data, *train, "checkpoint", "record"}
     assert ending("May change bits.") == {"train.threads", "train.device"}
     # a mark on a setting of a list's items would have no effect
