@@ -129,7 +129,7 @@ def mix(
         if form == "inputs":
             total = _Inputs.apply(coefficients, x, tuple(map(_geometry, convolutions)), *weights)
         elif _one_geometry(convolutions):
-            widest = max(convolutions, key=lambda convolution: convolution.kernel_size[0])
+            widest = _widest(convolutions)
             size = widest.kernel_size[0]
             weights = [F.pad(w, [(size - w.shape[-1]) // 2] * 4) if w.shape[-1] < size else w for w in weights]
             total = _Kernels.apply(coefficients, x, torch.stack(weights), int(widest.padding[0]), widest.dilation[0])
@@ -477,10 +477,16 @@ def _depthwise(geometries: Sequence[_Geometry], weights: Sequence[Tensor]) -> li
     ]
 
 
+def _widest(convolutions: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """The first of the convolutions with the largest kernel; torch 2.9 compiles no `max` with a key."""
+    size = max(convolution.kernel_size[0] for convolution in convolutions)
+    return next(convolution for convolution in convolutions if convolution.kernel_size[0] == size)
+
+
 def _one_geometry(convolutions: Sequence[nn.Conv2d]) -> bool:
     """Whether all kernels, padded with zeros to one size, fit one convolution, so that they can be summed. Their
     centres agree, since their outputs have the same shape."""
-    widest = max(convolutions, key=lambda convolution: convolution.kernel_size[0])
+    widest = _widest(convolutions)
     return all(
         convolution.stride == (1, 1)
         and convolution.groups == 1

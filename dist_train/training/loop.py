@@ -265,6 +265,7 @@ def _compiled(model: BlockNetwork, settings: TrainConfig, variants: int) -> nn.M
     torch._dynamo.config.recompile_limit = max(2 * variants, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # TF32 stays off: it changes bits
     warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")  # by microseconds a step
+    warnings.filterwarnings("ignore", ".*Function'> should not be instantiated")  # torch 2.9's compiler itself does
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a CUDA toolkit without a GPU
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)  # the compiler reads this one
     compiled: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]

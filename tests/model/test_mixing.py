@@ -192,6 +192,7 @@ def test_the_same_bits_again(form: Form) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")  # torch 2.9's compiler itself does
 def test_compiled() -> None:
     convolutions = [convolution(), convolution(1, bias=True)]
     a, x = inputs(3, 5, 2, torch.float32)
