@@ -23,8 +23,8 @@ from dist_train.errors import say
 
 @cache
 def version() -> str | None:
-    """The version of ffcv, None where it is not installed or cannot be imported; the latter is reported on stderr once.
-    The first call takes seconds."""
+    """The version of ffcv; `unknown` where its package has no metadata; None where it is not installed or cannot be
+    imported, and the latter is reported on stderr once. The first call takes seconds."""
     if find_spec("ffcv") is None:
         return None
     try:
@@ -39,7 +39,10 @@ def version() -> str | None:
                 "data_prep",
             )
         return None
-    return importlib.metadata.version("ffcv")
+    try:
+        return importlib.metadata.version("ffcv")
+    except importlib.metadata.PackageNotFoundError:  # a copy of its folder alone
+        return "unknown"
 
 
 def _import() -> None:

@@ -140,6 +140,7 @@ class FixedOrderSum:
                     self.model,
                     device_ids=[self.ranks.device] if self.ranks.device.type == "cuda" else None,
                     gradient_as_bucket_view=True,
+                    init_sync=False,  # the ranks have the same weights
                     **no_broadcast,
                 )
             self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))

@@ -25,14 +25,18 @@ class Recording:
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream, pool: Any = None) -> None:
         """Run `work` once, so that libraries load and choose their kernels, and record it. It must read and write the
         same tensors at each call, and never wait for the device. pool: of memory, shared with other graphs of which
-        none runs at the same time."""
+        none runs at the same time. Raises what `work` raises."""
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             work()
         self.graph = torch.cuda.CUDAGraph()
-        # other threads, such as those of NCCL, may call CUDA meanwhile
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            # other threads, such as those of NCCL, may call CUDA meanwhile
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            # the end of the capture raises an error of its own, which hides the one of the work
+            raise error.__context__ or error from None
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def replay(self) -> None:

@@ -204,6 +204,17 @@ def test_the_manifest_says_who_wrote_and_both_write_the_same(
     assert data_prep.verify(copy) == replace(data_prep.check(digits), ffcv_version=None)
 
 
+@needs_ffcv
+def test_a_copy_of_ffcv_without_metadata_is_used(copy: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(ffcv_library, "version", ffcv_library.version.__wrapped__)  # another cache than the process's
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert run_here("--dataset", "digits", "--out", copy, "--force").returncode == 0
+    assert data_prep.verify(copy) == replace(data_prep.check(digits), ffcv_version="unknown")
+
+
 def test_force_replaces_a_damaged_folder_by_the_same_bytes(copy: Path, digits: Path) -> None:
     cut("train.beton", 100)(copy)
     assert run_here("--dataset", "digits", "--out", copy, "--force").returncode == 0

@@ -21,8 +21,10 @@ from dist_train.distributed.device import Place, check_places, choose_place, mat
 from dist_train.distributed.ranks import join_ranks
 from dist_train.errors import UserError, needs_memory, shortage
 from dist_train.main import main
+from dist_train.model.network import BlockNetwork
 from dist_train.runs import environment
 from dist_train.runs.history import read_history
+from dist_train.training import train
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -133,6 +135,29 @@ def test_every_ranks_machine_is_recorded_and_a_mixture_is_said_once(digits: Path
     assert all(each["memory"] > 1 << 30 for each in start["ranks"])
     assert start["environment"]["device"] == "Processor 0 and Processor 1"
     assert json.loads((folder / "summary.json").read_text())["device"] == "Processor 0 and Processor 1"
+
+
+def train_from_other_weights(data: Path, folder: Path) -> int:
+    rank = int(os.environ["RANK"])
+
+    def build(*arguments: Any, original: Callable[..., BlockNetwork] = train.build_model) -> BlockNetwork:
+        model = original(*arguments)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor += rank
+        return model
+
+    patch.object(train, "build_model", build).start()
+    return main(["--preset", "digits", f"data.dir={data}", *TINY, "epochs=1", "device=cpu", "--run-dir", str(folder)])
+
+
+def test_all_ranks_start_from_the_weights_of_rank_0(digits: Path, tmp_path: Path) -> None:
+    digests = []
+    for ranks in (1, 3):
+        folder = tmp_path / str(ranks)
+        assert [answer.value for answer in run_ranks(ranks, train_from_other_weights, digits, folder)] == [0] * ranks
+        digests.append(json.loads((folder / "summary.json").read_text())["weights_sha256"])
+    assert digests[0] == digests[1]
 
 
 def test_the_record_of_a_gpu() -> None:

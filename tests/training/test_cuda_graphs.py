@@ -6,8 +6,8 @@ Without a GPU a recording is replayed by calling the work again, on the CPU: all
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -56,7 +56,7 @@ class Replaying:
 class TorchWithoutCuda:
     """torch, but for streams and events that do nothing."""
 
-    nothing = SimpleNamespace(**dict.fromkeys(("wait_event", "wait_stream", "record"), lambda *_: None))
+    nothing = SimpleNamespace(device=None, **dict.fromkeys(("wait_event", "wait_stream", "record"), lambda *_: None))
     names = ("Stream", "Event", "current_stream", "graph_pool_handle")
     cuda = SimpleNamespace(stream=nullcontext, **dict.fromkeys(names, lambda *_: TorchWithoutCuda.nothing))
 
@@ -112,6 +112,27 @@ def test_on_a_gpu_the_weights_are_those_without_graphs(digits: Path, tmp_path: P
     assert recorded is not None
     assert launched is not None
     assert recorded["weights_sha256"] == launched["weights_sha256"]
+
+
+def test_an_error_during_a_recording_is_that_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def capture(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    cuda = SimpleNamespace(**vars(TorchWithoutCuda.cuda), graph=capture, CUDAGraph=object)
+    monkeypatch.setattr(TorchWithoutCuda, "cuda", cuda)
+    monkeypatch.setattr(cuda_graphs, "torch", TorchWithoutCuda())
+    calls = iter((None, torch.OutOfMemoryError("CUDA out of memory")))
+
+    def work() -> None:
+        if error := next(calls):
+            raise error
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        cuda_graphs.Recording(work, TorchWithoutCuda.nothing)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(ON_GPU, reason="it would replay on the CPU")
