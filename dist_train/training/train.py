@@ -168,11 +168,13 @@ def _on_modes(state: State, data: Data, ranks: Ranks, settings: TrainConfig) -> 
     training, evaluation, images = accuracy_by_mode(model, selection, ranks, cast, state.step)
     if training - evaluation < _MODES_DIFFER:
         return ""
+    kept = selection.kept(state.step - 1)
+    remedy = "raise train.batch_size, or lower train.microbatches"
     return (
         f"of the same {images:,} training images {100 * training:.1f} % are classified "
         f"correctly with the BatchNorm statistics of each microbatch, as in training, and {100 * evaluation:.1f} % in "
-        f"evaluation; microbatches ({data.size} image{'s' * (data.size > 1)} each) are too small for this network: "
-        f"raise train.batch_size, or lower train.microbatches"
+        f"evaluation; microbatches, of which {kept} image{'s are' if kept > 1 else ' is'} trained on, are too small "
+        f"for this network: {remedy if kept == data.size else 'raise train.select.fraction, ' + remedy}"
     )
 
 

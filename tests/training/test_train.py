@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -286,3 +287,26 @@ def test_few_steps_give_the_accuracy_of_training(digits: Path, tmp_path: Path) -
     assert summary["test_accuracy"] > summary["train_accuracy"] - 0.05
     assert summary["test_accuracy"] > 0.45
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (["batch_size=8", "epochs=0.5"], "raise train.batch_size, or lower train.microbatches"),
+        (
+            ["batch_size=16", "epochs=1", "train.select.fraction=0.5"],
+            "raise train.select.fraction, raise train.batch_size, or lower train.microbatches",
+        ),
+    ],
+)
+def test_microbatches_that_are_too_small_are_reported(
+    settings: list[str], remedy: str, digits: Path, tmp_path: Path
+) -> None:
+    done = trainer("--preset", "digits", f"data.dir={digits}", *TINY, *settings, "--run-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"dist_train: of the same [\d,]+ training images \d+\.\d % are classified correctly with the BatchNorm "
+        r"statistics of each microbatch, as in training, and \d+\.\d % in evaluation; microbatches, of which 1 image is "
+        rf"trained on, are too small for this network: {remedy}\n",
+        done.stderr,
+    )
