@@ -306,7 +306,7 @@ def test_microbatches_that_are_too_small_are_reported(
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(
         r"dist_train: of the same [\d,]+ training images \d+\.\d % are classified correctly with the BatchNorm "
-        r"statistics of each microbatch, as in training, and \d+\.\d % in evaluation; microbatches, of which 1 image is "
-        rf"trained on, are too small for this network: {remedy}\n",
+        r"statistics of each microbatch, as in training, and \d+\.\d % in evaluation; microbatches, of which 1 image "
+        rf"is trained on, are too small for this network: {remedy}\n",
         done.stderr,
     )
