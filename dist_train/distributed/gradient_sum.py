@@ -115,7 +115,7 @@ class FixedOrderSum:
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, microbatches: int) -> None:
-        """microbatches: K, the number in a global batch."""
+        """model: with the same weights on all ranks. microbatches: K, the number in a global batch."""
         self.ranks, self.model, self.microbatches = ranks, model, microbatches
         self.slots = ranks.share(microbatches)
         self.pieces = [pieces(share(microbatches, r, ranks.world_size), microbatches) for r in range(ranks.world_size)]
@@ -135,14 +135,13 @@ class FixedOrderSum:
             # option
             renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
             no_broadcast: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            with self.ranks.exchange():
-                self.ddp = DistributedDataParallel(
-                    self.model,
-                    device_ids=[self.ranks.device] if self.ranks.device.type == "cuda" else None,
-                    gradient_as_bucket_view=True,
-                    init_sync=False,  # the ranks have the same weights
-                    **no_broadcast,
-                )
+            self.ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[self.ranks.device] if self.ranks.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                init_sync=False,
+                **no_broadcast,
+            )
             self.ddp.register_comm_hook(None, lambda _, bucket: self._reduce(bucket))
         return self.ddp
 
