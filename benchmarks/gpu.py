@@ -50,6 +50,8 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     by_name |= run("not-deterministic", "train.deterministic=false")
     for seed in range(1, 1 + SEEDS):
         by_name |= run(f"block94-{seed}", f"seed={seed}", "compile=true")
+    for seed in range(SEEDS):
+        by_name |= run(f"block95-{seed}", "--preset=block95", f"seed={seed}")
     if args.airbench:
         by_name["speed-96"] = [*python, "benchmarks.speed", f"--airbench={args.airbench}", "--preset=block96", *data]
     for seed in range(SEEDS):
