@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -253,17 +253,6 @@ def gather_shares(ranks: Ranks, own: Tensor, count: int) -> Tensor:
         # not all_gather_into_tensor: torch 2.14 deprecates it, and its replacement is new in 2.14
         dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(own.device)
-
-
-def copy_from_main(ranks: Ranks, tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors, on `ranks.device`, with those of rank 0, which have the same shapes and dtypes."""
-    if ranks.world_size == 1:
-        return
-    with ranks.exchange():
-        for tensor in tensors:
-            sent = tensor.detach().to(ranks.wire, memory_format=torch.contiguous_format)
-            dist.broadcast(sent, src=0)
-            tensor.detach().copy_(sent)
 
 
 def sum_integers(ranks: Ranks, counts: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from dist_train.data.batches import Data
 from dist_train.data_prep import Manifest
 from dist_train.distributed.device import DTYPES, autocast, matrix_rate
 from dist_train.distributed.lazy_dynamo import skip_compiler_import
-from dist_train.distributed.ranks import Ranks, copy_from_main, gather_objects, join_ranks, on_main, sum_integers
+from dist_train.distributed.ranks import Ranks, gather_objects, join_ranks, on_main, sum_integers
 from dist_train.errors import DONE, FAILED, PREEMPTED, DivergedError, Outcome, UserError, first_line, reason, say, show
 from dist_train.files import write_atomic
 from dist_train.model.network import BlockNetwork, weights_digest, whiten
@@ -98,9 +98,10 @@ def run(job: Job, held: ExitStack, outcome: Outcome) -> None:
                 _print_result(run_dir, manifest.dataset)
             return
 
-        model = build_model(config, data).to(ranks.device)
-        # processors of another kind compute whitening kernels whose last bits differ
-        copy_from_main(ranks, model.state_dict().values())
+        model = build_model(config, data)
+        # those of rank 0: processors of another kind compute whitening kernels whose last bits differ
+        model.load_state_dict(on_main(ranks, model.state_dict))
+        model.to(ranks.device)
         state = State.start(config, model, data.total_steps, data.images)
         if newest and resumed:
             try:
