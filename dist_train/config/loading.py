@@ -351,16 +351,24 @@ def _full_key(key: str) -> str:
         return matches[0]
     if matches:
         raise UserError(f"{key}: this could be {' or '.join(matches)}; write out which")
-    leaves = _leaves(Config)
-    close = difflib.get_close_matches(key, {name.rpartition(".")[2] for name in leaves}, 1, 0.5)
-    near = [name for name in leaves if close and name.rpartition(".")[2] == close[0]]
-    raise UserError(f"{key}: there is no such setting{_nearest(key, leaves, near)}")
+    keys = {name.rpartition(".")[2]: name for name in reversed(_leaves(Config))}
+    close = _similar(key, [*reversed(keys)])
+    more = f"did you mean {keys[close]}?" if close else "dist-train train --help lists all"
+    raise UserError(f"{key or repr(key)}: there is no such setting; {more}")
 
 
-def _nearest(name: str, valid: list[str], near: list[str] | None = None) -> str:
+def _similar(name: str, valid: list[str]) -> str | None:
+    """The valid name that an unknown one was probably meant to be: a word of one begins with the other (`decay` and
+    `weight_decay`), or else the spelling is close."""
+    longer = [each for each in valid if name and (f"_{name}" in f"_{each}" or name.startswith(each))]
+    longer.sort(key=lambda each: not each.startswith(name))
+    return next(iter(longer or difflib.get_close_matches(name, valid, 1, 0.7)), None)
+
+
+def _nearest(name: str, valid: list[str]) -> str:
     """The end of a message about an unknown name: a similar valid one, or all valid ones."""
-    near = near or difflib.get_close_matches(name, valid, 1, 0.4)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(valid)}"
+    close = _similar(name, valid)
+    return f"; did you mean {close}?" if close else f"; there are {', '.join(valid)}"
 
 
 def _sentence(error: ValidationError) -> str:

@@ -114,6 +114,11 @@ def test_only_what_reaches_the_weights_binds_a_run(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         (["epoch=3"], "epoch: there is no such setting; did you mean train.epochs?"),
+        (["decay=3"], "decay: there is no such setting; did you mean optim.default.weight_decay?"),
+        (["batch=3"], "batch: there is no such setting; did you mean train.batch_size?"),
+        (["gpus=3"], "gpus: there is no such setting; dist-train train --help lists all"),
+        (["amp=true"], "amp: there is no such setting; dist-train train --help lists all"),
+        (["=3"], "'': there is no such setting; dist-train train --help lists all"),
         (["train.epoch=3"], "train.epoch: there is no such setting; did you mean epochs?"),
         (["trian.epochs=3"], "trian: there is no such setting; did you mean train?"),
         (
