@@ -351,9 +351,10 @@ def _full_key(key: str) -> str:
         return matches[0]
     if matches:
         raise UserError(f"{key}: this could be {' or '.join(matches)}; write out which")
-    keys = {name.rpartition(".")[2]: name for name in reversed(_leaves(Config))}
-    close = _similar(key, [*reversed(keys)])
-    more = f"did you mean {keys[close]}?" if close else "dist-train train --help lists all"
+    leaves = _leaves(Config)
+    close = _similar(key, [name.rpartition(".")[2] for name in leaves])
+    near = next((name for name in leaves if name.rpartition(".")[2] == close), None)
+    more = f"did you mean {near}?" if near else "dist-train train --help lists all"
     raise UserError(f"{key or repr(key)}: there is no such setting; {more}")
 
 
