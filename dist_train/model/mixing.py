@@ -430,7 +430,9 @@ def _lines(x: Tensor) -> Tensor:
 def _by_channel(factors: Tensor, weights: Sequence[Tensor], depthwise: list[int], width: int) -> Tensor:
     """The factors of the channels of each image, sum_l a_l * w_l over depthwise kernels: (N, 1, width * C). factors:
     (N, L), of the weights' dtype. depthwise: the positions of these kernels among all L."""
-    sums = torch.mm(factors[:, depthwise], torch.stack([weights[position].flatten() for position in depthwise]))
+    # a list of positions as an index would be copied to the GPU, which a CUDA graph cannot record
+    chosen = torch.stack([factors[:, position] for position in depthwise], 1)
+    sums = torch.mm(chosen, torch.stack([weights[position].flatten() for position in depthwise]))
     return sums.repeat(1, width)[:, None]
 
 

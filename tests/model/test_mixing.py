@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_capture import Capture
 from torch import Tensor, nn
 
 from dist_train.model import mixing
@@ -79,6 +80,18 @@ def test_every_form_is_the_formula_in_float64(position: int, form: Form, last: t
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     with torch.no_grad():
         torch.testing.assert_close(mix(a, x, convolutions, form), expected[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("position", "form"), [*itertools.product(range(len(GEOMETRIES)), FORMS)])
+def test_every_form_can_be_recorded_as_a_cuda_graph(position: int, form: Form) -> None:
+    convolutions = [convolution(**fields) for fields in GEOMETRIES[position][1]]
+    a, x = inputs(3, 7, len(convolutions), torch.float32)
+    if form == "kernels" and position >= SUMMABLE:
+        return
+    direction = torch.ones_like(mix(a, x, convolutions, form))
+    with Capture() as capture, torch.autocast("cpu"):
+        for capture.strict in (False, True):
+            torch.autograd.grad(mix(a, x, convolutions, form), (a, x), direction)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import TINY, trainer
+from graph_capture import Capture
 from peers import run_ranks
 
 from dist_train.config.loading import load
@@ -35,6 +36,7 @@ CASES = {
     "branches": ["model.blocks.0.norm=branch", "model.blocks.1.activate=branch", "precision=bf16"],
     "dropout": ["model.blocks.0.dropout=0.2", "model.output.hidden=[16]", "model.output.dropout=0.1"],
     "fp16": ["precision=fp16"],
+    "depthwise 1x1": ["model.blocks.1={channels=32, convolutions=[{kernel=3}, {kernel=1, groups=32}]}"],
 }
 
 
@@ -45,7 +47,10 @@ class Replaying:
 
     def __init__(self, work: Callable[[], None], stream: object, pool: object = None) -> None:
         self.work = work
-        work()
+        with Capture() as capture:
+            work()
+            capture.strict = True
+            work()
         Replaying.made += 1
 
     def replay(self) -> None:
