@@ -98,7 +98,7 @@ def run_rank(args: argparse.Namespace) -> None:
 
         state = new()
         model, optimizers = state.model, state.optimizers
-        selection = Selection(t, data, model, model, state.losses)
+        selection = Selection(t, data, model, state.losses)
         schedule = kinds(data, optimizers, selection)
         data.pacer, data.warm_up = Pacer(args.ours, args.name, ranks.device.type, args.turn), args.warm_up
         turns = -(-args.warm_up // args.turn) - (-args.steps // args.turn)

@@ -131,14 +131,14 @@ class TrainStep:
         """On a GPU, with `train.cuda_graphs`, the kinds of steps from `state.step` on are recorded."""
         self.settings, self.data, self.state = settings, data, state
         sizes = 1 + len(data.config.smaller)  # of images
-        # each with and without the stem's gradient, on all images or selected ones, trained on or selected from
-        self.network = _compiled(state.model, settings, variants=8 * sizes) if settings.compile else state.model
+        # each with and without the stem's gradient, on all images or selected ones
+        self.network = _compiled(state.model, settings, variants=4 * sizes) if settings.compile else state.model
         self.gradients = FixedOrderSum(ranks, self.network, settings.microbatches)
         self.autocast = autocast(ranks.device, settings.precision)
         self.flops = cache(state.model.training_flops)
         model = state.model.config
         self.dropout = model.output.dropout > 0 or any(block.dropout > 0 for block in model.blocks)
-        self.selection = Selection(settings, data, state.model, self.network, state.losses)
+        self.selection = Selection(settings, data, state.model, state.losses)
         self.casts: list[Tensor] = []  # the kernels in the autocast's dtype, as graphs read them
         self.graphs: MicrobatchGraphs | None = None
         if settings.cuda_graphs and ranks.on_gpu:

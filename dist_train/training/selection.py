@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.config.settings import TrainConfig
 from dist_train.data.batches import Data, Microbatch
@@ -67,12 +67,11 @@ class Selection:
         settings: TrainConfig,
         data: Data,
         model: BlockNetwork,
-        network: nn.Module,
         losses: LastLosses | None,
     ) -> None:
-        """network: the model, or the same compiled. losses: where they choose, else None."""
-        self.settings, self.data = settings, data
-        self.model, self.network, self.losses = model, network, losses
+        """model: chooses by a forward pass, which is not compiled: up to torch 2.11 at least the compiler cannot trace
+        the mixing without gradients. losses: where they choose, else None."""
+        self.settings, self.data, self.model, self.losses = settings, data, model, losses
 
     def kept(self, step: int) -> int:
         """The number of images of each microbatch that are kept after `step` finished steps."""
@@ -91,7 +90,7 @@ class Selection:
         """The images of a microbatch with the highest losses, in the order that they have in it; of equal losses the
         first images. All of them where the step does not select. Leaves the network in training mode."""
         kept = self.kept(step)
-        return batch if kept == self.data.size else self._keep(batch, kept, self.network)
+        return batch if kept == self.data.size else self._keep(batch, kept)
 
     @torch.no_grad()
     def statistics(self, step: int) -> Iterator[list[Microbatch]]:
@@ -103,16 +102,16 @@ class Selection:
             split = zip(range(count), *(whole.tensor_split(count) for whole in batch), strict=True)
             parts = [Microbatch(*part) for part in split]
             if chooses:
-                parts = [self._keep(part, select.kept(len(part.labels)), self.model) for part in parts]
+                parts = [self._keep(part, select.kept(len(part.labels))) for part in parts]
             yield parts
 
-    def _keep(self, batch: Microbatch, count: int, network: nn.Module) -> Microbatch:
-        """The `count` hardest images of a microbatch, by the network where a forward pass chooses."""
-        chosen = hardest(self._losses(batch, network), count)
+    def _keep(self, batch: Microbatch, count: int) -> Microbatch:
+        """The `count` hardest images of a microbatch."""
+        chosen = hardest(self._losses(batch), count)
         images = batch.images[chosen].contiguous(memory_format=torch.channels_last)
         return replace(batch, images=images, labels=batch.labels[chosen], indices=batch.indices[chosen])
 
-    def _losses(self, batch: Microbatch, network: nn.Module) -> Tensor:
+    def _losses(self, batch: Microbatch) -> Tensor:
         """The loss by which each image is chosen: (n,) float32. Leaves the network in training mode."""
         if self.losses:
             return self.losses.values[batch.indices]
@@ -123,7 +122,7 @@ class Selection:
         self.model.batch_mode()  # without dropout
         # autocast would keep weights that it casts here, without their gradients, for the training pass
         with autocast(images.device, self.settings.precision, cache=False):
-            logits: Tensor = network(images)
+            logits: Tensor = self.model(images)
         self.model.train()
         return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.settings.label_smoothing)
 

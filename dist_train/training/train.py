@@ -165,7 +165,7 @@ def _on_modes(state: State, data: Data, ranks: Ranks, settings: TrainConfig) -> 
     """A remark on a network that is better with the BatchNorm statistics of each microbatch than in evaluation, else
     ""."""
     model, cast = state.model, autocast(ranks.device, settings.precision)
-    selection = Selection(settings, data, model, model, state.losses)
+    selection = Selection(settings, data, model, state.losses)
     training, evaluation, images = accuracy_by_mode(model, selection, ranks, cast, state.step)
     if training - evaluation < _MODES_DIFFER:
         return ""

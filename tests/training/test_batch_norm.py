@@ -28,7 +28,7 @@ def loaded(digits: Path, eval_batch: int = 500, microbatches: int = 4) -> Data:
 
 
 def all_of(data: Data, network: BlockNetwork) -> Selection:
-    return Selection(TrainConfig(), data, network, network, None)
+    return Selection(TrainConfig(), data, network, None)
 
 
 @pytest.fixture

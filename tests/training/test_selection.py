@@ -81,7 +81,7 @@ def selection(digits: Path, *settings: str) -> tuple[Selection, BlockNetwork, Da
     torch.manual_seed(5)
     network = BlockNetwork(found.model, (3, 32, 32), 10)
     losses = State.start(found, network, data.total_steps, data.images).losses
-    return Selection(found.train, data, network, network, losses), network, data
+    return Selection(found.train, data, network, losses), network, data
 
 
 @pytest.mark.parametrize("size", [0, 16, 40])

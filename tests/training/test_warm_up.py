@@ -43,7 +43,7 @@ def work(folder: str) -> tuple[list[str], list[tuple[int, int, bool]], bool]:
         optimizers = Optimizers(model, loaded.optim, data.total_steps)
         state = State(model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         before = weights_digest(model)
-        selection = Selection(t, data, model, model, None)
+        selection = Selection(t, data, model, None)
         labels = [kind.label for kind, _ in kinds(data, optimizers, selection, start=4)]
         state.step = 4
         assert warm_up.warm_up(loaded, data, ranks, state) > 0
