@@ -112,10 +112,17 @@ def run_rank(args: argparse.Namespace) -> None:
             if data.counted < 1:
                 raise UserError(f"{len(steps)} steps of the kind {kind.label} are too few to be measured")
             state = new()
-            state.step = steps.start
+            state.step = first_measured(steps, args.warm_up + data.counted, data.steps_per_epoch)
             with contextlib.suppress(EnoughError):
                 train(settings, data, ranks, state, Writer(), StopRequest())
         data.pacer.done()
+
+
+def first_measured(steps: range, count: int, per_epoch: int) -> int:
+    """The step of a kind from which `count` are run: the first of an epoch where as many follow in it, since an epoch's
+    last step also measures BatchNorm statistics, which are no part of a training's seconds; else the kind's first."""
+    begin = -(-steps.start // per_epoch) * per_epoch
+    return begin if begin + count < min(begin + per_epoch, steps.stop) else steps.start
 
 
 def prepare_images(settings: config.Config, folder: Path) -> None:

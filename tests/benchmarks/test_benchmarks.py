@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, environment, trainer
 
+from benchmarks.speed import first_measured
+
 
 def cells(*command: object) -> list[list[str]]:
     """The table that a benchmark appends to its --out file."""
@@ -48,6 +50,14 @@ def test_speed_adds_up_the_kinds_of_steps_of_the_schedule(digits: Path, tmp_path
         parts, whole = [float(row[training]) for row in mine[:2]], float(mine[2][training].split()[0].strip("*"))
         assert abs(sum(parts) - whole) < 0.02
     assert float(rows[-1][-1].split()[0].strip("*")) > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "first"),
+    [(range(672, 925), 3, 675), (range(52, 120), 24, 75), (range(52, 120), 25, 52), (range(8, 12), 3, 8)],
+)
+def test_speed_measures_no_epochs_end_where_a_kind_has_enough_steps(steps: range, count: int, first: int) -> None:
+    assert first_measured(steps, count, per_epoch=25) == first
 
 
 def test_speed_with_short_writes_the_betons_and_prints_one_line(tmp_path: Path) -> None:
