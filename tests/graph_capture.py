@@ -24,6 +24,8 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if self.strict:
+            mask = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+            assert not mask, "a mask as an index waits for the number of its elements"
             assert func not in WAITS, f"{func} waits for the device"
             new = [tensor for tensor in _tensors(args, kwargs) if tensor.untyped_storage().data_ptr() not in self.known]
             assert not new, f"{func} reads a tensor that the host makes in every call: {new}"
